@@ -1,0 +1,552 @@
+"""trainer.py: parity with TRL, every inherited option under the trajectory level, and what is relied on inside TRL."""
+
+import math
+
+import pytest
+import torch
+from conftest import (
+    CPU,
+    TINY_PROMPTS,
+    WORDS,
+    batch,
+    count_a,
+    drifted,
+    logps,
+    loss_and_gradients,
+    make_trainer,
+    relative_error,
+    tiny_model,
+    tiny_tokenizer,
+)
+from peft import LoraConfig
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+
+from tic_grpo_trl import ARMS, TICGRPOConfig, TICGRPOTrainer
+
+
+LENGTHS = (5, 2, 6, 1, 4, 6, 3, 6)
+DAPO = {"epsilon": 0.2, "epsilon_high": 0.28, "loss_type": "dapo", "scale_rewards": "none"}
+GSPO = {
+    "importance_sampling_level": "sequence",
+    "epsilon": 3e-4,
+    "epsilon_high": 4e-4,
+    "loss_type": "grpo",
+    "scale_rewards": "group",
+}
+
+
+def tool_mask():
+    mask = torch.ones(8, 6, dtype=torch.long)
+    mask[0, 1:3] = 0
+    mask[5, :] = 0  # a response without a token of its own
+    return mask
+
+
+def reference_logps(model, inputs):
+    return logps(drifted(model, 0.1, seed=9), inputs).detach()
+
+
+def variants(model, inputs):
+    """Every inherited option: (config, trainer attributes, extra inputs)."""
+    generator = torch.Generator().manual_seed(11)
+    not_truncated = torch.ones(8, 1, dtype=torch.long)
+    not_truncated[[1, 4, 6, 7]] = 0
+    return {
+        "plain": ({}, {}, {}),
+        "tool_mask": ({}, {}, {"tool_mask": tool_mask()}),
+        "truncated_rows_masked": ({}, {}, {"completion_mask": inputs["completion_mask"] * not_truncated}),
+        "per_token_advantages": ({}, {}, {"advantages": torch.randn(8, 6, generator=generator)}),
+        "kl": ({"beta": 0.5}, {}, {"ref_per_token_logps": reference_logps(model, inputs)}),
+        "kl_without_bias_correction": (
+            {"beta": 0.5, "use_bias_correction_kl": False},
+            {},
+            {"ref_per_token_logps": reference_logps(model, inputs)},
+        ),
+        "entropy_bonus": ({"entropy_coef": 0.2}, {}, {}),
+        "off_policy_mask": ({"off_policy_mask_threshold": 0.05}, {}, {}),
+        "off_policy_mask_from_sampler": (
+            {"off_policy_mask_threshold": 0.05},
+            {},
+            {"sampling_per_token_logps": logps(model, inputs).detach() + 0.2},
+        ),
+        "vllm_correction": (
+            {},
+            {"use_vllm": True},
+            {"importance_sampling_ratio": torch.rand(8, 1, generator=generator) + 0.5},
+        ),
+        "vllm_correction_per_token": (
+            {},
+            {"use_vllm": True},
+            {"importance_sampling_ratio": torch.rand(8, 6, generator=generator) + 0.5},
+        ),
+    }
+
+
+VARIANTS = list(variants(tiny_model(), batch(tiny_model(), LENGTHS)))
+
+
+def loss_of(tmp_path, variant, trl=False, **config):
+    model = tiny_model()
+    inputs = batch(model, LENGTHS)
+    extra_config, attributes, extra_inputs = variants(model, inputs)[variant]
+    if "ref_per_token_logps" in extra_inputs:
+        model.config._name_or_path = save_for_reference(tmp_path, model)
+    trainer = make_trainer(tmp_path / "run", model, trl=trl, **config, **extra_config)
+    for name, value in attributes.items():
+        setattr(trainer, name, value)
+    return *loss_and_gradients(trainer, inputs | extra_inputs), trainer, inputs | extra_inputs
+
+
+def save_for_reference(tmp_path, model) -> str:
+    """TRL loads the reference model from the policy's name."""
+    model.save_pretrained(tmp_path / "reference")
+    return str(tmp_path / "reference")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("arm", "settings"), [("grpo", DAPO), ("gspo", GSPO)])
+def test_token_and_sequence_arms_equal_trl(tmp_path, arm, settings, variant):
+    loss, gradients, *_ = loss_of(tmp_path / "ours", variant, arm=arm)
+    trl_loss, trl_gradients, *_ = loss_of(tmp_path / "trl", variant, trl=True, **settings)
+    assert torch.equal(loss, trl_loss)
+    assert gradients.keys() == trl_gradients.keys()
+    assert all(torch.equal(gradients[name], trl_gradients[name]) for name in gradients)
+
+
+def expected(model, inputs, trainer, low, high):
+    """The trajectory-level loss written out for one micro-batch with the constant normaliser, on plain logits."""
+    args = trainer.args
+    mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+    logp = logps(model, inputs)
+    advantages = inputs["advantages"] if inputs["advantages"].dim() == 2 else inputs["advantages"].unsqueeze(1)
+    ratio = ((logp - inputs["old_per_token_logps"]) * mask).sum(1, keepdim=True).exp().detach()
+    upper = torch.full_like(advantages, 1 + high)
+    keep = ratio <= upper
+    weight = torch.minimum(ratio, upper)
+    # value w, gradient w·∇log π, or none above the cap
+    token_weight = weight * (1 + keep * (logp - logp.detach()))
+    loss = -token_weight * advantages
+    if args.off_policy_mask_threshold is not None:
+        sampler = inputs.get("sampling_per_token_logps", inputs["old_per_token_logps"])
+        drift = ((sampler - logp.detach()) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        loss = loss * ((advantages >= 0) | (drift <= args.off_policy_mask_threshold))
+    if "importance_sampling_ratio" in inputs:
+        loss = loss * inputs["importance_sampling_ratio"]
+    if args.beta:
+        gap = inputs["ref_per_token_logps"] - logp
+        kl = gap.exp() - gap - 1
+        loss = loss + args.beta * (kl * token_weight if args.use_bias_correction_kl else kl)
+    loss = (loss * mask).sum() / (len(loss) * args.max_completion_length)
+    if args.entropy_coef:
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        logits = type(model).forward(model, input_ids=ids, attention_mask=attention).logits[:, -7:-1]
+        entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+        loss = loss - args.entropy_coef * (entropy * mask).sum() / mask.sum()
+    return loss
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_inherited_options_under_the_trajectory_level(tmp_path, variant):
+    loss, gradients, trainer, inputs = loss_of(tmp_path, variant, epsilon_high=0.28)
+    reference = tiny_model()
+    expected_loss = expected(reference, inputs, trainer, 0.2, 0.28)
+    expected_loss.backward()
+    torch.testing.assert_close(loss, expected_loss.detach(), rtol=1e-5, atol=1e-7)
+    assert relative_error(gradients, {name: p.grad for name, p in reference.named_parameters()}) < 1e-5
+    if variant != "plain":  # the option does something
+        _, plain, *_ = loss_of(tmp_path, "plain", epsilon_high=0.28)
+        assert relative_error(gradients, plain) > 1e-3
+
+
+def test_some_rows_lie_above_the_cap_in_these_tests():
+    model = tiny_model()
+    inputs = batch(model, LENGTHS)
+    ratio = ((logps(model, inputs) - inputs["old_per_token_logps"]) * inputs["completion_mask"]).sum(1).exp()
+    above, gains = ratio > 1.28, inputs["advantages"] > 0
+    assert (above & gains).any()
+    assert (above & ~gains).any()
+    assert (~above & gains).any()
+    assert (~above & ~gains).any()
+
+
+def test_gradient_is_exactly_zero_where_every_row_is_above_the_cap(tmp_path):
+    model = tiny_model()
+    inputs = batch(model, LENGTHS)
+    inputs["old_per_token_logps"] = logps(model, inputs).detach() - 1.0
+    _, gradients = loss_and_gradients(make_trainer(tmp_path, model), inputs)
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "gspo"])
+def test_on_policy_rollouts_have_ratio_one(tmp_path, arm):
+    """Without old log-probabilities every arm has the gradient A·∇log π and its own normaliser."""
+    model = tiny_model()
+    inputs = batch(model, LENGTHS)
+    del inputs["old_per_token_logps"]
+    trainer = make_trainer(tmp_path, model, arm=arm)
+    _, gradients = loss_and_gradients(trainer, inputs)
+
+    reference = tiny_model()
+    mask, logp = inputs["completion_mask"], logps(reference, inputs)
+    lengths = mask.sum(1, keepdim=True)
+    normaliser = {"dr_grpo": 8 * 6, "grpo": 8 * lengths, "dapo": mask.sum()}[trainer.loss_type]
+    (-(inputs["advantages"].unsqueeze(1) * logp * mask) / normaliser).sum().backward()
+    assert relative_error(gradients, {name: p.grad for name, p in reference.named_parameters()}) < 1e-5
+    trainer.log({})
+    logged = trainer.state.log_history[-1]
+    assert logged["trajectory_ratio/ess"] == 1.0
+    assert logged["trajectory_ratio/log_std"] == 0.0
+
+
+def test_delta_caps_only_negative_advantages(tmp_path):
+    """A > 0 may go above `delta` when the length-scaled cap does."""
+    model = tiny_model()
+    inputs = batch(model, LENGTHS)
+    inputs["old_per_token_logps"] = logps(model, inputs).detach() - 2.0 / 6  # R = 2/6 per token
+    trainer = make_trainer(tmp_path, model, arm="tic_grpo", length_scaled_cap=2.0, delta=1.5)
+    loss, _ = loss_and_gradients(trainer, inputs)
+    ratio = (inputs["completion_mask"].sum(1) / 3).exp()
+    advantages = inputs["advantages"]
+    weight = torch.where(advantages >= 0, ratio, ratio.clamp(max=1.5))
+    expected_loss = -(weight * advantages * inputs["completion_mask"].sum(1)).sum() / 48
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+    assert trainer.args.delta == 1.5
+
+
+def test_inputs_of_the_buffered_rollout_are_left_alone(tmp_path):
+    model = tiny_model()
+    inputs = batch(model, LENGTHS)
+    before = {name: value.clone() for name, value in inputs.items()}
+    loss_and_gradients(make_trainer(tmp_path, model), inputs)
+    assert inputs.keys() == before.keys()
+    assert all(torch.equal(inputs[name], before[name]) for name in before)
+
+
+# What anchoring relies on inside TRL. If one of these fails after an upgrade, read TRL's _compute_loss before anything.
+
+
+class Recorder(dict):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.events = []
+
+    def get(self, key, default=None):
+        self.events.append(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key):
+        self.events.append(key)
+        return super().__getitem__(key)
+
+
+def trl_trainer(tmp_path, model, **config):
+    return make_trainer(tmp_path, model, trl=True, loss_type="dr_grpo", **config)
+
+
+def test_guard_old_log_probabilities_are_read_after_the_one_forward_pass(tmp_path):
+    model = tiny_model()
+    trainer = trl_trainer(tmp_path, model)
+    inputs = Recorder(batch(model, LENGTHS))
+    forward = trainer._get_per_token_logps_and_entropies
+
+    def recorded(*args, **kwargs):
+        inputs.events.append("forward")
+        return forward(*args, **kwargs)
+
+    trainer._get_per_token_logps_and_entropies = recorded
+    loss_and_gradients(trainer, inputs)
+    assert inputs.events.count("forward") == 1
+    assert inputs.events.count("old_per_token_logps") == 1
+    assert inputs.events.index("forward") < inputs.events.index("old_per_token_logps")
+
+
+def test_guard_token_ratio_is_exp_of_the_difference_and_lets_old_carry_gradient(tmp_path):
+    """ratio = exp(log π − old); a gradient inside `old` is not cut, so it can cancel; clip bounds are attributes."""
+    model = tiny_model()
+    inputs = batch(model, LENGTHS)
+    trainer = trl_trainer(tmp_path, model)
+    trainer.epsilon_low, trainer.epsilon_high = 1.0, math.inf
+    shift = torch.linspace(-5, 5, 8).unsqueeze(1)
+    forward = trainer._get_per_token_logps_and_entropies
+
+    def anchored(*args, **kwargs):
+        logp, entropies, aux = forward(*args, **kwargs)
+        inputs["old_per_token_logps"] = torch.where(shift > 0, logp, logp.detach()) - shift
+        return logp, entropies, aux
+
+    trainer._get_per_token_logps_and_entropies = anchored
+    loss, gradients = loss_and_gradients(trainer, inputs)
+
+    reference = tiny_model()
+    mask, logp = inputs["completion_mask"], logps(reference, inputs)
+    weight = shift.exp() * inputs["advantages"].unsqueeze(1) * mask / 48
+    torch.testing.assert_close(loss, -weight.sum(), rtol=1e-5, atol=0)
+    (-(weight * (shift <= 0) * logp).sum()).backward()
+    assert relative_error(gradients, {name: p.grad for name, p in reference.named_parameters()}) < 1e-5
+
+
+def test_guard_off_policy_mask_prefers_the_sampler_log_probabilities(tmp_path):
+    model = tiny_model()
+    inputs = batch(model, LENGTHS)
+    trainer = trl_trainer(tmp_path, model, off_policy_mask_threshold=0.05)
+    seen = {}
+    mask_function = trainer.get_off_policy_mask
+    trainer.get_off_policy_mask = lambda **kwargs: seen.update(kwargs) or mask_function(**kwargs)
+    marker = torch.zeros_like(inputs["old_per_token_logps"])
+    loss_and_gradients(trainer, inputs | {"sampling_per_token_logps": marker})
+    assert seen["sampling_per_token_logps"] is marker
+
+
+def test_a_trl_that_skips_the_hook_is_refused(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", lambda self, model, inputs: torch.zeros(()))
+    with pytest.raises(RuntimeError, match=r"install trl>=1\.16,<1\.17"):
+        trainer._compute_loss(trainer.model, batch(trainer.model))
+
+
+# Whole training runs
+
+
+def parameters(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize(("arm", "settings"), [("grpo", DAPO), ("gspo", GSPO)])
+def test_six_step_runs_equal_trl(tmp_path, arm, settings):
+    run = {"max_steps": 6, "steps_per_generation": 2, "learning_rate": 0.01}
+    ours = make_trainer(tmp_path / "ours", arm=arm, **run)
+    ours.train()
+    theirs = make_trainer(tmp_path / "trl", trl=True, **settings, **run)
+    theirs.train()
+    start = tiny_model().state_dict()
+    for name, value in parameters(ours).items():
+        assert torch.equal(value, parameters(theirs)[name])
+        assert not torch.equal(value, start[name])
+    for a, b in zip(ours.state.log_history, theirs.state.log_history, strict=True):
+        shared = [name for name in b if name not in ("step_time", "train_runtime") and "per_second" not in name]
+        assert all(a[name] == b[name] for name in shared)
+        assert set(a) - set(b) <= {name for name in a if name.startswith("trajectory_ratio/")}
+
+
+@pytest.mark.parametrize("arm", ["tic_grpo", "tic_grpo_truncated", "grpo2", "grpo_no_is"])
+def test_training_moves_every_parameter(tmp_path, arm):
+    trainer = make_trainer(tmp_path, arm=arm, steps_per_generation=4, max_steps=8)
+    before = parameters(trainer)
+    trainer.train()
+    assert all(not torch.equal(value, before[name]) for name, value in parameters(trainer).items())
+    logged = [entry for entry in trainer.state.log_history if "trajectory_ratio/ess" in entry]
+    assert len(logged) == 8
+    for step, entry in enumerate(logged):
+        k = step % 4 + 1
+        inner = {name.split("/")[1] for name in entry if name.startswith("trajectory_ratio/inner_")}
+        assert inner == {f"inner_{k}"}
+        assert 0 < entry[f"trajectory_ratio/inner_{k}/ess"] <= 1 + 1e-9
+        if k == 1:  # the same weights on the same shapes: no noise at all
+            assert entry["trajectory_ratio/log_std"] == 0.0
+            assert entry["trajectory_ratio/ess"] == 1.0
+        else:
+            assert entry["trajectory_ratio/log_std"] > 0
+        assert not any(name.startswith("clip_ratio/") for name in entry)
+
+
+def test_reused_rollouts_and_accumulation_count_inner_steps(tmp_path):
+    """num_iterations = 2 over 2 windows of 2 micro-batches: K = 4 updates a rollout."""
+    trainer = make_trainer(
+        tmp_path,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        steps_per_generation=4,
+        num_iterations=2,
+        max_steps=8,
+    )
+    trainer.train()
+    inner = [
+        sorted(name.split("/")[1] for name in entry if name.endswith("/ess") and "inner" in name)
+        for entry in trainer.state.log_history
+        if "trajectory_ratio/ess" in entry
+    ]
+    assert inner == [[f"inner_{k}"] for k in (1, 2, 3, 4)] * 2
+
+
+def test_trl_clip_ratio_is_logged_where_trl_computes_the_weight(tmp_path):
+    trainer = make_trainer(tmp_path, arm="grpo", max_steps=1)
+    trainer.train()
+    assert "clip_ratio/region_mean" in trainer.state.log_history[0]
+
+
+def test_lora_moves_only_the_adapter_and_its_reference_is_the_base(tmp_path):
+    model = tiny_model()
+    model.config._name_or_path = save_for_reference(tmp_path, model)
+    peft_config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "v_proj", "up_proj"])
+    trainer = make_trainer(
+        tmp_path / "run", model, peft_config=peft_config, steps_per_generation=4, max_steps=8, beta=0.01
+    )
+    before = parameters(trainer)
+    trainer.train()
+    for name, value in parameters(trainer).items():
+        assert torch.equal(value, before[name]) == ("lora_" not in name), name
+    history = [entry for entry in trainer.state.log_history if "kl" in entry]
+    assert history[0]["kl"] == 0.0  # a fresh adapter is the base model
+    assert history[-1]["kl"] > 0.0
+    # lora_dropout is off, or the first inner step would be noise
+    assert all(e["trajectory_ratio/log_std"] == 0.0 for e in history if "trajectory_ratio/inner_1/ess" in e)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_save_load_resume(tmp_path, lora):
+    config = {"steps_per_generation": 2, "max_steps": 6, "save_strategy": "steps", "save_steps": 4}
+    peft_config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"]) if lora else None
+    whole = make_trainer(tmp_path / "run", peft_config=peft_config, **config)
+    whole.train()
+    resumed = make_trainer(tmp_path / "run", peft_config=peft_config, **config)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert resumed.state.global_step == 6
+    final = parameters(whole)
+    for name, value in parameters(resumed).items():
+        torch.testing.assert_close(value, final[name], rtol=1e-5, atol=1e-6)
+    steps = [entry["step"] for entry in resumed.state.log_history if "trajectory_ratio/ess" in entry]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+    resumed.save_model(str(tmp_path / "saved"))
+    model = tiny_model()
+    if lora:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(tmp_path / "saved"))
+        loaded = {n.replace(".default.", "."): v for n, v in model.state_dict().items() if "lora_" in n}
+        assert loaded
+        saved = {n.replace(".default.", "."): v for n, v in parameters(resumed).items() if "lora_" in n}
+    else:
+        loaded = type(model).from_pretrained(tmp_path / "saved").state_dict()
+        saved = parameters(resumed)
+    assert all(torch.equal(loaded[name], value) for name, value in saved.items())
+
+
+# Other models
+
+
+def test_moe_auxiliary_loss_is_added(tmp_path):
+    config = Qwen3MoeConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=16,
+        moe_intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+
+    def trainer(coef):
+        torch.manual_seed(0)
+        return make_trainer(tmp_path, Qwen3MoeForCausalLM(config), router_aux_loss_coef=coef)
+
+    inputs = batch(tiny_model(), LENGTHS)
+    inputs["old_per_token_logps"] = inputs["old_per_token_logps"] * 0 - math.log(len(WORDS))
+    without, _ = loss_and_gradients(trainer(0.0), inputs)
+    with_aux = trainer(0.5)
+    loss, gradients = loss_and_gradients(with_aux, inputs)
+    (aux_loss,) = with_aux._metrics["train"]["aux_loss"]
+    torch.testing.assert_close(loss - without, torch.tensor(0.5 * aux_loss), rtol=1e-5, atol=1e-6)
+    assert any("gate" in name for name in gradients)
+
+
+def test_vision_inputs_pass_through(tmp_path):
+    """Pixels reach the model and change the trajectory-level loss as they change its log-probabilities."""
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": 12,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+        },
+        vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4},
+        image_token_id=8,
+        video_token_id=9,
+        vision_start_token_id=10,
+        vision_end_token_id=11,
+    )
+    torch.manual_seed(0)
+    model = Qwen2VLForConditionalGeneration(config)
+    trainer = make_trainer(tmp_path, model)
+    inputs = batch(tiny_model(), (3, 2), old_drift=0.0)
+    inputs["prompt_ids"] = torch.tensor([[1, 10, 8, 8, 11, 2]] * 2)  # two image tokens a prompt
+    inputs["prompt_mask"] = torch.ones_like(inputs["prompt_ids"])
+    inputs["old_per_token_logps"] = torch.full((2, 3), -math.log(12))
+    inputs["image_grid_thw"] = torch.tensor([[1, 2, 4]] * 2)
+    inputs["num_images"] = [1, 1]
+    inputs["mm_token_type_ids"] = torch.tensor([[0, 0, 1, 1, 0, 0, 0, 0, 0]] * 2)
+    pixels = torch.randn(16, 3 * 2 * 4 * 4)
+    loss, gradients = loss_and_gradients(trainer, inputs | {"pixel_values": pixels})
+    other, _ = loss_and_gradients(trainer, inputs | {"pixel_values": pixels * 3})
+    assert loss.isfinite()
+    assert not torch.equal(loss, other)
+    assert any("visual" in name and gradient.abs().sum() > 0 for name, gradient in gradients.items())
+
+
+# Construction
+
+
+def test_without_args_it_builds_its_own_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model()
+    model.config._name_or_path = "someone/Tiny-Model"
+    trainer = TICGRPOTrainer(
+        model=model, reward_funcs=count_a, train_dataset=TINY_PROMPTS, processing_class=tiny_tokenizer()
+    )
+    assert isinstance(trainer.args, TICGRPOConfig)
+    assert trainer.args.output_dir == "Tiny-Model-TIC-GRPO"
+    assert trainer.args.arm == "tic_grpo"
+
+
+def test_a_plain_grpo_config_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"args must be a TICGRPOConfig, got GRPOConfig: replace GRPOConfig"):
+        TICGRPOTrainer(tiny_model(), count_a, GRPOConfig(str(tmp_path), **CPU), TINY_PROMPTS)
+
+
+def test_active_dropout_is_switched_off_or_refused(tmp_path):
+    trainer = make_trainer(tmp_path, tiny_model(attention_dropout=0.1))
+    layers = [m for m in trainer.model.modules() if hasattr(m, "attention_dropout")]
+    assert layers
+    assert all(layer.attention_dropout == 0.0 for layer in layers)
+
+    with pytest.raises(ValueError, match=r"Dropout is active.*attention_dropout.*set disable_dropout=True"):
+        make_trainer(tmp_path, tiny_model(attention_dropout=0.1), disable_dropout=False)
+    lora = LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"Dropout is active.*lora_dropout=0"):
+        make_trainer(tmp_path, peft_config=lora, disable_dropout=False)
+    make_trainer(tmp_path, tiny_model(attention_dropout=0.1), disable_dropout=False, arm="grpo")
+
+
+def test_settings_in_force_are_logged_once(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="tic_grpo_trl"):
+        make_trainer(tmp_path, arm="tic_grpo_v2", epsilon_high=0.03, max_steps=1).train()
+    lines = [record.getMessage() for record in caplog.records if "settings in force" in record.getMessage()]
+    assert len(lines) == 1
+    assert "arm=tic_grpo_v2" in lines[0]
+    assert "epsilon_high=0.03" in lines[0]
+    assert "loss_type=grpo" in lines[0]
+
+
+def test_model_card_has_tags_and_citation(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.create_model_card(model_name="tiny")
+    card = (tmp_path / "README.md").read_text()
+    for part in ("- tic-grpo", "- trl", "TIC-GRPO", "2508.02833", "Lei Pang and Ruinan Jin"):
+        assert part in card
+
+
+def test_evaluation_logs_its_own_ratios(tmp_path):
+    trainer = make_trainer(tmp_path, steps_per_generation=2, per_device_eval_batch_size=4)
+    metrics = trainer.evaluate()
+    assert "eval_reward" in metrics
+    logged = trainer.state.log_history[-1]
+    assert logged["eval_trajectory_ratio/ess"] == pytest.approx(1.0, abs=1e-6)
+    assert not any("inner_" in name for name in logged)

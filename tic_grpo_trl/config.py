@@ -1,0 +1,328 @@
+"""TICGRPOConfig: GRPOConfig plus the three axes of the family, and the named arms that set them."""
+
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl import GRPOConfig
+
+from .objective import CLIP_MODES, LEVELS, Clip
+
+
+_UP_ONLY = {"importance_sampling_level": "trajectory", "clip_mode": "up_only"}
+_DAPO_CLIP = {"epsilon": 0.2, "epsilon_high": 0.28}
+
+# Every algorithm of the two papers, of the code their authors released, and one of our own: data, not branches.
+ARMS: dict[str, dict[str, Any]] = {
+    # v5 Eq. 8 and Table 1
+    "tic_grpo": _UP_ONLY | {"epsilon_high": 0.28, "loss_type": "dr_grpo", "scale_rewards": "none"},
+    # the authors' released loss: cap σ√|o_i| for A > 0, dual clip 3.0 for A < 0
+    "tic_grpo_released": _UP_ONLY
+    | {"length_scaled_cap": 0.01, "delta": 3.0, "loss_type": "dr_grpo", "scale_rewards": "group"},
+    # ours: truncated importance sampling with PPO's lower bound
+    "tic_grpo_truncated": {
+        "importance_sampling_level": "trajectory",
+        "clip_mode": "truncated",
+        "loss_type": "dr_grpo",
+        "scale_rewards": "none",
+    }
+    | _DAPO_CLIP,
+    # v2 Eq. 9 and Algorithm 2
+    "tic_grpo_v2": _UP_ONLY | {"epsilon_high": 0.28, "loss_type": "grpo", "scale_rewards": "group"},
+    # DAPO's loss, the baseline of both papers
+    "grpo": {
+        "importance_sampling_level": "token",
+        "clip_mode": "two_sided",
+        "loss_type": "dapo",
+        "scale_rewards": "none",
+    }
+    | _DAPO_CLIP,
+    # v5 Eq. 14, "GRPO2" in the theory and "GRPO+UB_Clip" in Table 2
+    "grpo2": {
+        "importance_sampling_level": "token",
+        "clip_mode": "up_only",
+        "epsilon_high": 0.28,
+        "loss_type": "dr_grpo",
+        "scale_rewards": "none",
+    },
+    # v5 Table 2, "GRPO+Traj_IS"
+    "grpo_traj_is": {
+        "importance_sampling_level": "trajectory",
+        "clip_mode": "two_sided",
+        "loss_type": "dapo",
+        "scale_rewards": "none",
+    }
+    | _DAPO_CLIP,
+    # GSPO (arXiv 2507.18071), the baseline of v5
+    "gspo": {
+        "importance_sampling_level": "sequence",
+        "clip_mode": "two_sided",
+        "epsilon": 3e-4,
+        "epsilon_high": 4e-4,
+        "loss_type": "grpo",
+        "scale_rewards": "group",
+    },
+    # v2 Fig. 1 and v5 Fig. 1: importance sampling removed
+    "grpo_no_is": {
+        "importance_sampling_level": "none",
+        "clip_mode": "none",
+        "loss_type": "dapo",
+        "scale_rewards": "none",
+    },
+}
+ARMS["grpo_ub_clip"] = ARMS["grpo2"]
+
+ARM_FIELDS = (
+    "importance_sampling_level",
+    "clip_mode",
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "length_scaled_cap",
+    "loss_type",
+    "scale_rewards",
+)
+
+# Which bounds a clip rule reads; any other that the user sets would have no effect, so it is refused.
+_BOUNDS = ("epsilon", "epsilon_high", "delta", "length_scaled_cap")
+_BOUNDS_READ = {
+    "up_only": {"epsilon_high", "delta", "length_scaled_cap"},
+    "two_sided": {"epsilon", "epsilon_high", "delta", "length_scaled_cap"},
+    "truncated": {"epsilon", "epsilon_high", "length_scaled_cap"},
+    "none": set(),
+}
+_ANCHORED_LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo")
+_OTHER_LOSS_TYPES = ("cispo", "sapo", "luspo", "vespo")
+
+
+@dataclass
+class TICGRPOConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`TICGRPOTrainer`].
+
+    It inherits every parameter of [`~trl.GRPOConfig`]. The fields below are new, or have `None` as their default, which
+    means "from the arm". An explicit value always wins over the arm's, from Python, YAML and the command line alike.
+
+    Parameters:
+        arm (`str`, *optional*, defaults to `"tic_grpo"`):
+            Named settings of the papers' algorithms: `tic_grpo`, `tic_grpo_released`, `tic_grpo_truncated`,
+            `tic_grpo_v2`, `grpo`, `grpo2` (= `grpo_ub_clip`), `grpo_traj_is`, `gspo`, `grpo_no_is`.
+        importance_sampling_level (`str`, *optional*):
+            `"token"` and `"sequence"` as in TRL; `"trajectory"`: one weight per response, the *product* of its token
+            ratios, P_θ/P_old; `"none"`: weight 1 and gradient A·∇log π_θ.
+        clip_mode (`str`, *optional*):
+            `"up_only"`: above `1 + epsilon_high` the gradient is 0 for either sign of the advantage, no lower bound;
+            `"two_sided"`: PPO's rule, with TRL's optional `delta`; `"truncated"`: PPO's rule, except that for A < 0 the
+            weight is held at `1 + epsilon_high` with its gradient kept; `"none"`: only with level `"none"`.
+        epsilon (`float`, *optional*):
+            Lower bound `1 - epsilon` of the weight. 0.2 in the modes that have a lower bound.
+        epsilon_high (`float`, *optional*):
+            Upper bound `1 + epsilon_high` of the weight, 0.28 (DAPO's value; the script that the papers' authors
+            released uses 0.03).
+        delta (`float`, *optional*):
+            Upper bound for A < 0 where it differs from `1 + epsilon_high`; `inf` removes an arm's.
+        length_scaled_cap (`float`, *optional*):
+            σ of the length-scaled upper bound exp(σ·√|o_i|), which then replaces `1 + epsilon_high` (0.01 in the
+            authors' released code). 0 turns an arm's off. Trajectory level only.
+        loss_type (`str`, *optional*):
+            Length normalisation, see [`~trl.GRPOConfig`]: `"grpo"` (1/|o_i|), `"dr_grpo"` (1/T, constant), `"dapo"`,
+            `"bnpo"`. TRL's other loss types need level `"token"` or `"sequence"` with clip mode `"two_sided"`.
+        scale_rewards (`str` or `bool`, *optional*):
+            `"none"` (reward − group mean, v5), `"group"` (divided by the group's std, v2) or `"batch"`.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Differs from TRL: active dropout (LoRA's too) makes R a sum of noise that grows with √T.
+        bf16 (`bool`, *optional*):
+            As in TRL `True` where unset, but `False` on a machine without an accelerator.
+
+    With `use_bias_correction_kl=True` (TRL's default) the KL term is multiplied by the *clipped* weight of the arm.
+    """
+
+    arm: str = field(
+        default="tic_grpo",
+        metadata={"help": "Named settings of the papers' algorithms: " + ", ".join(ARMS) + "."},
+    )
+    importance_sampling_level: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "'trajectory' (product of the token ratios), 'token', 'sequence' (their mean) or 'none'. Default: "
+            "from the arm."
+        },
+    )
+    clip_mode: str | None = field(
+        default=None,
+        metadata={
+            "help": "'up_only' (cap for either sign of the advantage), 'two_sided' (PPO), 'truncated' or 'none'. "
+            "Default: from the arm."
+        },
+    )
+    epsilon: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Lower bound 1 - epsilon of the weight, where the clip mode has one. Default: from the arm."},
+    )
+    epsilon_high: float | None = field(
+        default=None,
+        metadata={"help": "Upper bound 1 + epsilon_high of the weight. Default: from the arm."},
+    )
+    delta: float | None = field(
+        default=None,
+        metadata={"help": "Upper bound of the weight for negative advantages, if different. Default: from the arm."},
+    )
+    length_scaled_cap: float | None = field(
+        default=None,
+        metadata={
+            "help": "Sigma of the upper bound exp(sigma * sqrt(response length)), instead of 1 + epsilon_high; 0: off. "
+            "Default: from the arm."
+        },
+    )
+    loss_type: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Length normalisation: 'grpo', 'dr_grpo', 'dapo' or 'bnpo'. Default: from the arm."},
+    )
+    scale_rewards: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "'none', 'group' or 'batch'. Default: from the arm."},
+    )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "Disable dropout (LoRA's too), which would make the trajectory ratio noise."},
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
+            self.bf16 = False
+        self._resolve_arm()
+        self._check_axes()
+        self._check_bounds()
+        # A saved config holds both of these, which TRL refuses although one follows from the other.
+        generation_batch_size = self.generation_batch_size
+        if self.steps_per_generation is not None:
+            self.generation_batch_size = None
+        super().__post_init__()
+        if generation_batch_size not in (None, self.generation_batch_size):
+            raise ValueError(
+                f"generation_batch_size={generation_batch_size} contradicts steps_per_generation="
+                f"{self.steps_per_generation}, which makes {self.generation_batch_size}: remove one of them."
+            )
+        self._warn_if_sampler_is_another_policy()
+
+    @property
+    def resolved_arm(self) -> dict[str, Any]:
+        """The arm's name and the value of each of its fields that is in force."""
+        return {"arm": self.arm} | {name: getattr(self, name) for name in ARM_FIELDS}
+
+    @property
+    def clip(self) -> Clip:
+        """The clip rule for [`~tic_grpo_trl.objective.clip_log_weight`]."""
+        return Clip(
+            str(self.clip_mode),
+            epsilon_low=1.0 if self.epsilon is None else self.epsilon,
+            epsilon_high=math.inf if self.epsilon_high is None else self.epsilon_high,
+            delta=self.delta,
+            length_scale=self.length_scaled_cap or 0.0,
+        )
+
+    @property
+    def is_anchored(self) -> bool:
+        """Whether the weight is not one that TRL's own loss computes."""
+        return not (self.importance_sampling_level in ("token", "sequence") and self.clip_mode == "two_sided")
+
+    def _resolve_arm(self):
+        """Fill what the user left unset from the arm, then from the clip mode."""
+        if self.arm not in ARMS:
+            raise ValueError(f"Unknown arm {self.arm!r}: choose one of {', '.join(ARMS)}.")
+        arm = ARMS[self.arm]
+        explicit = {name for name in ARM_FIELDS if getattr(self, name) is not None}
+        for name in ARM_FIELDS:
+            if name not in explicit:
+                setattr(self, name, arm.get(name))
+
+        # The level and the clip mode "none" belong together: whichever the user set decides, unless both are set.
+        if self.importance_sampling_level == "none" and "clip_mode" not in explicit:
+            self.clip_mode = "none"
+        elif self.clip_mode == "none" and "clip_mode" not in explicit:
+            self.clip_mode = "up_only" if self.importance_sampling_level == "trajectory" else "two_sided"
+        if self.clip_mode not in CLIP_MODES:
+            raise ValueError(f"Unknown clip_mode {self.clip_mode!r}: choose one of {', '.join(CLIP_MODES)}.")
+
+        for name in _BOUNDS:
+            if name not in _BOUNDS_READ[self.clip_mode]:
+                if name in explicit:
+                    readers = [mode for mode, names in _BOUNDS_READ.items() if name in names]
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} has no effect with clip_mode={self.clip_mode!r}: remove {name}, "
+                        f"or set clip_mode to one of {', '.join(readers)}."
+                    )
+                setattr(self, name, None)
+        if self.length_scaled_cap and self.epsilon_high is not None:
+            if {"length_scaled_cap", "epsilon_high"} <= explicit:
+                raise ValueError(
+                    f"epsilon_high={self.epsilon_high} and length_scaled_cap={self.length_scaled_cap} both set the "
+                    "upper bound of the weight: remove one of them."
+                )
+            setattr(self, "length_scaled_cap" if "epsilon_high" in explicit else "epsilon_high", None)
+        if self.importance_sampling_level != "trajectory" and "length_scaled_cap" not in explicit:
+            self.length_scaled_cap = None
+        if self.epsilon_high is None and not self.length_scaled_cap and self.clip_mode != "none":
+            self.epsilon_high = 0.28
+        if self.epsilon is None and "epsilon" in _BOUNDS_READ[self.clip_mode]:
+            self.epsilon = 0.2
+
+        # Flags and YAML may give TRL's booleans as text
+        self.scale_rewards = {"true": "group", "false": "none"}.get(str(self.scale_rewards).lower(), self.scale_rewards)
+
+    def _check_axes(self):
+        level, mode = self.importance_sampling_level, self.clip_mode
+        if level not in LEVELS:
+            raise ValueError(f"Unknown importance_sampling_level {level!r}: choose one of {', '.join(LEVELS)}.")
+        if (level == "none") != (mode == "none"):
+            raise ValueError(
+                f"importance_sampling_level={level!r} does not go with clip_mode={mode!r}: without importance sampling "
+                "the weight is 1 and nothing can be clipped. Remove clip_mode, or change the level."
+            )
+        if self.scale_rewards not in ("none", "group", "batch"):
+            raise ValueError(f"Unknown scale_rewards {self.scale_rewards!r}: choose 'none', 'group' or 'batch'.")
+        if self.loss_type not in _ANCHORED_LOSS_TYPES + _OTHER_LOSS_TYPES:
+            raise ValueError(f"Unknown loss_type {self.loss_type!r}: choose one of {', '.join(_ANCHORED_LOSS_TYPES)}.")
+        if self.is_anchored and self.loss_type in _OTHER_LOSS_TYPES:
+            raise ValueError(
+                f"loss_type={self.loss_type!r} defines its own importance weight, so it does not go with "
+                f"importance_sampling_level={level!r} and clip_mode={mode!r}: choose a loss_type of "
+                f"{', '.join(_ANCHORED_LOSS_TYPES)}, or importance_sampling_level='token' with clip_mode='two_sided'."
+            )
+        if self.length_scaled_cap and level != "trajectory":
+            raise ValueError(
+                f"length_scaled_cap={self.length_scaled_cap} bounds a trajectory ratio and means nothing at "
+                f"importance_sampling_level={level!r}: remove it, or set importance_sampling_level='trajectory'."
+            )
+
+    def _check_bounds(self):
+        if self.epsilon_high is not None and not (0 < self.epsilon_high < math.inf):
+            raise ValueError(f"epsilon_high={self.epsilon_high} must be a positive number, such as 0.28.")
+        if self.epsilon is not None and not (0 < self.epsilon <= 1):
+            raise ValueError(
+                f"epsilon={self.epsilon} must lie in (0, 1], such as 0.2: the weight is bounded below by 0."
+            )
+        if self.length_scaled_cap is not None and not (0 <= self.length_scaled_cap < math.inf):
+            raise ValueError(f"length_scaled_cap={self.length_scaled_cap} must be a positive number, such as 0.01.")
+        if self.delta is not None and not self.delta > 1 + (self.epsilon_high or 0):
+            raise ValueError(
+                f"delta={self.delta} must be greater than 1 + epsilon_high = {1 + (self.epsilon_high or 0)}: it is the "
+                "looser upper bound for negative advantages. Raise delta, or remove it."
+            )
+
+    def _warn_if_sampler_is_another_policy(self):
+        sampler = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
+        neutral = {"top_p": (1.0,), "top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
+        kwargs = self.generation_kwargs if isinstance(self.generation_kwargs, dict) else {}
+        sampler |= {name: value for name, value in kwargs.items() if name in neutral}
+        changed = [f"{name}={value}" for name, value in sampler.items() if value not in neutral[name]]
+        if changed and self.importance_sampling_level == "trajectory":
+            warnings.warn(
+                f"With {', '.join(changed)} the sampler is a different policy from the one whose log-probabilities are "
+                "computed, so P_θ/P_old is not the ratio of anything that was sampled and the gradient is biased. Set "
+                "top_p=1.0, top_k=0, min_p=None and repetition_penalty=1.0 for an exact ratio.",
+                UserWarning,
+                stacklevel=4,
+            )

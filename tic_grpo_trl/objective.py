@@ -1,0 +1,200 @@
+"""The objective of every arm, as pure tensor functions.
+
+One family with three axes (importance ratio, clip, length normalisation). This module holds the first two; the third is
+TRL's `loss_type`. Nothing here imports TRL, so each function can be read beside its equation and tested alone.
+
+Shapes: B responses, T completion positions. `mask` is 1 on the tokens that the policy chose (completion mask times tool
+mask). Everything is computed in log space: a ratio is bounded *before* it is exponentiated, because clamping `exp(R)`
+afterwards gives NaN gradients (0 times inf) from R = 89 on in float32.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+LEVELS = ("token", "sequence", "trajectory", "none")
+CLIP_MODES = ("up_only", "two_sided", "truncated", "none")
+
+# Where a rule has no upper bound (PPO's clip at A < 0), the weight is held at e^20 so that no loss or gradient is inf.
+LOG_WEIGHT_BOUND = 20.0
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The clip rule of an arm.
+
+    Args:
+        mode: `"up_only"`, `"two_sided"`, `"truncated"` or `"none"`, see [`clip_log_weight`].
+        epsilon_low: lower bound of the weight is `1 - epsilon_low` (modes with a lower bound).
+        epsilon_high: upper bound of the weight is `1 + epsilon_high`, unless `length_scale` is set.
+        delta: upper bound of the weight for A < 0 where it differs (TRL's `delta`, the released code's dual clip).
+        length_scale: σ of the length-scaled cap: the upper bound in log space is σ·√|o_i| (the authors' released code).
+    """
+
+    mode: str
+    epsilon_low: float = 1.0
+    epsilon_high: float = math.inf
+    delta: float | None = None
+    length_scale: float = 0.0
+
+
+def token_log_ratio(
+    per_token_logps: torch.Tensor,  # (B, T)
+    old_per_token_logps: torch.Tensor | None,  # (B, T)
+    mask: torch.Tensor,  # (B, T)
+) -> torch.Tensor:
+    """Per-token log-ratio r_{i,t} = (log π_θ − log π_old)·m, without gradient, in float32 or better.
+
+    Args:
+        per_token_logps: log-probabilities of the current policy, in nats.
+        old_per_token_logps: those of the behaviour policy; `None` means that the rollout is on-policy, which makes
+            every log-ratio exactly 0.
+        mask: 1 on the tokens that count, 0 elsewhere; whatever stands at masked positions (NaN too) is ignored.
+
+    Returns:
+        (B, T) log-ratios, exactly 0 at masked positions.
+    """
+    logps = per_token_logps.detach()
+    dtype = torch.promote_types(logps.dtype, torch.float32)
+    if old_per_token_logps is None:
+        return torch.zeros_like(logps, dtype=dtype)
+    log_ratio = logps.to(dtype) - old_per_token_logps.to(dtype)
+    return torch.where(mask.bool(), log_ratio, torch.zeros_like(log_ratio))
+
+
+def log_importance_weight(
+    log_ratio: torch.Tensor,  # (B, T)
+    mask: torch.Tensor,  # (B, T)
+    level: str,
+) -> torch.Tensor:
+    """Log of the importance weight at a level: the first axis of the family.
+
+    - `"token"`: r_{i,t}, one weight per token (GRPO, v2 Eq. 5), (B, T)
+    - `"sequence"`: the mean of r over the response (GSPO), (B, 1)
+    - `"trajectory"`: R_i = Σ_t r_{i,t}, the log of P_θ(s_T|s_0)/P_old(s_T|s_0); summed, never averaged (v2 §4), (B, 1)
+    - `"none"`: 0, a weight of 1 (the ablation of v2 Fig. 1 and v5 Fig. 1), (B, 1)
+
+    Args:
+        log_ratio: output of [`token_log_ratio`], 0 at masked positions.
+        mask: 1 on the tokens that count.
+        level: one of the four above.
+
+    Returns:
+        (B, T) for `"token"`, else (B, 1), in nats.
+
+    Raises:
+        ValueError: for an unknown level.
+    """
+    if level == "token":
+        return log_ratio
+    total = log_ratio.sum(dim=-1, keepdim=True)  # (B, 1)
+    if level == "trajectory":
+        return total
+    if level == "sequence":
+        return total / mask.sum(dim=-1, keepdim=True).clamp(min=1)
+    if level == "none":
+        return torch.zeros_like(total)
+    raise ValueError(f"Unknown importance_sampling_level {level!r}: choose one of {', '.join(LEVELS)}.")
+
+
+@dataclass(frozen=True)
+class ClippedWeight:
+    """What [`clip_log_weight`] returns; every tensor is (B, 1), or (B, T) where the weight or A is per token.
+
+    Attributes:
+        log_weight: the log-weight after the rule, always ≤ `LOG_WEIGHT_BOUND`.
+        keeps_gradient: bool, False where the rule makes the gradient exactly 0.
+        above: bool, True where the weight lay above its upper bound.
+        below: bool, True where the weight lay below its lower bound.
+    """
+
+    log_weight: torch.Tensor
+    keeps_gradient: torch.Tensor
+    above: torch.Tensor
+    below: torch.Tensor
+
+
+def clip_log_weight(
+    log_weight: torch.Tensor,  # (B, 1) or (B, T)
+    advantages: torch.Tensor,  # (B,) or (B, T)
+    mask: torch.Tensor,  # (B, T)
+    clip: Clip,
+) -> ClippedWeight:
+    """Apply a clip rule in log space: the second axis of the family.
+
+    | mode | A ≥ 0, above 1+ε_high | A < 0, above 1+ε_high | A < 0, below 1−ε_low |
+    |---|---|---|---|
+    | `up_only` (v2 §4, v5 §3) | held at 1+ε_high, gradient 0 | the same, or at `delta` | – |
+    | `two_sided` (PPO, v2 Eq. 5) | held at 1+ε_high, gradient 0 | –, or at `delta` | at 1−ε_low, gradient 0 |
+    | `truncated` (ours) | held at 1+ε_high, gradient 0 | held at 1+ε_high, gradient kept | at 1−ε_low, gradient 0 |
+    | `none` | – | – | – |
+
+    With `clip.length_scale` = σ the bound 1+ε_high becomes exp(σ·√|o_i|), |o_i| = Σ_t m_{i,t} tokens.
+
+    Args:
+        log_weight: output of [`log_importance_weight`], in nats.
+        advantages: A_i, (B,) or per token (B, T); only the sign matters.
+        mask: 1 on the tokens that count.
+        clip: the rule.
+
+    Returns:
+        The bounded log-weight and where it keeps its gradient.
+
+    Raises:
+        ValueError: for an unknown mode.
+    """
+    if advantages.dim() == 1:
+        advantages = advantages.unsqueeze(1)  # (B, 1)
+    log_weight, advantages = torch.broadcast_tensors(log_weight, advantages)
+    gains = advantages >= 0
+    unbounded = torch.full_like(log_weight, math.inf)
+
+    if clip.mode == "none":
+        bounded = log_weight.clamp(max=LOG_WEIGHT_BOUND)
+        no = torch.zeros_like(gains)
+        return ClippedWeight(bounded, ~no, above=no, below=no)
+
+    if clip.length_scale:
+        log_high = clip.length_scale * mask.sum(dim=-1, keepdim=True).to(log_weight.dtype).sqrt()  # (B, 1)
+        log_high = log_high.expand_as(log_weight)
+    else:
+        log_high = torch.full_like(log_weight, math.log1p(clip.epsilon_high))
+    log_delta = unbounded if clip.delta is None else torch.full_like(log_weight, math.log(clip.delta))
+
+    if clip.mode == "up_only":
+        high = log_high if clip.delta is None else torch.where(gains, log_high, log_delta)
+        low = -unbounded
+    elif clip.mode in ("two_sided", "truncated"):
+        high = torch.where(gains, log_high, log_delta) if clip.mode == "two_sided" else log_high
+        log_low = math.log1p(-clip.epsilon_low) if clip.epsilon_low < 1 else -math.inf
+        low = torch.where(gains, -unbounded, torch.full_like(log_weight, log_low))
+    else:
+        raise ValueError(f"Unknown clip_mode {clip.mode!r}: choose one of {', '.join(CLIP_MODES)}.")
+
+    above, below = log_weight > high, log_weight < low
+    stopped = below | (above & gains if clip.mode == "truncated" else above)
+    bounded = torch.minimum(torch.maximum(log_weight, low), high).clamp(max=LOG_WEIGHT_BOUND)
+    return ClippedWeight(bounded, ~stopped, above=above, below=below)
+
+
+def anchored_old_logps(
+    per_token_logps: torch.Tensor,  # (B, T), differentiable
+    clipped: ClippedWeight,
+) -> torch.Tensor:
+    """Old log-probabilities that make token-level code compute the wanted weight on every token.
+
+    Token-level code takes exp(log π_θ − old). With old = stop_grad(log π_θ) − log w the ratio of *every* token has the
+    value w and the gradient w·∇log π_θ(o_{i,t}), which is v2 Eq. 11, line (*), for every length normaliser. Where the
+    rule stops the gradient, `old` keeps its own gradient, so that the two cancel exactly.
+
+    Args:
+        per_token_logps: log-probabilities of the current policy, with gradient.
+        clipped: output of [`clip_log_weight`].
+
+    Returns:
+        (B, T) anchored log-probabilities, float32 or better.
+    """
+    anchor = torch.where(clipped.keeps_gradient, per_token_logps.detach(), per_token_logps)
+    return anchor - clipped.log_weight

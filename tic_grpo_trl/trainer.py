@@ -1,0 +1,180 @@
+"""TICGRPOTrainer: GRPOTrainer with trajectory-level importance correction.
+
+Kept from TRL: generation, rewards, advantages, the whole loss (KL, entropy bonus, off-policy mask, tool mask, vLLM
+correction, MoE loss, length normalisers), metrics, saving. Changed: between the forward pass and the loss, the old
+log-probabilities are *anchored*, so that the parent's token-level ratio of every token has the value and the gradient
+that the arm asks for (see `objective.anchored_old_logps`). Added: metrics of the trajectory ratio.
+"""
+
+import math
+import textwrap
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from torch import nn
+from transformers import PreTrainedModel, ProgressCallback
+from trl import GRPOTrainer
+from trl.trainer.utils import get_config_model_id
+
+from .config import TICGRPOConfig
+from .diagnostics import merge_steps, ratio_rows
+from .objective import anchored_old_logps, clip_log_weight, log_importance_weight, token_log_ratio
+from .progress import RewardProgressCallback
+
+
+logger = get_logger(__name__)
+
+METRIC_PREFIX = "trajectory_ratio"
+
+
+class TICGRPOTrainer(GRPOTrainer):
+    """
+    Trainer for TIC-GRPO (arXiv 2508.02833) and the papers' baselines and ablations, a drop-in for
+    [`~trl.GRPOTrainer`].
+
+    Args:
+        model, reward_funcs, *positional, **kwargs:
+            As in [`~trl.GRPOTrainer`].
+        args ([`TICGRPOConfig`], *optional*):
+            Configuration. If not given, one is built with the model's name.
+
+    Metrics of the trajectory ratio w' = P_θ/P_old, before any cap and over all processes, are logged under
+    `trajectory_ratio/` for every arm, and per inner step k = 1 … K under `trajectory_ratio/inner_<k>/`; names and units
+    are those of [`~tic_grpo_trl.diagnostics.ratio_metrics`]. TRL's `clip_ratio/*` are logged only for the arms whose
+    weight TRL computes itself, because it would see the other arms' weights after the cap.
+
+    Raises:
+        TypeError: if `args` is not a [`TICGRPOConfig`].
+        ValueError: if dropout is active although the weight is a product over the response.
+    """
+
+    args: TICGRPOConfig
+    model: PreTrainedModel
+
+    _tag_names = ["trl", "grpo", "tic-grpo"]
+    _name = "TIC-GRPO"
+    _paper = {
+        "title": "TIC-GRPO: Provable and Efficient Optimization for Reinforcement Learning from Human Feedback",
+        "id": "2508.02833",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{pang2025ticgrpo,
+                title        = {{TIC-GRPO: Provable and Efficient Optimization for Reinforcement Learning from Human
+                                 Feedback}},
+                author       = {Lei Pang and Ruinan Jin},
+                year         = 2025,
+                eprint       = {arXiv:2508.02833},
+            }"""),
+    }
+
+    def __init__(self, model, reward_funcs=None, args: TICGRPOConfig | None = None, *positional, **kwargs):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = TICGRPOConfig(f"{model_name.split('/')[-1]}-TIC-GRPO")
+        elif not isinstance(args, TICGRPOConfig):
+            raise TypeError(
+                f"args must be a TICGRPOConfig, got {type(args).__name__}: replace GRPOConfig(...) by "
+                "TICGRPOConfig(...); it takes the same fields."
+            )
+        super().__init__(model, reward_funcs, args, *positional, **kwargs)
+        self._settle_dropout()
+
+        self._level = str(args.importance_sampling_level)
+        self._clip = args.clip
+        self._anchored = args.is_anchored
+        if self._anchored:
+            # The weights reach the parent's token-level code already bounded, so its own clip must not act again.
+            self.importance_sampling_level = "token"
+            self.epsilon_low, self.epsilon_high = 1.0, math.inf
+        self._loss_inputs: dict[str, Any] | None = None  # set while the parent computes a loss
+        self._ratio_rows: list[torch.Tensor] = []  # of the current accumulation window, local
+        self._ratio_steps: dict[str, list] = {"train": [], "eval": []}  # (k, rows) per step, of all processes
+
+        if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
+            self.remove_callback(ProgressCallback)
+            self.add_callback(RewardProgressCallback)
+        settings = ", ".join(f"{name}={value}" for name, value in args.resolved_arm.items())
+        logger.info(f"TIC-GRPO settings in force: {settings}")
+
+    def _settle_dropout(self):
+        """Dropout makes R noise that grows with √T (two passes drop different units): switch off what TRL misses."""
+        active = [name for name, m in self.model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
+        for name, module in self.model.named_modules():
+            # Attention dropout is an argument of a function, not a module.
+            if isinstance(getattr(module, "attention_dropout", None), float) and module.attention_dropout > 0:
+                if self.args.disable_dropout:
+                    module.attention_dropout = 0.0
+                else:
+                    active.append(f"{name}.attention_dropout")
+        if active and self.args.importance_sampling_level == "trajectory":
+            raise ValueError(
+                f"Dropout is active in {len(active)} modules (first: {active[0]}), which makes the trajectory ratio "
+                "noise that grows with the response length: set disable_dropout=True (the default), or lora_dropout=0 "
+                "and the model's own dropout to 0."
+            )
+
+    def _compute_loss(self, model, inputs):
+        # The parent reads the old log-probabilities from this copy after its forward pass; the buffered rollout that
+        # `inputs` belongs to keeps the real ones.
+        self._loss_inputs = dict(inputs)
+        # `delta` is part of the weight already; the parent would apply it to A > 0 as well.
+        delta = self.args.delta
+        self.args.delta = None if self._anchored else delta
+        try:
+            loss = super()._compute_loss(model, self._loss_inputs)
+            if self._anchored and self._loss_inputs.get("old_per_token_logps") is inputs.get("old_per_token_logps"):
+                raise RuntimeError("This TRL version computes its loss in another way: install trl>=1.16,<1.17.")
+            return loss
+        finally:
+            self.args.delta = delta
+            self._loss_inputs = None
+
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        if self._loss_inputs is not None:
+            self._anchor(logps, self._loss_inputs)
+        return logps, entropies, aux_loss
+
+    def _anchor(self, per_token_logps: torch.Tensor, inputs: dict[str, Any]):
+        """Note the ratios of this micro-batch and, where the arm needs it, anchor its old log-probabilities."""
+        mask = inputs["completion_mask"]  # (B, T)
+        if "tool_mask" in inputs:
+            mask = mask * inputs["tool_mask"]
+        old_per_token_logps = inputs.get("old_per_token_logps")  # (B, T), None: on-policy
+        log_ratio = token_log_ratio(per_token_logps, old_per_token_logps, mask)  # (B, T)
+        log_weight = log_importance_weight(log_ratio, mask, self._level)  # (B, 1) or (B, T)
+        clipped = clip_log_weight(log_weight, inputs["advantages"], mask, self._clip)
+        self._ratio_rows.append(ratio_rows(log_ratio, clipped, inputs["advantages"], mask))
+        if self._anchored:
+            # The off-policy mask measures the drift from the real behaviour policy, not from the anchor.
+            if old_per_token_logps is None:
+                old_per_token_logps = per_token_logps.detach()
+            inputs.setdefault("sampling_per_token_logps", old_per_token_logps)
+            inputs["old_per_token_logps"] = anchored_old_logps(per_token_logps, clipped)
+        if self.accelerator.sync_gradients or not self.model.training:
+            self._close_ratio_window()
+
+    def _close_ratio_window(self):
+        """Gather the rows of one optimizer step (or evaluation batch); nothing is read from the device here."""
+        rows = self.accelerator.gather(torch.cat(self._ratio_rows))
+        self._ratio_rows.clear()
+        if not self.model.training:
+            self._ratio_steps["eval"].append((None, rows))
+            return
+        assert self.args.steps_per_generation is not None  # TRL's config fills it in
+        rollout_steps = self.args.steps_per_generation * self.num_iterations  # micro-batches per rollout
+        window = self.current_gradient_accumulation_steps
+        k = self._step % rollout_steps // window + 1 if rollout_steps > window else None
+        self._ratio_steps["train"].append((k, rows))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        metrics = self._metrics[mode]
+        for name, value in merge_steps(self._ratio_steps[mode]).items():
+            metrics[f"{METRIC_PREFIX}/{name}"].append(value)
+        self._ratio_steps[mode].clear()
+        if self._anchored:
+            for name in [name for name in metrics if name.startswith("clip_ratio/")]:
+                del metrics[name]
+        super().log(logs, start_time)
