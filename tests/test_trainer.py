@@ -539,8 +539,19 @@ def test_model_card_has_tags_and_citation(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.create_model_card(model_name="tiny")
     card = (tmp_path / "README.md").read_text()
-    for part in ("- tic-grpo", "- trl", "TIC-GRPO", "2508.02833", "Lei Pang and Ruinan Jin"):
+    for part in (
+        "- tic-grpo",
+        "- trl",
+        "TIC-GRPO",
+        "2508.02833",
+        "Lei Pang and Ruinan Jin",
+        "| `epsilon_high` | 0.28 |",
+    ):
         assert part in card
+    model = tiny_model()
+    model.config._name_or_path = str(tmp_path)  # a model from a local folder
+    make_trainer(tmp_path, model).create_model_card()
+    assert "None]" not in (tmp_path / "README.md").read_text()
 
 
 def test_evaluation_logs_its_own_ratios(tmp_path):
@@ -550,3 +561,26 @@ def test_evaluation_logs_its_own_ratios(tmp_path):
     logged = trainer.state.log_history[-1]
     assert logged["eval_trajectory_ratio/ess"] == pytest.approx(1.0, abs=1e-6)
     assert not any("inner_" in name for name in logged)
+
+
+def test_ratio_metrics_read_nothing_from_the_device_in_the_loss_path(tmp_path, monkeypatch):
+    """One gather per optimizer step, and no tensor is turned into a number before the log."""
+    trainer = make_trainer(tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=4)
+    inputs = batch(trainer.model)
+    logp = torch.randn(4, 6, requires_grad=True)
+    gathered = []
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda rows: gathered.append(rows) or rows)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("read from the device")
+
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 2
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+            patch.setattr(torch.Tensor, name, refuse)
+        for sync in (False, True):
+            trainer.accelerator.gradient_state._set_sync_gradients(sync)
+            trainer._anchor(logp, dict(inputs))
+            assert len(gathered) == sync
+    assert gathered[0].shape == (8, 7)

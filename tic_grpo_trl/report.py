@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -57,12 +58,9 @@ def summarize_run(log_history: LogHistory, args: TICGRPOConfig, reward_name: str
     }
 
 
-def smooth(values: list[float], window: int) -> list[float]:
-    """Mean over the last `window` values (fewer at the start)."""
-    return [
-        sum(values[max(0, i + 1 - window) : i + 1]) / len(values[max(0, i + 1 - window) : i + 1])
-        for i in range(len(values))
-    ]
+def smooth(steps: list[int], values: list[float], window: int) -> list[float]:
+    """Mean of the values whose step lies within the last `window` steps, for each step (in order)."""
+    return [fmean(v for s, v in zip(steps, values, strict=True) if step - window < s <= step) for step in steps]
 
 
 def plot_curves(log_history: LogHistory, path: str | Path, reward_name: str, window: int = 20) -> None:
@@ -72,15 +70,15 @@ def plot_curves(log_history: LogHistory, path: str | Path, reward_name: str, win
         log_history: as the trainer kept it.
         path: where to write the figure (the ending decides the format).
         reward_name: the reward function whose held-out mean is the accuracy.
-        window: logged points to average over for the thick lines.
+        window: updates to average over for the thick lines.
     """
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharex=True, constrained_layout=True)
 
     def draw(axis, name: str, label: str, colour: str):
         steps, values = series(log_history, name)
-        if values:
+        if any(values):
             axis.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
-            axis.plot(steps, smooth(values, window), color=colour, linewidth=2, label=label)
+            axis.plot(steps, smooth(steps, values, window), color=colour, linewidth=2, label=label)
 
     draw(axes[0, 0], "reward", "training reward", BLUE)
     steps, accuracy = series(log_history, accuracy_name(reward_name))

@@ -8,6 +8,7 @@ that the arm asks for (see `objective.anchored_old_logps`). Added: metrics of th
 
 import math
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -178,3 +179,17 @@ class TICGRPOTrainer(GRPOTrainer):
             for name in [name for name in metrics if name.startswith("clip_ratio/")]:
                 del metrics[name]
         super().log(logs, start_time)
+
+    def create_model_card(self, model_name: str | None = None, **kwargs) -> None:  # type: ignore[override]
+        folder = Path(str(self.args.output_dir))
+        super().create_model_card(model_name or folder.name, **kwargs)
+        if not self.is_world_process_zero():
+            return
+        path = folder / "README.md"
+        settings = "".join(f"| `{name}` | {value} |\n" for name, value in self.args.resolved_arm.items())
+        heading = "### Framework versions"
+        card = path.read_text().replace(heading, f"| setting | value |\n|---|---|\n{settings}\n{heading}")
+        # TRL writes "None" for a base model that is a local folder.
+        base_model = get_config_model_id(self.model.config)
+        card = card.replace("[None](https://huggingface.co/None)", f"`{Path(base_model).name}`")
+        path.write_text(card.replace('model="None"', f'model="{folder}"'))

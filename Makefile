@@ -1,0 +1,44 @@
+# `make` lists the targets. Everything runs in .venv, which `make install` builds once and rebuilds when a pin changes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+ARGS ?=
+
+export HF_HUB_OFFLINE ?= 1
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED) ## make .venv with the tested versions (nothing to do when nothing changed)
+
+# torch comes first and from the constraint, so that no other requirement picks another build of it.
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[wandb,test,docs]'
+	@touch $@
+
+train: install ## train the embedded starter on this CPU: accuracy before and after, curves in runs/starter
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml examples/train_tic_grpo.py \
+		--config examples/recipes/starter.yaml $(ARGS)
+
+test: lint ## lint, type check and every test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install ## ruff (lint and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+starter: install ## make the starter's model from nothing, in runs/starter-model
+	$(BIN)/python -m tic_grpo_trl.starter.build --output_dir runs/starter-model $(ARGS)
+
+docs: install ## API reference as HTML, in docs/_build
+	$(BIN)/pdoc -o docs/_build tic_grpo_trl
+
+clean: ## remove .venv, runs and caches
+	rm -rf $(VENV) runs docs/_build build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+.PHONY: help install train test lint starter docs clean

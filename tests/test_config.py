@@ -1,0 +1,203 @@
+"""config.py: the arms, explicit values, refusals by name, round trips, parsers."""
+
+import dataclasses
+import json
+import warnings
+
+import pytest
+import torch
+from conftest import CPU
+from trl import GRPOConfig, ModelConfig, TrlParser
+
+from tic_grpo_trl import ARMS, TICGRPOConfig
+from tic_grpo_trl.config import ARM_FIELDS
+
+
+def config(**fields) -> TICGRPOConfig:
+    return TICGRPOConfig(output_dir="unused", **CPU | fields)
+
+
+# The table of the papers' algorithms: level, clip mode, loss type, scaling, ε_low, ε_high, δ, σ
+TABLE = {
+    "tic_grpo": ("trajectory", "up_only", "dr_grpo", "none", None, 0.28, None, None),
+    "tic_grpo_released": ("trajectory", "up_only", "dr_grpo", "group", None, None, 3.0, 0.01),
+    "tic_grpo_truncated": ("trajectory", "truncated", "dr_grpo", "none", 0.2, 0.28, None, None),
+    "tic_grpo_v2": ("trajectory", "up_only", "grpo", "group", None, 0.28, None, None),
+    "grpo": ("token", "two_sided", "dapo", "none", 0.2, 0.28, None, None),
+    "grpo2": ("token", "up_only", "dr_grpo", "none", None, 0.28, None, None),
+    "grpo_ub_clip": ("token", "up_only", "dr_grpo", "none", None, 0.28, None, None),
+    "grpo_traj_is": ("trajectory", "two_sided", "dapo", "none", 0.2, 0.28, None, None),
+    "gspo": ("sequence", "two_sided", "grpo", "group", 3e-4, 4e-4, None, None),
+    "grpo_no_is": ("none", "none", "dapo", "none", None, None, None, None),
+}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_arms_resolve_to_the_table(arm):
+    args = config(arm=arm)
+    names = ("importance_sampling_level", "clip_mode", "loss_type", "scale_rewards")
+    names += ("epsilon", "epsilon_high", "delta", "length_scaled_cap")
+    assert tuple(getattr(args, name) for name in names) == TABLE[arm]
+    assert args.resolved_arm == {"arm": arm} | dict(zip(names, TABLE[arm], strict=True))
+    assert args.is_anchored == (arm not in ("grpo", "gspo"))
+    assert args.beta == 0.0
+
+
+def test_default_is_tic_grpo():
+    assert config().arm == "tic_grpo"
+    assert config().resolved_arm == config(arm="tic_grpo").resolved_arm
+
+
+def test_every_arm_names_only_known_fields():
+    assert all(set(fields) <= set(ARM_FIELDS) for fields in ARMS.values())
+    assert set(ARM_FIELDS) <= {field.name for field in dataclasses.fields(TICGRPOConfig)}
+    unset = {f.name: f.default for f in dataclasses.fields(TICGRPOConfig) if f.name in ARM_FIELDS}
+    assert set(unset.values()) == {None}
+
+
+def test_new_fields_have_help_and_are_documented():
+    inherited = {field.name for field in dataclasses.fields(GRPOConfig)}
+    for field in dataclasses.fields(TICGRPOConfig):
+        if field.name not in inherited or field.name in ARM_FIELDS:
+            assert field.metadata["help"]
+            assert f"        {field.name} (`" in TICGRPOConfig.__doc__
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"arm": "tic_grpo", "epsilon_high": 0.03}, {"epsilon_high": 0.03}),
+        ({"arm": "tic_grpo", "loss_type": "grpo"}, {"loss_type": "grpo", "clip_mode": "up_only"}),
+        ({"arm": "grpo", "scale_rewards": "group"}, {"scale_rewards": "group"}),
+        ({"scale_rewards": True}, {"scale_rewards": "group"}),
+        ({"scale_rewards": False}, {"scale_rewards": "none"}),
+        ({"arm": "tic_grpo", "clip_mode": "two_sided"}, {"epsilon": 0.2, "epsilon_high": 0.28}),
+        ({"arm": "grpo", "clip_mode": "up_only"}, {"epsilon": None, "epsilon_high": 0.28}),
+        ({"arm": "tic_grpo", "importance_sampling_level": "none"}, {"clip_mode": "none", "epsilon_high": None}),
+        ({"arm": "grpo_no_is", "importance_sampling_level": "trajectory"}, {"clip_mode": "up_only"}),
+        ({"arm": "grpo_no_is", "importance_sampling_level": "token"}, {"clip_mode": "two_sided", "epsilon": 0.2}),
+        ({"arm": "tic_grpo_released", "epsilon_high": 0.2}, {"length_scaled_cap": None, "delta": 3.0}),
+        ({"arm": "tic_grpo_released", "length_scaled_cap": 0.0}, {"epsilon_high": 0.28, "delta": 3.0}),
+        ({"arm": "tic_grpo_released", "clip_mode": "truncated"}, {"delta": None, "length_scaled_cap": 0.01}),
+        ({"arm": "tic_grpo_released", "importance_sampling_level": "token"}, {"length_scaled_cap": None}),
+        ({"arm": "tic_grpo", "length_scaled_cap": 0.02}, {"epsilon_high": None, "length_scaled_cap": 0.02}),
+        ({"arm": "tic_grpo_released", "delta": float("inf")}, {"delta": float("inf")}),
+    ],
+)
+def test_an_explicit_value_wins(fields, expected):
+    args = config(**fields)
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+REFUSED = [
+    ({"arm": "ticgrpo"}, r"Unknown arm 'ticgrpo': choose one of tic_grpo,"),
+    ({"importance_sampling_level": "trajektory"}, r"Unknown importance_sampling_level 'trajektory'"),
+    ({"clip_mode": "upper"}, r"Unknown clip_mode 'upper': choose one of up_only"),
+    ({"loss_type": "drgrpo"}, r"Unknown loss_type 'drgrpo'"),
+    ({"scale_rewards": "std"}, r"Unknown scale_rewards 'std'"),
+    (
+        {"epsilon": 0.2},
+        r"epsilon=0.2 has no effect with clip_mode='up_only': remove epsilon, or set clip_mode to one of",
+    ),
+    ({"arm": "tic_grpo_truncated", "delta": 3.0}, r"delta=3.0 has no effect with clip_mode='truncated'"),
+    ({"arm": "grpo_no_is", "epsilon_high": 0.2}, r"epsilon_high=0.2 has no effect with clip_mode='none'"),
+    ({"arm": "grpo_no_is", "clip_mode": "up_only"}, r"importance_sampling_level='none' does not go with clip_mode"),
+    ({"clip_mode": "none"}, r"importance_sampling_level='trajectory' does not go with clip_mode='none'"),
+    ({"epsilon_high": 0.2, "length_scaled_cap": 0.01}, r"both set the upper bound of the weight: remove one"),
+    ({"arm": "grpo2", "length_scaled_cap": 0.01}, r"length_scaled_cap=0.01 bounds a trajectory ratio"),
+    ({"epsilon_high": -0.1}, r"epsilon_high=-0.1 must be a positive number"),
+    ({"epsilon_high": float("nan")}, r"epsilon_high=nan must be a positive number"),
+    ({"length_scaled_cap": -1.0}, r"length_scaled_cap=-1.0 must be a positive number"),
+    ({"arm": "grpo", "epsilon": 1.5}, r"epsilon=1.5 must lie in \(0, 1\]"),
+    ({"delta": 1.1}, r"delta=1.1 must be greater than 1 \+ epsilon_high = 1.28"),
+    *[
+        ({"loss_type": loss_type}, rf"loss_type='{loss_type}' defines its own importance weight.*choose a loss_type of")
+        for loss_type in ("cispo", "sapo", "luspo", "vespo")
+    ],
+    ({"arm": "grpo2", "loss_type": "cispo"}, r"loss_type='cispo' defines its own importance weight"),
+    (
+        {"generation_batch_size": 32, "steps_per_generation": 2},
+        r"generation_batch_size=32 contradicts steps_per_generation=2, which makes 16",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSED)
+def test_contradictions_are_refused_by_name(fields, message):
+    with pytest.raises(ValueError, match=message):
+        config(**fields)
+
+
+@pytest.mark.parametrize("loss_type", ["cispo", "sapo", "vespo"])
+def test_trl_loss_types_stay_available_where_trl_computes_the_weight(loss_type):
+    assert config(arm="grpo", loss_type=loss_type).loss_type == loss_type
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"top_p": 0.95}, "top_p=0.95"),
+        ({"top_k": 50}, "top_k=50"),
+        ({"min_p": 0.1}, "min_p=0.1"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty=1.1"),
+        ({"generation_kwargs": {"top_k": 20}}, "top_k=20"),
+        ({"generation_kwargs": '{"top_p": 0.9}'}, "top_p=0.9"),
+    ],
+)
+def test_a_sampler_that_is_another_policy_is_pointed_out_once(fields, named):
+    with pytest.warns(UserWarning, match="is a different policy") as caught:
+        config(**fields)
+    messages = [str(warning.message) for warning in caught if "different policy" in str(warning.message)]
+    assert len(messages) == 1
+    assert named in messages[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        config()
+        config(arm="grpo", **fields)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_round_trips(arm, tmp_path):
+    args = config(arm=arm, steps_per_generation=4, learning_rate=3e-4)
+    from_dict = TICGRPOConfig(**args.to_dict())
+    assert from_dict.to_dict() == args.to_dict()
+    from_json = TICGRPOConfig(**json.loads(args.to_json_string()))
+    assert from_json.to_dict() == args.to_dict()
+    torch.save(args, tmp_path / "training_args.bin")  # what the trainer saves with a model
+    loaded = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    assert loaded.to_dict() == args.to_dict()
+    assert dataclasses.replace(args, seed=1).resolved_arm == args.resolved_arm
+
+
+def parse(tmp_path, yaml: str, *flags: str) -> TICGRPOConfig:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("output_dir: unused\nuse_cpu: true\nbf16: false\n" + yaml)
+    args, _ = TrlParser((TICGRPOConfig, ModelConfig)).parse_args_and_config(["--config", str(path), *flags])
+    return args
+
+
+def test_yaml_and_flags(tmp_path):
+    args = parse(tmp_path, "arm: tic_grpo_truncated\nepsilon_high: 0.5\nscale_rewards: false\n")
+    assert (args.clip_mode, args.epsilon, args.epsilon_high) == ("truncated", 0.2, 0.5)
+    assert args.scale_rewards == "none"
+
+    args = parse(tmp_path, "arm: tic_grpo\nepsilon_high: 0.5\n", "--arm", "grpo", "--scale_rewards", "True")
+    assert args.importance_sampling_level == "token"
+    assert (args.epsilon_high, args.scale_rewards) == (0.5, "group")  # a flag beats YAML, YAML beats the arm
+
+    with pytest.raises(ValueError, match="has no effect with clip_mode"):
+        parse(tmp_path, "arm: tic_grpo\n", "--epsilon", "0.1")
+
+
+def test_help_renders(capsys):
+    with pytest.raises(SystemExit):
+        TrlParser((TICGRPOConfig,)).parse_args_and_config(["--help"])
+    shown = capsys.readouterr().out
+    assert "--length_scaled_cap" in shown
+    assert "tic_grpo_released" in shown
+
+
+def test_float32_by_default_without_an_accelerator():
+    assert TICGRPOConfig(output_dir="unused", use_cpu=True).bf16 is False
+    assert TICGRPOConfig(output_dir="unused", use_cpu=True, bf16=True).bf16 is True
+    assert TICGRPOConfig(output_dir="unused").bf16 is torch.accelerator.is_available()

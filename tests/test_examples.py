@@ -1,0 +1,191 @@
+"""The training script end to end through `accelerate launch`, as a user starts it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tic_grpo_trl.starter import STARTER_MODEL
+
+
+ROOT = Path(__file__).parent.parent
+QUICK = (
+    "--per_device_train_batch_size 16 --steps_per_generation 4 --starter_train_size 64 --starter_test_size 16".split()
+)
+QUICK += "--per_device_eval_batch_size 16 --max_steps 8 --eval_steps 8".split()
+
+
+def launch(
+    *arguments, config="accelerate_configs/cpu.yaml", script="examples/train_tic_grpo.py", accelerate=(), cwd=ROOT
+):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / config), *accelerate]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    return subprocess.run(
+        [*command, str(ROOT / script), *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def train(output_dir, *arguments, **kwargs):
+    recipe = ROOT / "examples/recipes/starter.yaml"
+    done = launch("--config", recipe, "--output_dir", output_dir, *arguments, **kwargs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("starter")
+    return folder, train(folder, *QUICK)
+
+
+def test_run_folder_holds_what_the_readme_says(run):
+    folder, done = run
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["updates"] == 8
+    assert 0 < summary["accuracy_before"] < 1
+    assert 0 < summary["accuracy_after"] < 1
+    assert summary["seconds"] > 0
+    assert (summary["arm"], summary["clip_mode"], summary["seed"]) == ("tic_grpo", "up_only", 0)
+    assert set(summary["versions"]) == {"tic-grpo-trl", "trl", "transformers", "torch", "accelerate"}
+    assert (folder / "curves.png").stat().st_size > 20_000
+    assert "tic-grpo" in (folder / "README.md").read_text()
+    shown = f"held-out accuracy {summary['accuracy_before']:.3f} -> {summary['accuracy_after']:.3f} after 8 updates"
+    assert shown in done.stdout
+
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    last = [entry for entry in history if "trajectory_ratio/inner_4/ess" in entry]
+    assert len(last) == 2  # K = 4: two rollouts
+    assert [entry["step"] for entry in history if "reward" in entry] == [1, 5]
+
+
+def test_progress_bar_shows_reward_and_effective_sample_size(run):
+    _, done = run
+    final = done.stderr.replace("\r", "\n")
+    assert "reward=" in final
+    assert "ess=" in final
+    assert "FutureWarning" not in done.stderr
+    assert done.stderr.count("settings in force") == 1
+
+
+def test_saved_model_is_the_trained_one(run):
+    folder, _ = run
+    trained = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    start = AutoModelForCausalLM.from_pretrained(STARTER_MODEL).state_dict()
+    assert all(not torch.equal(value, start[name]) for name, value in trained.items())
+    assert all(value.isfinite().all() for value in trained.values())
+
+
+def test_own_model_data_reward_and_lora(tmp_path):
+    """What a user with another model and data set does, by flags alone."""
+    rows = [
+        {"prompt": [{"role": "user", "content": f"{a}+{b}+1=?"}], "target": str(a + b)}
+        for a in range(8)
+        for b in (2, 3)
+    ]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "my_rewards.py").write_text(
+        "def length_reward(completions, target, **kwargs):\n"
+        "    return [float(len(c[0]['content']) > 5 * int(t)) for c, t in zip(completions, target)]\n"
+    )
+    train(
+        tmp_path / "out",
+        *"--per_device_train_batch_size 8 --num_generations 4 --max_steps 3".split(),
+        *"--eval_strategy no --eval_on_start false".split(),
+        *"--reward_funcs my_rewards.length_reward --arm grpo_traj_is --epsilon 0.1 --epsilon_high 0.1".split(),
+        *"--use_peft --lora_r 4 --lora_target_modules q_proj v_proj --learning_rate 1e-2".split(),
+        *("--model_name_or_path", STARTER_MODEL, "--dataset_name", tmp_path / "data"),
+        cwd=tmp_path,
+    )
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["accuracy_after"] is None
+    assert (summary["arm"], summary["epsilon"], summary["updates"]) == ("grpo_traj_is", 0.1, 3)
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert len(adapter) == 12  # A and B of two projections in three layers
+    assert any(value.abs().sum() > 0 for name, value in adapter.items() if "lora_B" in name)
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert "rewards/length_reward/mean" in history[0]
+
+
+def test_mistakes_end_before_any_training(tmp_path):
+    recipe = ("--config", ROOT / "examples/recipes/starter.yaml", "--output_dir", tmp_path / "out")
+    wrong_reward = launch(*recipe, "--reward_funcs", "my_rewards.nothing")
+    assert wrong_reward.returncode != 0
+    assert "--reward_funcs my_rewards.nothing: give an import path" in wrong_reward.stderr
+    wrong_option = launch(*recipe, "--epsilon", "0.2")
+    assert wrong_option.returncode != 0
+    assert "epsilon=0.2 has no effect with clip_mode='up_only'" in wrong_option.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipe_resumes(tmp_path):
+    saving = ["--save_strategy", "steps", "--save_steps", "4"]
+    train(tmp_path, *QUICK, *saving)
+    whole = load_file(tmp_path / "model.safetensors")
+    train(tmp_path, *QUICK, *saving, "--resume_from_checkpoint", tmp_path / "checkpoint-4")
+    resumed = load_file(tmp_path / "model.safetensors")
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "reward" in entry] == [1, 5]
+    for name, value in resumed.items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-5)
+
+
+def test_cpu_config_is_known_to_accelerate():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    path = ROOT / "accelerate_configs" / "cpu.yaml"
+    loaded = load_config_from_file(str(path))
+    assert loaded.use_cpu is True
+    assert loaded.num_processes == 1
+    assert all(hasattr(loaded, key) for key in yaml.safe_load(path.read_text()))
+
+
+def test_ratio_metrics_are_global_over_processes(tmp_path):
+    """Two real processes: what rank 0 logs is computed from the rows of both."""
+    config = tmp_path / "ddp.yaml"
+    config.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nuse_cpu: true\nnum_processes: 2\n"
+        "mixed_precision: 'no'\nnum_machines: 1\nmachine_rank: 0\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    done = launch(
+        tmp_path, config=config, script="tests/workers/ratio_metrics.py", accelerate=("--main_process_port", port)
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["num_processes"] == 2
+    assert (
+        result["distributed_type"] == "DistributedType.MULTI_CPU"
+    )  # what accelerate makes of it on CPU: DDP over gloo
+    assert len(result["logged"]) == 4
+    for step, (logged, rows) in enumerate(zip(result["logged"], result["rows"], strict=True)):
+        assert len(rows) == 2
+        log_ratio = torch.tensor([row[1] for rank in rows for row in rank], dtype=torch.float64)
+        assert len(log_ratio) == 16
+        w = log_ratio.exp()
+        assert logged["trajectory_ratio/ess"] == pytest.approx(
+            (w.sum() ** 2 / (16 * w.square().sum())).item(), rel=1e-6
+        )
+        assert logged["trajectory_ratio/log_max"] == pytest.approx(log_ratio.max().item(), rel=1e-6)
+        k = step % 2 + 1
+        assert logged[f"trajectory_ratio/inner_{k}/log_std"] == pytest.approx(
+            log_ratio.std(correction=0).item(), rel=1e-6, abs=1e-12
+        )
+        if k == 2:  # the ranks hold different rows, so one rank's figure would be wrong
+            assert [row[1] for row in rows[0]] != [row[1] for row in rows[1]]
