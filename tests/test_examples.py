@@ -92,21 +92,19 @@ def test_saved_model_is_the_trained_one(run):
 def test_own_model_data_reward_and_lora(tmp_path):
     """What a user with another model and data set does, by flags alone."""
     rows = [
-        {"prompt": [{"role": "user", "content": f"{a}+{b}+1=?"}], "target": str(a + b)}
-        for a in range(8)
-        for b in (2, 3)
+        {"prompt": [{"role": "user", "content": f"{a}+{b}+1=?"}], "parity": a % 2} for a in range(8) for b in (2, 3)
     ]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "my_rewards.py").write_text(
-        "def length_reward(completions, target, **kwargs):\n"
-        "    return [float(len(c[0]['content']) > 5 * int(t)) for c, t in zip(completions, target)]\n"
+        "def parity_reward(completions, parity, **kwargs):\n"
+        "    return [float(sum(map(ord, c[0]['content'])) % 2 == p) for c, p in zip(completions, parity)]\n"
     )
     train(
         tmp_path / "out",
         *"--per_device_train_batch_size 8 --num_generations 4 --max_steps 3".split(),
         *"--eval_strategy no --eval_on_start false".split(),
-        *"--reward_funcs my_rewards.length_reward --arm grpo_traj_is --epsilon 0.1 --epsilon_high 0.1".split(),
+        *"--reward_funcs my_rewards.parity_reward --arm grpo_traj_is --epsilon 0.1 --epsilon_high 0.1".split(),
         *"--use_peft --lora_r 4 --lora_target_modules q_proj v_proj --learning_rate 1e-2".split(),
         *("--model_name_or_path", STARTER_MODEL, "--dataset_name", tmp_path / "data"),
         cwd=tmp_path,
@@ -118,7 +116,7 @@ def test_own_model_data_reward_and_lora(tmp_path):
     assert len(adapter) == 12  # A and B of two projections in three layers
     assert any(value.abs().sum() > 0 for name, value in adapter.items() if "lora_B" in name)
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
-    assert "rewards/length_reward/mean" in history[0]
+    assert "rewards/parity_reward/mean" in history[0]
 
 
 def test_mistakes_end_before_any_training(tmp_path):

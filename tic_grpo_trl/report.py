@@ -96,7 +96,7 @@ def plot_curves(log_history: LogHistory, path: str | Path, reward_name: str, win
     for axis in axes.flat:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False)
+            axis.legend(frameon=False, loc="lower right" if axis is axes[1, 0] else "best")
     for axis in axes[1]:
         axis.set_xlabel("update")
     figure.savefig(path, dpi=120)
