@@ -105,6 +105,7 @@ REFUSED = [
     ({"clip_mode": "none"}, r"importance_sampling_level='trajectory' does not go with clip_mode='none'"),
     ({"epsilon_high": 0.2, "length_scaled_cap": 0.01}, r"both set the upper bound of the weight: remove one"),
     ({"arm": "grpo2", "length_scaled_cap": 0.01}, r"length_scaled_cap=0.01 bounds a trajectory ratio"),
+    ({"max_completion_length": None}, r"loss_type='dr_grpo' divides by the constant T = max_completion_length"),
     ({"epsilon_high": -0.1}, r"epsilon_high=-0.1 must be a positive number"),
     ({"epsilon_high": float("nan")}, r"epsilon_high=nan must be a positive number"),
     ({"length_scaled_cap": -1.0}, r"length_scaled_cap=-1.0 must be a positive number"),

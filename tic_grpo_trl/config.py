@@ -291,6 +291,11 @@ class TICGRPOConfig(GRPOConfig):
                 f"importance_sampling_level={level!r} and clip_mode={mode!r}: choose a loss_type of "
                 f"{', '.join(_ANCHORED_LOSS_TYPES)}, or importance_sampling_level='token' with clip_mode='two_sided'."
             )
+        if self.loss_type == "dr_grpo" and self.max_completion_length is None:
+            raise ValueError(
+                "loss_type='dr_grpo' divides by the constant T = max_completion_length, which is None: set "
+                "max_completion_length, or choose another loss_type."
+            )
         if self.length_scaled_cap and level != "trajectory":
             raise ValueError(
                 f"length_scaled_cap={self.length_scaled_cap} bounds a trajectory ratio and means nothing at "

@@ -186,10 +186,11 @@ class TICGRPOTrainer(GRPOTrainer):
         if not self.is_world_process_zero():
             return
         path = folder / "README.md"
-        settings = "".join(f"| `{name}` | {value} |\n" for name, value in self.args.resolved_arm.items())
+        in_force = {name: value for name, value in self.args.resolved_arm.items() if value is not None}
+        settings = "".join(f"| `{name}` | {value} |\n" for name, value in in_force.items())
         heading = "### Framework versions"
         card = path.read_text().replace(heading, f"| setting | value |\n|---|---|\n{settings}\n{heading}")
         # TRL writes "None" for a base model that is a local folder.
-        base_model = get_config_model_id(self.model.config)
-        card = card.replace("[None](https://huggingface.co/None)", f"`{Path(base_model).name}`")
+        base_model = "/".join(Path(get_config_model_id(self.model.config)).parts[-2:])
+        card = card.replace("[None](https://huggingface.co/None)", f"`{base_model}`")
         path.write_text(card.replace('model="None"', f'model="{folder}"'))
