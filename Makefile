@@ -36,7 +36,7 @@ starter: install ## make the starter's model from nothing, in runs/starter-model
 	$(BIN)/python -m tic_grpo_trl.starter.build --output_dir runs/starter-model $(ARGS)
 
 docs: install ## API reference as HTML, in docs/_build
-	$(BIN)/pdoc -o docs/_build tic_grpo_trl
+	$(BIN)/pdoc --docformat google -o docs/_build tic_grpo_trl $(addprefix tic_grpo_trl.,config trainer objective diagnostics report starter)
 
 clean: ## remove .venv, runs and caches
 	rm -rf $(VENV) runs docs/_build build *.egg-info .mypy_cache .pytest_cache .ruff_cache

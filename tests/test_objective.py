@@ -77,6 +77,16 @@ def test_hand_computed_weights(clip, weight, advantage, value, gradient):
         torch.testing.assert_close(grad, torch.full((1, 4), gradient), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("bound", [math.log1p(0.28), math.log1p(-0.2)])
+def test_a_weight_exactly_at_a_bound_keeps_its_gradient(bound):
+    """The papers' events are w ≤ 1+ε_high and w ≥ 1−ε_low."""
+    clipped = clip_log_weight(torch.tensor([[bound]]), torch.tensor([-1.0]), torch.ones(1, 4), TRUNCATED)
+    assert not clipped.above
+    assert not clipped.below
+    assert clipped.keeps_gradient
+    assert clip_log_weight(torch.tensor([[bound]]), torch.tensor([1.0]), torch.ones(1, 4), UP_ONLY).keeps_gradient
+
+
 def test_the_length_scaled_cap_counts_only_the_tokens_that_the_policy_chose():
     mask = torch.tensor([[1, 1, 0, 1, 0, 0, 0, 0, 0, 1]])  # 4 tokens
     clipped = clip_log_weight(torch.tensor([[5.0]]), torch.tensor([1.0]), mask, Clip("up_only", length_scale=0.01))
