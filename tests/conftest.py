@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -71,7 +72,10 @@ def count_a(completions, **kwargs):
     return [text.split().count("a") / 4 for text in completions]
 
 
-TINY_PROMPTS = Dataset.from_dict({"prompt": ["a b", "b c d", "c", "d e a b"] * 8})
+# 32 prompts, all different, of two and three words
+TINY_PROMPTS = Dataset.from_dict(
+    {"prompt": [" ".join(p) for n in (2, 3) for p in itertools.product(WORDS[1:], repeat=n)][:32]}
+)
 
 CPU = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
 

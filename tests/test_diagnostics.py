@@ -67,6 +67,11 @@ def test_lower_bound_and_token_level_shares():
     assert metrics["clip_high_pos"] == pytest.approx(0.25)
 
 
+def test_shares_of_a_response_count_its_own_tokens():
+    rows = rows_of([[0.5, 0.0, 0.0, 0.0]], [1.0], mask=[[1.0, 1.0, 0.0, 0.0]], level="token")
+    assert ratio_metrics(rows)["clip_high_pos"] == pytest.approx(0.5)
+
+
 def test_per_token_advantages_split_a_response_by_sign():
     metrics = ratio_metrics(rows_of([[0.5, 0.5, 0.5, 0.5]], [[1.0, 1.0, 1.0, -1.0]]))
     assert (metrics["clip_high_pos"], metrics["clip_high_neg"]) == (1.0, 1.0)

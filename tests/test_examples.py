@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -152,8 +153,10 @@ def test_cpu_config_is_known_to_accelerate():
     assert all(hasattr(loaded, key) for key in yaml.safe_load(path.read_text()))
 
 
-def test_ratio_metrics_are_global_over_processes(tmp_path):
-    """Two real processes: what rank 0 logs is computed from the rows of both."""
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What tests/workers/ratio_metrics.py noted in two real processes (DDP over gloo)."""
+    tmp_path = tmp_path_factory.mktemp("ddp")
     config = tmp_path / "ddp.yaml"
     config.write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nuse_cpu: true\nnum_processes: 2\n"
@@ -172,6 +175,20 @@ def test_ratio_metrics_are_global_over_processes(tmp_path):
         result["distributed_type"] == "DistributedType.MULTI_CPU"
     )  # what accelerate makes of it on CPU: DDP over gloo
     assert len(result["logged"]) == 4
+    return result
+
+
+def test_partition_by_prompt_over_processes(two_processes):
+    prompts = [[tuple(p) for rank in ranks for p in rank] for ranks in two_processes["prompts"]]  # per mini-batch
+    for first, second in (prompts[:2], prompts[2:]):  # the two mini-batches of a rollout
+        assert not set(first) & set(second)
+        assert len(set(first) | set(second)) == 8
+        assert set(Counter(first + second).values()) == {4}
+
+
+def test_ratio_metrics_are_global_over_processes(two_processes):
+    """What rank 0 logs is computed from the rows of both."""
+    result = two_processes
     for step, (logged, rows) in enumerate(zip(result["logged"], result["rows"], strict=True)):
         assert len(rows) == 2
         log_ratio = torch.tensor([row[1] for rank in rows for row in rank], dtype=torch.float64)

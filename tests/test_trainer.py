@@ -1,6 +1,7 @@
 """trainer.py: parity with TRL, every inherited option under the trajectory level, and what is relied on inside TRL."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -316,7 +317,7 @@ def parameters(trainer):
 @pytest.mark.parametrize(("arm", "settings"), [("grpo", DAPO), ("gspo", GSPO)])
 def test_six_step_runs_equal_trl(tmp_path, arm, settings):
     run = {"max_steps": 6, "steps_per_generation": 2, "learning_rate": 0.01}
-    ours = make_trainer(tmp_path / "ours", arm=arm, **run)
+    ours = make_trainer(tmp_path / "ours", arm=arm, partition_by_prompt=False, **run)
     ours.train()
     theirs = make_trainer(tmp_path / "trl", trl=True, **settings, **run)
     theirs.train()
@@ -368,6 +369,80 @@ def test_reused_rollouts_and_accumulation_count_inner_steps(tmp_path):
         if "trajectory_ratio/ess" in entry
     ]
     assert inner == [[f"inner_{k}"] for k in (1, 2, 3, 4)] * 2
+
+
+def noted_windows(trainer):
+    """Trains and returns per optimizer step the (prompt, completion) of every row that its loss saw."""
+    windows, rows = [], []
+    compute_loss = trainer._compute_loss
+
+    def noted(model, inputs):
+        for mask, prompt, completion in zip(
+            inputs["prompt_mask"], inputs["prompt_ids"], inputs["completion_ids"], strict=True
+        ):
+            rows.append((tuple(prompt[mask.bool()].tolist()), tuple(completion.tolist())))
+        if trainer.accelerator.sync_gradients:
+            windows.append(rows.copy())
+            rows.clear()
+        return compute_loss(model, inputs)
+
+    trainer._compute_loss = noted
+    trainer.train()
+    return windows
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"per_device_train_batch_size": 8, "steps_per_generation": 4},
+        # each group of four spans two micro-batches
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "steps_per_generation": 16},
+        # reuse (v2's Algorithm 2): the same mini-batches again
+        {"per_device_train_batch_size": 8, "steps_per_generation": 2, "num_iterations": 2},
+    ],
+)
+def test_no_prompt_is_in_two_mini_batches_of_a_rollout(tmp_path, config):
+    windows = noted_windows(make_trainer(tmp_path, max_steps=8, learning_rate=1e-3, **config))
+    assert len(windows) == 8
+    for rollout in (windows[:4], windows[4:]):
+        if config.get("num_iterations"):
+            assert rollout[:2] == rollout[2:]
+            rollout = rollout[:2]
+        prompts = [{prompt for prompt, _ in window} for window in rollout]
+        assert all(len(window) == 8 for window in rollout)
+        assert all(len(of_window) == 2 for of_window in prompts)  # two whole groups
+        assert len(set.union(*prompts)) == 2 * len(rollout)  # disjoint
+        counts = Counter(prompt for window in rollout for prompt, _ in window)
+        assert set(counts.values()) == {4}  # every response once
+    assert [{p for p, _ in w} for w in windows[:4]] != [{p for p, _ in w} for w in windows[4:]]
+
+
+def test_partition_by_prompt_can_be_turned_off(tmp_path):
+    windows = noted_windows(make_trainer(tmp_path, max_steps=4, steps_per_generation=4, partition_by_prompt=False))
+    prompts = [{prompt for prompt, _ in window} for window in windows]
+    assert len(set.union(*prompts)) < sum(map(len, prompts))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"per_device_train_batch_size": 2, "steps_per_generation": 4},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 3},
+    ],
+)
+def test_where_groups_do_not_fit_it_says_so_and_shuffles_responses(tmp_path, caplog, config):
+    trainer = make_trainer(tmp_path, **config)
+    (message,) = [r.getMessage() for r in caplog.records if "partition_by_prompt" in r.getMessage()]
+    rows = config["per_device_train_batch_size"] * config.get("gradient_accumulation_steps", 1)
+    assert f"per_device_train_batch_size * gradient_accumulation_steps = {rows}" in message
+    assert "num_generations = 4" in message
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_a_single_mini_batch_needs_no_partition(tmp_path, caplog):
+    make_trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert not [r for r in caplog.records if "partition_by_prompt" in r.getMessage()]
 
 
 def test_trl_clip_ratio_is_logged_where_trl_computes_the_weight(tmp_path):

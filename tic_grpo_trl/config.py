@@ -131,6 +131,10 @@ class TICGRPOConfig(GRPOConfig):
             `"bnpo"`. TRL's other loss types need level `"token"` or `"sequence"` with clip mode `"two_sided"`.
         scale_rewards (`str` or `bool`, *optional*):
             `"none"` (reward − group mean, v5), `"group"` (divided by the group's std, v2) or `"batch"`.
+        partition_by_prompt (`bool`, *optional*, defaults to `True`):
+            Cut a rollout into mini-batches of whole groups, uniformly at random (v5 §2.2), where the batch sizes allow
+            it: `per_device_train_batch_size * gradient_accumulation_steps` must be a multiple of `num_generations`.
+            `False`: shuffle responses across mini-batches, as TRL does.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Differs from TRL: active dropout (LoRA's too) makes R a sum of noise that grows with √T.
         bf16 (`bool`, *optional*):
@@ -183,6 +187,10 @@ class TICGRPOConfig(GRPOConfig):
     scale_rewards: str | None = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "'none', 'group' or 'batch'. Default: from the arm."},
+    )
+    partition_by_prompt: bool = field(
+        default=True,
+        metadata={"help": "Mini-batches of whole groups, no prompt in two of them. False: shuffle responses, as TRL."},
     )
     disable_dropout: bool = field(
         default=True,

@@ -16,8 +16,14 @@ from accelerate.logging import get_logger
 from torch import nn
 from transformers import PreTrainedModel, ProgressCallback
 from trl import GRPOTrainer
-from trl.trainer.utils import get_config_model_id
+from trl.trainer.utils import (
+    get_config_model_id,
+    split_pixel_values_by_grid,
+    split_tensor_dict,
+    unsplit_pixel_values_by_grid,
+)
 
+from .batching import shuffle_prompts
 from .config import TICGRPOConfig
 from .diagnostics import merge_steps, ratio_rows
 from .objective import anchored_old_logps, clip_log_weight, log_importance_weight, token_log_ratio
@@ -52,6 +58,8 @@ class TICGRPOTrainer(GRPOTrainer):
 
     args: TICGRPOConfig
     model: PreTrainedModel
+    num_generations: int
+    _buffered_inputs: Any
 
     _tag_names = ["trl", "grpo", "tic-grpo"]
     _name = "TIC-GRPO"
@@ -92,6 +100,8 @@ class TICGRPOTrainer(GRPOTrainer):
         self._ratio_rows: list[torch.Tensor] = []  # of the current accumulation window, local
         self._ratio_steps: dict[str, list] = {"train": [], "eval": []}  # (k, rows) per step, of all processes
 
+        self._micro_batches = int(args.steps_per_generation or 1)  # of a rollout, on one process
+        self._by_prompt = self._can_partition_by_prompt()
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
             self.add_callback(RewardProgressCallback)
@@ -114,6 +124,32 @@ class TICGRPOTrainer(GRPOTrainer):
                 "noise that grows with the response length: set disable_dropout=True (the default), or lora_dropout=0 "
                 "and the model's own dropout to 0."
             )
+
+    def _can_partition_by_prompt(self) -> bool:
+        """Whether every mini-batch of a process can be made of whole groups; says so where it can't."""
+        steps, window = self._micro_batches, self.args.gradient_accumulation_steps
+        if not self.args.partition_by_prompt or steps <= window:
+            return False  # not wanted, or one mini-batch holds the whole rollout
+        rows = self.args.per_device_train_batch_size * window
+        if rows % self.num_generations == 0 and steps % window == 0:
+            return True
+        logger.warning(
+            "Responses are shuffled across the mini-batches of a rollout, splitting groups: partition_by_prompt needs "
+            f"per_device_train_batch_size * gradient_accumulation_steps = {rows} to be a multiple of num_generations = "
+            f"{self.num_generations}, and steps_per_generation = {steps} one of gradient_accumulation_steps = {window}."
+        )
+        return False
+
+    def _prepare_inputs(self, generation_batch):
+        if not (self._by_prompt and self.model.training):
+            return super()._prepare_inputs(generation_batch)
+        # The parent's buffer, filled in another order.
+        steps = self._micro_batches
+        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
+            rollout: Any = split_pixel_values_by_grid(self._generate_and_score_completions(generation_batch))
+            parts: list[Any] = split_tensor_dict(shuffle_prompts(rollout, self.num_generations), steps)
+            self._buffered_inputs = [unsplit_pixel_values_by_grid(part) for part in parts]
+        return self._buffered_inputs[self._step % steps]
 
     def _compute_loss(self, model, inputs):
         # The parent reads the old log-probabilities from this copy after its forward pass; the buffered rollout that
@@ -163,8 +199,7 @@ class TICGRPOTrainer(GRPOTrainer):
         if not self.model.training:
             self._ratio_steps["eval"].append((None, rows))
             return
-        assert self.args.steps_per_generation is not None  # TRL's config fills it in
-        rollout_steps = self.args.steps_per_generation * self.num_iterations  # micro-batches per rollout
+        rollout_steps = self._micro_batches * self.num_iterations
         window = self.current_gradient_accumulation_steps
         k = self._step % rollout_steps // window + 1 if rollout_steps > window else None
         self._ratio_steps["train"].append((k, rows))
