@@ -10,7 +10,6 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import copy
 import itertools
 
-import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -161,8 +160,3 @@ def relative_error(actual: dict, expected: dict) -> float:
     assert actual.keys() == expected.keys()
     difference = sum((actual[n].double() - expected[n].double()).square().sum() for n in expected)
     return float((difference / sum(g.double().square().sum() for g in expected.values())).sqrt())
-
-
-@pytest.fixture
-def quiet(caplog):
-    return caplog
