@@ -441,7 +441,7 @@ def test_where_groups_do_not_fit_it_says_so_and_shuffles_responses(tmp_path, cap
 
 
 def test_a_single_mini_batch_needs_no_partition(tmp_path, caplog):
-    make_trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    make_trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, steps_per_generation=2)
     assert not [r for r in caplog.records if "partition_by_prompt" in r.getMessage()]
 
 
@@ -608,6 +608,10 @@ def test_settings_in_force_are_logged_once(tmp_path, caplog):
     assert "arm=tic_grpo_v2" in lines[0]
     assert "epsilon_high=0.03" in lines[0]
     assert "loss_type=grpo" in lines[0]
+    assert "K = 1 updates per rollout (on-policy: every ratio is 1" in lines[0]
+    with caplog.at_level("INFO", logger="tic_grpo_trl"):
+        make_trainer(tmp_path, steps_per_generation=8, gradient_accumulation_steps=4, num_iterations=2)
+    assert caplog.records[-1].getMessage().endswith("K = 4 updates per rollout")
 
 
 def test_model_card_has_tags_and_citation(tmp_path):

@@ -106,7 +106,9 @@ class TICGRPOTrainer(GRPOTrainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(RewardProgressCallback)
         settings = ", ".join(f"{name}={value}" for name, value in args.resolved_arm.items())
-        logger.info(f"TIC-GRPO settings in force: {settings}")
+        updates = max(1, self._micro_batches * self.num_iterations // args.gradient_accumulation_steps)  # K
+        on_policy = " (on-policy: every ratio is 1; raise steps_per_generation for more)" if updates == 1 else ""
+        logger.info(f"TIC-GRPO settings in force: {settings}; K = {updates} updates per rollout{on_policy}")
 
     def _settle_dropout(self):
         """Dropout makes R noise that grows with √T (two passes drop different units): switch off what TRL misses."""
