@@ -637,6 +637,7 @@ def test_evaluation_logs_its_own_ratios(tmp_path):
     trainer = make_trainer(tmp_path, steps_per_generation=2, per_device_eval_batch_size=4)
     metrics = trainer.evaluate()
     assert "eval_reward" in metrics
+    assert trainer._buffered_inputs is None  # evaluation does not touch the training rollout
     logged = trainer.state.log_history[-1]
     assert logged["eval_trajectory_ratio/ess"] == pytest.approx(1.0, abs=1e-6)
     assert not any("inner_" in name for name in logged)
