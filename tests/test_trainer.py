@@ -161,6 +161,20 @@ def test_inherited_options_under_the_trajectory_level(tmp_path, variant):
         assert relative_error(gradients, plain) > 1e-3
 
 
+def test_the_off_policy_mask_measures_the_drift_per_token_not_the_anchor(tmp_path):
+    """One response with A < 0 has a mean drift of 0.13 and −R = 0.53: a threshold between the two keeps it."""
+    model = tiny_model()
+    inputs = batch(model, LENGTHS)
+    mask = inputs["completion_mask"]
+    drift = ((inputs["old_per_token_logps"] - logps(model, inputs)) * mask).sum(1)
+    assert 0.1 < drift[4] / mask[4].sum() < 0.2 < drift[4]
+    _, plain, *_ = loss_of(tmp_path, "plain")
+    for threshold, equal in ((0.2, True), (0.1, False)):
+        trainer = make_trainer(tmp_path, tiny_model(), off_policy_mask_threshold=threshold)
+        _, gradients = loss_and_gradients(trainer, inputs)
+        assert all(torch.equal(gradients[name], plain[name]) for name in plain) == equal
+
+
 def test_some_rows_lie_above_the_cap_in_these_tests():
     model = tiny_model()
     inputs = batch(model, LENGTHS)
