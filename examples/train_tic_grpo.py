@@ -8,10 +8,9 @@ way through sums), which needs no GPU and no download:
 
 A model and a data set of yours (columns `prompt` and whatever your reward functions read), on GPUs:
 
-    accelerate launch --config_file my_accelerate_config.yaml examples/train_tic_grpo.py \
-        --model_name_or_path Qwen/Qwen3-1.7B --dtype bfloat16 --dataset_name open-r1/DAPO-Math-17k-Processed \
-        --dataset_config all --reward_funcs trl.rewards.accuracy_reward --output_dir runs/qwen3 \
-        --use_vllm --vllm_mode colocate --arm tic_grpo
+    accelerate launch --config_file accelerate_configs/zero3.yaml examples/train_tic_grpo.py \
+        --model_name_or_path Qwen/Qwen3-1.7B --dtype bfloat16 --dataset_name trl-lib/DeepMath-103K \
+        --reward_funcs trl.rewards.accuracy_reward --output_dir runs/qwen3 --use_vllm --arm tic_grpo
 
 Every field of TICGRPOConfig and of TRL's ModelConfig is a flag and a key of the YAML that `--config` names.
 """

@@ -40,6 +40,16 @@ def test_summary():
     assert without["accuracy_after"] is None
 
 
+def test_a_reward_of_zero_is_drawn_and_an_unused_bound_is_not(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    zeros = [{"step": step, "reward": 0.0, "trajectory_ratio/clip_low_neg": 0.0} for step in (1, 2)]
+    plot_curves(zeros, tmp_path / "curves.png", "match")
+    reward, clip = figures[0].axes[0], figures[0].axes[3]
+    assert [text.get_text() for text in reward.get_legend().get_texts()] == ["training reward"]
+    assert clip.get_legend() is None
+
+
 def test_figure_shows_every_curve(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(plt, "close", figures.append)

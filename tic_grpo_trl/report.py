@@ -1,5 +1,6 @@
 """Figures and summaries from the log history of a run (`trainer.state.log_history`)."""
 
+from bisect import bisect_right
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -60,7 +61,7 @@ def summarize_run(log_history: LogHistory, args: TICGRPOConfig, reward_name: str
 
 def smooth(steps: list[int], values: list[float], window: int) -> list[float]:
     """Mean of the values whose step lies within the last `window` steps, for each step (in order)."""
-    return [fmean(v for s, v in zip(steps, values, strict=True) if step - window < s <= step) for step in steps]
+    return [fmean(values[bisect_right(steps, step - window) : bisect_right(steps, step)]) for step in steps]
 
 
 def plot_curves(log_history: LogHistory, path: str | Path, reward_name: str, window: int = 20) -> None:
@@ -76,7 +77,7 @@ def plot_curves(log_history: LogHistory, path: str | Path, reward_name: str, win
 
     def draw(axis, name: str, label: str, colour: str):
         steps, values = series(log_history, name)
-        if any(values):
+        if values:
             axis.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
             axis.plot(steps, smooth(steps, values, window), color=colour, linewidth=2, label=label)
 
@@ -91,7 +92,8 @@ def plot_curves(log_history: LogHistory, path: str | Path, reward_name: str, win
     axes[1, 0].set(ylabel="share of the mini-batch", ylim=(0, 1.02))
     draw(axes[1, 1], "trajectory_ratio/clip_high_pos", "above the cap, A > 0", BLUE)
     draw(axes[1, 1], "trajectory_ratio/clip_high_neg", "above the cap, A < 0", ORANGE)
-    draw(axes[1, 1], "trajectory_ratio/clip_low_neg", "below the lower bound, A < 0", GREY)
+    if any(series(log_history, "trajectory_ratio/clip_low_neg")[1]):  # rules without a lower bound log zeros
+        draw(axes[1, 1], "trajectory_ratio/clip_low_neg", "below the lower bound, A < 0", GREY)
     axes[1, 1].set(ylabel="share of responses of that sign", ylim=(0, None))
     for axis in axes.flat:
         axis.grid(alpha=0.3)

@@ -101,12 +101,13 @@ class TICGRPOTrainer(GRPOTrainer):
         self._ratio_steps: dict[str, list] = {"train": [], "eval": []}  # (k, rows) per step, of all processes
 
         self._micro_batches = int(args.steps_per_generation or 1)  # of a rollout, on one process
+        self._rollout_steps = self._micro_batches * self.num_iterations  # from one generation to the next
         self._by_prompt = self._can_partition_by_prompt()
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
             self.add_callback(RewardProgressCallback)
         settings = ", ".join(f"{name}={value}" for name, value in args.resolved_arm.items())
-        updates = max(1, self._micro_batches * self.num_iterations // args.gradient_accumulation_steps)  # K
+        updates = max(1, self._rollout_steps // args.gradient_accumulation_steps)  # K
         on_policy = " (on-policy: every ratio is 1; raise steps_per_generation for more)" if updates == 1 else ""
         logger.info(f"TIC-GRPO settings in force: {settings}; K = {updates} updates per rollout{on_policy}")
 
@@ -147,7 +148,7 @@ class TICGRPOTrainer(GRPOTrainer):
             return super()._prepare_inputs(generation_batch)
         # The parent's buffer, filled in another order.
         steps = self._micro_batches
-        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
+        if self._step % self._rollout_steps == 0 or self._buffered_inputs is None:
             rollout: Any = split_pixel_values_by_grid(self._generate_and_score_completions(generation_batch))
             parts: list[Any] = split_tensor_dict(shuffle_prompts(rollout, self.num_generations), steps)
             self._buffered_inputs = [unsplit_pixel_values_by_grid(part) for part in parts]
@@ -201,9 +202,8 @@ class TICGRPOTrainer(GRPOTrainer):
         if not self.model.training:
             self._ratio_steps["eval"].append((None, rows))
             return
-        rollout_steps = self._micro_batches * self.num_iterations
         window = self.current_gradient_accumulation_steps
-        k = self._step % rollout_steps // window + 1 if rollout_steps > window else None
+        k = self._step % self._rollout_steps // window + 1 if self._rollout_steps > window else None
         self._ratio_steps["train"].append((k, rows))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -228,6 +228,6 @@ class TICGRPOTrainer(GRPOTrainer):
         heading = "### Framework versions"
         card = path.read_text().replace(heading, f"| setting | value |\n|---|---|\n{settings}\n{heading}")
         # TRL writes "None" for a base model that is a local folder.
-        base_model = "/".join(Path(get_config_model_id(self.model.config)).parts[-2:])
+        base_model = "/".join(Path(get_config_model_id(self.model.config)).parts[-2:]) or "unnamed"
         card = card.replace("[None](https://huggingface.co/None)", f"`{base_model}`")
         path.write_text(card.replace('model="None"', f'model="{folder}"'))
