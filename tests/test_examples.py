@@ -153,10 +153,8 @@ def test_cpu_config_is_known_to_accelerate():
     assert all(hasattr(loaded, key) for key in yaml.safe_load(path.read_text()))
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """What tests/workers/ratio_metrics.py noted in two real processes (DDP over gloo)."""
-    tmp_path = tmp_path_factory.mktemp("ddp")
+def in_two_processes(worker, tmp_path):
+    """What a script of tests/workers noted in two real processes (DDP over gloo)."""
     config = tmp_path / "ddp.yaml"
     config.write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nuse_cpu: true\nnum_processes: 2\n"
@@ -166,13 +164,19 @@ def two_processes(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     done = launch(
-        tmp_path, config=config, script="tests/workers/ratio_metrics.py", accelerate=("--main_process_port", port)
+        tmp_path, config=config, script=f"tests/workers/{worker}.py", accelerate=("--main_process_port", port)
     )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["num_processes"] == 2
     # what accelerate makes of MULTI_GPU on CPU: DDP over gloo
     assert result["distributed_type"] == "DistributedType.MULTI_CPU"
+    return result
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    result = in_two_processes("ratio_metrics", tmp_path_factory.mktemp("ddp"))
     assert len(result["logged"]) == 4
     return result
 
@@ -183,6 +187,102 @@ def test_partition_by_prompt_over_processes(two_processes):
         assert not set(first) & set(second)
         assert len(set(first) | set(second)) == 8
         assert set(Counter(first + second).values()) == {4}
+
+
+@pytest.fixture(scope="module")
+def spanning(tmp_path_factory):
+    """Runs in which two rows of a process make half of a group of four in every mini-batch."""
+    return in_two_processes("partition", tmp_path_factory.mktemp("partition"))["cases"]
+
+
+def flat(ranks):
+    return [row for rank in ranks for row in rank]
+
+
+@pytest.mark.parametrize(
+    ("case", "mini_batches", "reuse", "rows_of_a_process"),
+    [
+        ("one micro-batch", 4, 1, 8),
+        ("accumulation and reuse", 4, 2, 8),
+        ("rollout cut inside a group", 3, 1, 6),
+    ],
+)
+def test_groups_that_span_processes(spanning, case, mini_batches, reuse, rows_of_a_process):
+    """No prompt in two mini-batches of a rollout, whole groups over the processes, every row once and unchanged."""
+    run = spanning[case]
+    windows, rollouts, per_rollout = run["windows"], run["generated"], mini_batches * reuse
+    assert run["messages"] == []
+    assert len(windows) == len(run["logged"]) == per_rollout * len(rollouts)
+    for number, rollout in enumerate(rollouts):
+        # the sampler hands the groups out in the order of the processes, where 6 rows are one and a half
+        of_all = flat(rollout)
+        groups = [[row["prompt"] for row in of_all[i : i + 4]] for i in range(0, len(of_all), 4)]
+        assert all(group == [group[0]] * 4 for group in groups)
+        assert [len(rank) for rank in rollout] == [rows_of_a_process] * 2
+
+        own = windows[number * per_rollout : (number + 1) * per_rollout]
+        used = {row["tag"]: row for row in of_all}
+        for first in range(0, per_rollout, mini_batches):
+            one_pass = own[first : first + mini_batches]
+            assert [[len(rank) for rank in window] for window in one_pass] == [[2, 2]] * mini_batches
+            rows = [flat(window) for window in one_pass]
+            assert sorted(row["tag"] for window in rows for row in window) == sorted(used)  # every row once
+            for window in rows:
+                assert len({tuple(row["prompt"]) for row in window}) == 1  # one whole group: four rows
+                rewards = [row["completion"].count(1) / 4 for row in window]  # count_a
+                mean = sum(rewards) / 4
+                assert [row["advantage"] for row in window] == pytest.approx([r - mean for r in rewards], abs=1e-6)
+            assert len({tuple(window[0]["prompt"]) for window in rows}) == mini_batches  # disjoint
+            assert [[row["tag"] for row in w] for w in rows] == [
+                [row["tag"] for row in flat(w)] for w in own[:mini_batches]
+            ]
+        for row in (row for window in own for row in flat(window)):
+            assert row | {"gap": 0.0} == used[row["tag"]]  # what was generated, value for value
+            assert row["gap"] < 1e-5  # and its old log-probabilities are those of the model that generated it
+    for step, entry in enumerate(run["logged"]):
+        if step % per_rollout == 0:  # the weights have not moved yet
+            assert max(abs(entry["trajectory_ratio/log_min"]), abs(entry["trajectory_ratio/log_max"])) < 1e-5
+        else:
+            assert entry["trajectory_ratio/log_std"] > 1e-4
+    assert run["parameters"][0] == run["parameters"][1]
+    assert run["moved"]
+
+
+def test_exchanged_prompts_are_in_random_order_and_rows_padded(spanning):
+    runs = [spanning[case] for case in ("one micro-batch", "accumulation and reuse", "rollout cut inside a group")]
+    order = [min(row["tag"] for row in flat(window)) for window in runs[0]["windows"]]
+    assert order[:4] != sorted(order[:4])
+    assert [tag[1:] for tag in order[:4]] != [tag[1:] for tag in order[4:]]
+    # the processes did hold rows of different widths; ids are padded with the pad token
+    assert any(a != b for run in runs for a, b in zip(*run["widths"], strict=True))
+    assert all(padding == [5] for run in runs for padding in run["padding"])
+
+
+def test_a_run_resumed_inside_a_rollout_generates_and_exchanges_anew(spanning):
+    run = spanning["resumed"]
+    (rollout,) = run["generated"]
+    assert len(run["windows"]) == 2  # of the 8 updates, 6 were done
+    prompts = [{tuple(row["prompt"]) for row in flat(window)} for window in run["windows"]]
+    assert [len(of_window) for of_window in prompts] == [1, 1]
+    assert prompts[0] != prompts[1]
+    tags = [row["tag"] for window in run["windows"] for row in flat(window)]
+    assert len(set(tags)) == 8
+    assert set(tags) < {row["tag"] for row in flat(rollout)}
+    assert run["parameters"][0] == run["parameters"][1]
+
+
+def test_rows_that_cannot_be_exchanged_are_named_and_responses_shuffled(spanning):
+    """Only one process holds the obstacle; both take the other path."""
+    run = spanning["rows that stay"]
+    (message,) = run["messages"]
+    assert "the rollout holds pictures, which cannot be exchanged" in message
+    assert "Make per_device_train_batch_size * gradient_accumulation_steps a multiple of num_generations" in message
+    (rollout,) = run["generated"]
+    for rank in range(2):
+        stayed = sorted(row["tag"] for window in run["windows"] for row in window[rank])
+        assert stayed == sorted(row["tag"] for row in rollout[rank])
+    assert any(len({tuple(row["prompt"]) for row in flat(window)}) > 1 for window in run["windows"])
+    assert run["parameters"][0] == run["parameters"][1]
 
 
 def test_ratio_metrics_are_global_over_processes(two_processes):

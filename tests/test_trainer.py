@@ -438,18 +438,23 @@ def test_partition_by_prompt_can_be_turned_off(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "obstacle"),
     [
-        {"per_device_train_batch_size": 2, "steps_per_generation": 4},
-        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 3},
+        (
+            {"per_device_train_batch_size": 2, "steps_per_generation": 4},
+            "per_device_train_batch_size * gradient_accumulation_steps * number of processes = 2 is not a multiple of "
+            "num_generations = 4",
+        ),
+        (
+            {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 3},
+            "steps_per_generation = 3 is not a multiple of gradient_accumulation_steps = 2",
+        ),
     ],
 )
-def test_where_groups_do_not_fit_it_says_so_and_shuffles_responses(tmp_path, caplog, config):
+def test_where_groups_do_not_fit_it_says_so_and_shuffles_responses(tmp_path, caplog, config, obstacle):
     trainer = make_trainer(tmp_path, **config)
     (message,) = [r.getMessage() for r in caplog.records if "partition_by_prompt" in r.getMessage()]
-    rows = config["per_device_train_batch_size"] * config.get("gradient_accumulation_steps", 1)
-    assert f"per_device_train_batch_size * gradient_accumulation_steps = {rows}" in message
-    assert "num_generations = 4" in message
+    assert message.endswith(f"responses are shuffled across mini-batches, splitting groups: {obstacle}.")
     trainer.train()
     assert trainer.state.global_step == 4
 

@@ -133,8 +133,11 @@ class TICGRPOConfig(GRPOConfig):
             `"none"` (reward − group mean, v5), `"group"` (divided by the group's std, v2) or `"batch"`.
         partition_by_prompt (`bool`, *optional*, defaults to `True`):
             Cut a rollout into mini-batches of whole groups, uniformly at random (v5 §2.2), where the batch sizes allow
-            it: `per_device_train_batch_size * gradient_accumulation_steps` must be a multiple of `num_generations`.
-            `False`: shuffle responses across mini-batches, as TRL does.
+            it: `per_device_train_batch_size * gradient_accumulation_steps * number of processes` must be a multiple of
+            `num_generations`, and `steps_per_generation` one of `gradient_accumulation_steps`. Where the groups of a
+            mini-batch have to span processes, these exchange rows once per rollout; rollouts with images cannot. Where
+            it is not possible, a message says why and responses are shuffled across mini-batches, as TRL does and as
+            `False` asks for.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Differs from TRL: active dropout (LoRA's too) makes R a sum of noise that grows with √T.
         bf16 (`bool`, *optional*):
