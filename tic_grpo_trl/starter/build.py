@@ -102,7 +102,10 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 
 def make_batch(
-    tokenizer: PreTrainedTokenizerFast, rng: random.Random, mix: tuple[float, float, float]
+    tokenizer: PreTrainedTokenizerFast,
+    rng: random.Random,
+    mix: tuple[float, float, float],
+    term_counts: tuple[int, ...] = TERM_COUNTS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One supervised batch of training problems, answered in styles drawn from `mix`.
 
@@ -111,7 +114,7 @@ def make_batch(
     """
     rows = []
     for _ in range(BATCH_SIZE):
-        terms = sample_problem(rng, "train", rng.choice(TERM_COUNTS))
+        terms = sample_problem(rng, "train", rng.choice(term_counts))
         style = rng.choices(STYLES, mix)[0]
         if style == "direct":
             sums = [max(0, sum(terms) + rng.randint(-GUESS_ERROR, GUESS_ERROR))]
@@ -143,7 +146,13 @@ def take_step(model: Qwen3ForCausalLM, optimizer: torch.optim.Optimizer, lr: flo
 
 
 @torch.no_grad()
-def measure(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: datasets.Dataset, seed: int) -> dict:
+def measure(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: datasets.Dataset,
+    seed: int,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> dict:
     """Samples one answer per problem at temperature 1 and scores it.
 
     Args:
@@ -151,6 +160,7 @@ def measure(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problem
         tokenizer: its tokenizer.
         problems: P rows of `make_dataset`.
         seed: seeds torch's global generator.
+        max_new_tokens: longest answer, in tokens.
 
     Returns:
         `accuracy`, `mean_tokens` (answer and its end), and under `styles` each style's `share` and `accuracy`.
@@ -171,9 +181,9 @@ def measure(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problem
             do_sample=True,
             temperature=1.0,
             top_k=0,
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=max_new_tokens,
         )
-        answer_ids = output[:, inputs["input_ids"].shape[1] :]  # (P, at most MAX_NEW_TOKENS)
+        answer_ids = output[:, inputs["input_ids"].shape[1] :]  # (P, at most max_new_tokens)
         answers = tokenizer.batch_decode(answer_ids, skip_special_tokens=True)
         num_tokens += (answer_ids != tokenizer.pad_token_id).sum().item()
         rewards += exact_match_reward(answers, part["solution"])
@@ -190,7 +200,14 @@ def measure(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problem
 
 
 def build(
-    output_dir: str | Path, seed: int = 0, chain_steps: int = 1300, remix_steps: int = 100, held_out: int = 2000
+    output_dir: str | Path,
+    seed: int = 0,
+    chain_steps: int = 1300,
+    remix_steps: int = 100,
+    held_out: int = 2000,
+    term_counts: tuple[int, ...] = TERM_COUNTS,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    start: str | Path | None = None,
 ) -> dict:
     """Trains the starter and saves model, tokenizer and `starter_card.json` to `output_dir`.
 
@@ -202,6 +219,9 @@ def build(
         chain_steps: steps of phase 1.
         remix_steps: steps of phase 2.
         held_out: number of held-out problems the model is measured on after each phase.
+        term_counts: numbers of terms of the problems.
+        max_new_tokens: longest answer when measuring.
+        start: model folder to go on from, such as the starter itself for longer problems; `None`: fresh weights.
 
     Returns:
         The content of the card.
@@ -209,19 +229,19 @@ def build(
     torch.manual_seed(seed)
     rng = random.Random(seed)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer)
+    model = build_model(tokenizer) if start is None else Qwen3ForCausalLM.from_pretrained(start)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
-    problems = make_dataset("test", held_out)
+    problems = make_dataset("test", held_out, term_counts=term_counts)
     card: dict = {"seed": seed, "parameters": model.num_parameters(), "held_out_problems": held_out}
     phases = (("chain", chain_steps, CHAIN_LR, WARMUP_STEPS, CHAIN_MIX), ("remix", remix_steps, REMIX_LR, 1, REMIX))
     for name, steps, peak_lr, warmup, mix in phases:
         model.train()
         for step in range(1, steps + 1):
             lr = peak_lr * min(step / warmup, 1.0, 1.05 - step / steps)
-            loss = take_step(model, optimizer, lr, make_batch(tokenizer, rng, mix))
+            loss = take_step(model, optimizer, lr, make_batch(tokenizer, rng, mix, term_counts))
             if step % 100 == 0:
                 print(f"{name} {step}/{steps} loss {loss:.3f}", flush=True)
-        card[f"after_{name}"] = {"steps": steps, **measure(model, tokenizer, problems, seed)}
+        card[f"after_{name}"] = {"steps": steps, **measure(model, tokenizer, problems, seed, max_new_tokens)}
         print(json.dumps(card[f"after_{name}"]), flush=True)
     card["versions"] = {lib.__name__: lib.__version__ for lib in (torch, transformers, tokenizers, datasets)}
     model.save_pretrained(output_dir)

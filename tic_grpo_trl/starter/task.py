@@ -58,17 +58,18 @@ def sample_problem(rng: random.Random, split: Split, num_terms: int) -> tuple[in
             return terms
 
 
-def make_dataset(split: Split, size: int, seed: int = 0) -> Dataset:
+def make_dataset(split: Split, size: int, seed: int = 0, term_counts: tuple[int, ...] = TERM_COUNTS) -> Dataset:
     """Distinct problems of one split, in random order.
 
-    The splits are disjoint by construction (see `split_of`). The number of terms is uniform over 3 to 6 as far as
-    distinct problems allow: no length gives more than half of its problems (450 of three terms in `train`, 50 in
+    The splits are disjoint by construction (see `split_of`). The number of terms is uniform over `term_counts` as far
+    as distinct problems allow: no length gives more than half of its problems (450 of three terms in `train`, 50 in
     `test`), and what a short length cannot give the longer ones share.
 
     Args:
         split: `"train"` or `"test"`.
-        size: number of rows, at most 499,950 for `train` and 55,550 for `test`.
+        size: number of rows, at most 499,950 for `train` and 55,550 for `test` with three to six terms.
         seed: the same seed gives the same rows.
+        term_counts: numbers of terms, in increasing order.
 
     Returns:
         A dataset with the columns `prompt` (one user message, `3+8+5+9=?`) and `solution` (str, `25`).
@@ -78,13 +79,13 @@ def make_dataset(split: Split, size: int, seed: int = 0) -> Dataset:
     """
     if split not in SPLIT_SHARE:
         raise ValueError(f"split is {split!r}; pass one of {', '.join(map(repr, SPLIT_SHARE))}")
-    most = {n: round(SPLIT_SHARE[split] * 10**n) // 2 for n in TERM_COUNTS}
+    most = {n: round(SPLIT_SHARE[split] * 10**n) // 2 for n in term_counts}
     if not 1 <= size <= sum(most.values()):
         raise ValueError(f"size is {size}; for split={split!r} pass a size from 1 to {sum(most.values())}")
     rng = random.Random(seed)
     problems: dict[tuple[int, ...], None] = {}  # an ordered set
-    for i, num_terms in enumerate(TERM_COUNTS):
-        fair_share = -(-(size - len(problems)) // (len(TERM_COUNTS) - i))  # rounded up
+    for i, num_terms in enumerate(term_counts):
+        fair_share = -(-(size - len(problems)) // (len(term_counts) - i))  # rounded up
         wanted = len(problems) + min(fair_share, most[num_terms])
         while len(problems) < wanted:
             problems[sample_problem(rng, split, num_terms)] = None
