@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ARGS ?=
+STUDY := $(BIN)/python -m tic_grpo_trl.study
 
 export HF_HUB_OFFLINE ?= 1
 
@@ -35,10 +36,22 @@ lint: install ## ruff (lint and format) and mypy
 starter: install ## make the starter's model from nothing, in runs/starter-model
 	$(BIN)/python -m tic_grpo_trl.starter.build --output_dir runs/starter-model $(ARGS)
 
+study: install ## the nine arms on three seeds, side by side: tables and figures in runs/study
+	$(STUDY) $(ARGS)
+
+study-quick: install ## the same in minutes: two seeds, half the updates
+	$(STUDY) --plan quick $(ARGS)
+
+study-tuned: install ## each arm at its own best learning rate and cap, in two regimes
+	$(STUDY) --plan tuned $(ARGS)
+
+theory: install ## exact checks of the papers' claims on enumerable policies: report and figures in runs/theory
+	$(BIN)/python -m tic_grpo_trl.theory $(ARGS)
+
 docs: install ## API reference as HTML, in docs/_build
-	$(BIN)/pdoc --docformat google -o docs/_build tic_grpo_trl $(addprefix tic_grpo_trl.,config trainer objective diagnostics report starter)
+	$(BIN)/pdoc --docformat google -o docs/_build tic_grpo_trl $(addprefix tic_grpo_trl.,config trainer objective diagnostics report starter study theory)
 
 clean: ## remove .venv, runs and caches
 	rm -rf $(VENV) runs docs/_build build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
-.PHONY: help install train test lint starter docs clean
+.PHONY: help install train test lint starter study study-quick study-tuned theory docs clean

@@ -1,0 +1,96 @@
+"""A fair comparison: every arm at its own best settings, chosen on seeds that the comparison does not use."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from .runs import Run
+from .tables import Results, label
+
+
+# Two widths of cap per arm: as published, and wider by the factor that the arm's own scale allows.
+CAPS: dict[str, tuple[str, ...]] = {
+    "tic_grpo": ("epsilon_high=0.28", "epsilon_high=1.0"),
+    "tic_grpo_released": ("length_scaled_cap=0.01", "length_scaled_cap=0.05"),
+    "tic_grpo_truncated": ("epsilon=0.2,epsilon_high=0.28", "epsilon=0.5,epsilon_high=1.0"),
+    "tic_grpo_v2": ("epsilon_high=0.28", "epsilon_high=1.0"),
+    "grpo": ("epsilon=0.2,epsilon_high=0.28", "epsilon=0.5,epsilon_high=1.0"),
+    "grpo2": ("epsilon_high=0.28", "epsilon_high=1.0"),
+    "grpo_traj_is": ("epsilon=0.2,epsilon_high=0.28", "epsilon=0.5,epsilon_high=1.0"),
+    "gspo": ("epsilon=0.0003,epsilon_high=0.0004", "epsilon=0.01,epsilon_high=0.01"),
+    "grpo_no_is": ("",),  # nothing to clip
+    # not an arm: the trajectory ratio with PPO's rule and the constant normaliser
+    "tic_grpo:clip_mode=two_sided": ("epsilon=0.2,epsilon_high=0.28", "epsilon=0.5,epsilon_high=1.0"),
+}
+
+
+@dataclass(frozen=True)
+class Regime:
+    """Where arms are compared.
+
+    Args:
+        title: for the report.
+        task: key of [`~tic_grpo_trl.study.runs.TASKS`].
+        learning_rates: the grid, the same for every arm.
+        selection_seeds: the seeds that an arm's settings are chosen on; more where seeds differ more.
+    """
+
+    title: str
+    task: str
+    learning_rates: tuple[float, ...]
+    selection_seeds: tuple[int, ...]
+
+
+REGIMES = {
+    "small_drift": Regime("Small drift: low rate, longer responses", "long", (1e-4, 2e-4), (100,)),
+    "high_drift": Regime("High drift: high rate, short responses", "starter", (3e-4, 6e-4), (100, 101)),
+}
+REPORT_SEEDS = (0, 1, 2, 3, 4)
+STEPS = 48  # updates per run: where the curves are steepest
+
+
+def spec(arm: str, *settings: str) -> str:
+    """An arm's specification with more settings: `spec("tic_grpo", "delta=3")` gives `"tic_grpo:delta=3"`."""
+    name, _, own = arm.partition(":")
+    settings = tuple(text for text in (own, *settings) if text)
+    return f"{name}:{','.join(settings)}" if settings else name
+
+
+def candidates(arm: str, regime: Regime) -> list[str]:
+    """Every setting of an arm in the grid: learning rates times caps."""
+    return [spec(arm, caps, f"learning_rate={rate:g}") for rate in regime.learning_rates for caps in CAPS[arm]]
+
+
+def make_runs(specs: Iterable[str], seeds: Iterable[int], regime: Regime, k: int, test_size: int) -> list[Run]:
+    """Runs of a regime, evaluated at their end; every arm gets its first seed before any gets its second."""
+    specs = list(specs)
+    return [Run(arm, seed, STEPS, k, regime.task, test_size, eval_steps=STEPS) for seed in seeds for arm in specs]
+
+
+def choose(results: Results, arms: Sequence[str], regime: Regime) -> dict[str, str]:
+    """Each arm's specification with the highest training reward, mean over the run and the selection seeds.
+
+    The mean over the run is the least noisy measure there is (a few thousand responses), and it values speed and
+    stability both.
+    """
+
+    def score(candidate: str) -> float:
+        return fmean(result.measure("reward") for result in results[candidate])
+
+    return {arm: max(candidates(arm, regime), key=score) for arm in arms}
+
+
+def grid_table(results: Results, arms: Sequence[str], regime: Regime) -> str:
+    """A markdown table of the selection: mean training reward over the run in points, best of each row in bold."""
+    rates = [f"{rate:g}" for rate in regime.learning_rates]
+    lines = [f"| arm | cap | {' | '.join(f'lr {rate}' for rate in rates)} |", "|---|---|" + "---|" * len(rates)]
+    best = choose(results, arms, regime)
+    for arm in arms:
+        for caps in CAPS[arm]:
+            cells = []
+            for rate in rates:
+                candidate = spec(arm, caps, f"learning_rate={rate}")
+                value = f"{100 * fmean(result.measure('reward') for result in results[candidate]):.1f}"
+                cells.append(f"**{value}**" if candidate == best[arm] else value)
+            lines.append(f"| {label(arm)} | {caps.replace(',', ', ') or '–'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
