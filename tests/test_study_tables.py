@@ -77,10 +77,10 @@ def test_comparison_table():
 
 
 def test_verdicts_need_an_interval_without_zero():
-    results = results_of(grpo=[0.5, 0.5], gspo=[0.4, 0.45], grpo2=[0.6, 0.4], tic_grpo=[0.6, 0.55], tic_grpo_v2=[0.9])
+    results = results_of(grpo=[0.5, 0.5], gspo=[0.4, 0.45], grpo2=[0.7, 0.4], tic_grpo=[0.6, 0.55], tic_grpo_v2=[0.9])
     assert verdicts(results).splitlines() == [
         "- ahead of `grpo`: tic_grpo (+7.5)",
-        "- level with `grpo`: grpo2 (+0.0)",
+        "- level with `grpo`: grpo2 (+5.0)",
         "- behind `grpo`: gspo (-7.5)",
     ]
 

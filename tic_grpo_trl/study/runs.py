@@ -145,7 +145,8 @@ def start_model(task: str, output_dir: Path) -> str:
     with FileLock(f"{folder}.lock"):
         if not (folder / "starter_card.json").exists():
             print(f"making the weights that the {task!r} runs start from, in {folder} (two minutes)", flush=True)
-            spec = TASKS[task]
+            spec, threads = TASKS[task], torch.get_num_threads()
+            torch.set_num_threads(1)  # the same weights, bit for bit, on every machine of a kind
             build(
                 folder,
                 chain_steps=300,
@@ -155,6 +156,7 @@ def start_model(task: str, output_dir: Path) -> str:
                 max_new_tokens=spec.max_completion_length,
                 start=STARTER_MODEL,
             )
+            torch.set_num_threads(threads)
     return str(folder)
 
 
