@@ -36,7 +36,7 @@ lint: install ## ruff (lint and format) and mypy
 starter: install ## make the starter's model from nothing, in runs/starter-model
 	$(BIN)/python -m tic_grpo_trl.starter.build --output_dir runs/starter-model $(ARGS)
 
-study: install ## the nine arms on three seeds, side by side: tables and figures in runs/study
+study: install ## all arms on three seeds, side by side: tables and figures in runs/study
 	$(STUDY) $(ARGS)
 
 study-quick: install ## the same in minutes: two seeds, half the updates

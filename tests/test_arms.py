@@ -41,6 +41,11 @@ def tic_grpo_released(r, a, high=None):  # the authors' code: log-cap 0.01·√|
     return [up_only(w, a, 3.0 if a < 0 else high or math.exp(0.01 * math.sqrt(len(r))))] * len(r)
 
 
+def tic_grpo_capped(r, a, high=HIGH):  # truncated importance sampling: min(w, cap)·A·∇log π
+    w = math.prod(math.exp(x) for x in r)
+    return [(min(w, high) * a, min(w, high) * a)] * len(r)
+
+
 def tic_grpo_truncated(r, a, high=HIGH):  # A > 0 as PPO; A < 0: nothing below 1 − ε_low, weight held at 1 + ε_high
     w = math.prod(math.exp(x) for x in r)
     if a >= 0:
@@ -80,6 +85,7 @@ NORMALISERS = {
 FORMULAS = {
     "tic_grpo": (tic_grpo, "constant"),
     "tic_grpo_released": (tic_grpo_released, "constant"),
+    "tic_grpo_capped": (tic_grpo_capped, "constant"),
     "tic_grpo_truncated": (tic_grpo_truncated, "constant"),
     "tic_grpo_v2": (tic_grpo, "per response"),
     "grpo": (grpo, "all tokens"),

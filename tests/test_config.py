@@ -21,6 +21,7 @@ def config(**fields) -> TICGRPOConfig:
 TABLE = {
     "tic_grpo": ("trajectory", "up_only", "dr_grpo", "none", None, 0.28, None, None),
     "tic_grpo_released": ("trajectory", "up_only", "dr_grpo", "group", None, None, 3.0, 0.01),
+    "tic_grpo_capped": ("trajectory", "capped", "dr_grpo", "none", None, 0.28, None, None),
     "tic_grpo_truncated": ("trajectory", "truncated", "dr_grpo", "none", 0.2, 0.28, None, None),
     "tic_grpo_v2": ("trajectory", "up_only", "grpo", "group", None, 0.28, None, None),
     "grpo": ("token", "two_sided", "dapo", "none", 0.2, 0.28, None, None),

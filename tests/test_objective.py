@@ -17,6 +17,7 @@ from tic_grpo_trl.objective import (
 
 UP_ONLY = Clip("up_only", epsilon_high=0.28)
 TWO_SIDED = Clip("two_sided", epsilon_low=0.2, epsilon_high=0.28)
+CAPPED = Clip("capped", epsilon_high=0.28)
 TRUNCATED = Clip("truncated", epsilon_low=0.2, epsilon_high=0.28)
 RELEASED = Clip("up_only", delta=3.0, length_scale=0.01)
 
@@ -44,6 +45,11 @@ HAND_COMPUTED = [
     (UP_ONLY, 1.1, -1.0, 1.1, 1.1),
     (UP_ONLY, 0.5, 1.0, 0.5, 0.5),
     (UP_ONLY, 0.5, -1.0, 0.5, 0.5),
+    (CAPPED, 1.5, 1.0, 1.28, 1.28),
+    (CAPPED, 1.5, -1.0, 1.28, 1.28),
+    (CAPPED, 1.1, -1.0, 1.1, 1.1),
+    (CAPPED, 0.5, -1.0, 0.5, 0.5),
+    (Clip("capped", epsilon_high=0.28, delta=3.0), 4.0, -1.0, 3.0, 3.0),
     (TWO_SIDED, 1.5, 1.0, 1.28, 0.0),
     (TWO_SIDED, 1.5, -1.0, 1.5, 1.5),
     (TWO_SIDED, 0.5, 1.0, 0.5, 0.5),
@@ -182,7 +188,9 @@ def papers_surrogate(logps, old, advantages, mask, level, clip):
             high = (
                 math.exp(clip.length_scale * math.sqrt(length)) if clip.length_scale else 1 + (clip.epsilon_high or 0)
             )
-            if clip.mode == "up_only":
+            if clip.mode == "capped":  # min(w, cap)·A·∇log π
+                row.append((min(w, high) * a, min(w, high) * a))
+            elif clip.mode == "up_only":
                 limit = clip.delta if clip.delta and a < 0 else high
                 row.append((min(w, limit) * a, w * a if w <= limit else 0.0))
             elif clip.mode == "two_sided":  # min(wA, clip(w)A)
@@ -210,10 +218,12 @@ def papers_surrogate(logps, old, advantages, mask, level, clip):
     [
         ("trajectory", UP_ONLY),
         ("trajectory", TWO_SIDED),
+        ("trajectory", CAPPED),
         ("trajectory", TRUNCATED),
         ("trajectory", RELEASED),
         ("trajectory", Clip("two_sided", epsilon_low=0.2, length_scale=0.05)),
         ("trajectory", Clip("truncated", epsilon_low=0.2, length_scale=0.05)),
+        ("trajectory", Clip("capped", length_scale=0.05)),
         ("token", UP_ONLY),
         ("token", TRUNCATED),
         ("sequence", UP_ONLY),

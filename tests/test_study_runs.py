@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tic_grpo_trl.study.__main__ import main
 from tic_grpo_trl.study.runs import Run, execute, execute_all, last_checkpoint, parse_settings
@@ -87,9 +88,9 @@ def test_same_seed_means_same_prompts_for_every_arm(tmp_path):
     assert first[0] == first[1]  # the first rollout comes from the same weights
 
 
-def test_a_killed_run_goes_on_and_ends_where_an_uninterrupted_one_does(tmp_path):
+def test_a_killed_study_goes_on_and_ends_where_an_uninterrupted_one_does(tmp_path):
     whole = execute(small(), tmp_path / "whole")
-    process = multiprocessing.get_context("spawn").Process(target=execute, args=(small(), tmp_path / "killed"))
+    process = multiprocessing.get_context("spawn").Process(target=execute_all, args=([small()], tmp_path / "killed", 1))
     process.start()
     folder = tmp_path / "killed" / "runs" / small().name
     deadline = time.monotonic() + 120
@@ -97,8 +98,9 @@ def test_a_killed_run_goes_on_and_ends_where_an_uninterrupted_one_does(tmp_path)
         time.sleep(0.005)
     process.kill()
     process.join()
-    assert last_checkpoint(folder)
-    assert not (folder / "summary.json").exists()  # it was killed in time
+    with FileLock(folder / "lock", timeout=30):  # the worker ends with its parent
+        assert last_checkpoint(folder)
+        assert not (folder / "summary.json").exists()  # it was killed in time
     execute(small(), tmp_path / "killed")
     assert curve(folder, "reward", "loss", "eval_reward") == curve(whole, "reward", "loss", "eval_reward")
 

@@ -21,7 +21,10 @@ ARMS: dict[str, dict[str, Any]] = {
     # the authors' released loss: cap σ√|o_i| for A > 0, dual clip 3.0 for A < 0
     "tic_grpo_released": _UP_ONLY
     | {"length_scaled_cap": 0.01, "delta": 3.0, "loss_type": "dr_grpo", "scale_rewards": "group"},
-    # ours: truncated importance sampling with PPO's lower bound
+    # ours: truncated importance sampling, min(w', 1+ε_high)·A·∇log π_θ for either sign of A
+    "tic_grpo_capped": _UP_ONLY
+    | {"clip_mode": "capped", "epsilon_high": 0.28, "loss_type": "dr_grpo", "scale_rewards": "none"},
+    # ours: the same for A < 0, PPO's rule for A > 0, PPO's lower bound
     "tic_grpo_truncated": {
         "importance_sampling_level": "trajectory",
         "clip_mode": "truncated",
@@ -90,6 +93,7 @@ _BOUNDS = ("epsilon", "epsilon_high", "delta", "length_scaled_cap")
 _BOUNDS_READ = {
     "up_only": {"epsilon_high", "delta", "length_scaled_cap"},
     "two_sided": {"epsilon", "epsilon_high", "delta", "length_scaled_cap"},
+    "capped": {"epsilon_high", "delta", "length_scaled_cap"},
     "truncated": {"epsilon", "epsilon_high", "length_scaled_cap"},
     "none": set(),
 }
@@ -107,13 +111,15 @@ class TICGRPOConfig(GRPOConfig):
 
     Parameters:
         arm (`str`, *optional*, defaults to `"tic_grpo"`):
-            Named settings of the papers' algorithms: `tic_grpo`, `tic_grpo_released`, `tic_grpo_truncated`,
-            `tic_grpo_v2`, `grpo`, `grpo2` (= `grpo_ub_clip`), `grpo_traj_is`, `gspo`, `grpo_no_is`.
+            Named settings of the papers' algorithms: `tic_grpo`, `tic_grpo_released`, `tic_grpo_capped`,
+            `tic_grpo_truncated`, `tic_grpo_v2`, `grpo`, `grpo2` (= `grpo_ub_clip`), `grpo_traj_is`, `gspo`,
+            `grpo_no_is`.
         importance_sampling_level (`str`, *optional*):
             `"token"` and `"sequence"` as in TRL; `"trajectory"`: one weight per response, the *product* of its token
             ratios, P_θ/P_old; `"none"`: weight 1 and gradient A·∇log π_θ.
         clip_mode (`str`, *optional*):
             `"up_only"`: above `1 + epsilon_high` the gradient is 0 for either sign of the advantage, no lower bound;
+            `"capped"`: the weight is held at `1 + epsilon_high` with its gradient kept, for either sign;
             `"two_sided"`: PPO's rule, with TRL's optional `delta`; `"truncated"`: PPO's rule, except that for A < 0 the
             weight is held at `1 + epsilon_high` with its gradient kept; `"none"`: only with level `"none"`.
         epsilon (`float`, *optional*):
@@ -160,8 +166,8 @@ class TICGRPOConfig(GRPOConfig):
     clip_mode: str | None = field(
         default=None,
         metadata={
-            "help": "'up_only' (cap for either sign of the advantage), 'two_sided' (PPO), 'truncated' or 'none'. "
-            "Default: from the arm."
+            "help": "'up_only' (gradient 0 above the cap, for either sign of the advantage), 'capped' (gradient kept), "
+            "'two_sided' (PPO), 'truncated' or 'none'. Default: from the arm."
         },
     )
     epsilon: float | None = field(  # type: ignore[assignment]

@@ -15,7 +15,7 @@ import torch
 
 
 LEVELS = ("token", "sequence", "trajectory", "none")
-CLIP_MODES = ("up_only", "two_sided", "truncated", "none")
+CLIP_MODES = ("up_only", "capped", "two_sided", "truncated", "none")
 
 # Where a rule has no upper bound (PPO's clip at A < 0), the weight is held at e^20 so that no loss or gradient is inf.
 LOG_WEIGHT_BOUND = 20.0
@@ -26,7 +26,7 @@ class Clip:
     """The clip rule of an arm.
 
     Args:
-        mode: `"up_only"`, `"two_sided"`, `"truncated"` or `"none"`, see [`clip_log_weight`].
+        mode: `"up_only"`, `"capped"`, `"two_sided"`, `"truncated"` or `"none"`, see [`clip_log_weight`].
         epsilon_low: lower bound of the weight is `1 - epsilon_low` (modes with a lower bound).
         epsilon_high: upper bound of the weight is `1 + epsilon_high`, unless `length_scale` is set.
         delta: upper bound of the weight for A < 0 where it differs (TRL's `delta`, the released code's dual clip).
@@ -127,6 +127,7 @@ def clip_log_weight(
     | mode | A ≥ 0, above 1+ε_high | A < 0, above 1+ε_high | A < 0, below 1−ε_low |
     |---|---|---|---|
     | `up_only` (v2 §4, v5 §3) | held at 1+ε_high, gradient 0 | the same, or at `delta` | – |
+    | `capped` (ours) | held at 1+ε_high, gradient kept | the same, or at `delta` | – |
     | `two_sided` (PPO, v2 Eq. 5) | held at 1+ε_high, gradient 0 | –, or at `delta` | at 1−ε_low, gradient 0 |
     | `truncated` (ours) | held at 1+ε_high, gradient 0 | held at 1+ε_high, gradient kept | at 1−ε_low, gradient 0 |
     | `none` | – | – | – |
@@ -163,7 +164,7 @@ def clip_log_weight(
         log_high = torch.full_like(log_weight, math.log1p(clip.epsilon_high))
     log_delta = unbounded if clip.delta is None else torch.full_like(log_weight, math.log(clip.delta))
 
-    if clip.mode == "up_only":
+    if clip.mode in ("up_only", "capped"):
         high = log_high if clip.delta is None else torch.where(gains, log_high, log_delta)
         low = -unbounded
     elif clip.mode in ("two_sided", "truncated"):
@@ -174,7 +175,9 @@ def clip_log_weight(
         raise ValueError(f"Unknown clip_mode {clip.mode!r}: choose one of {', '.join(CLIP_MODES)}.")
 
     above, below = log_weight > high, log_weight < low
-    stopped = below | (above & gains if clip.mode == "truncated" else above)
+    # which of the weights above their bound lose their gradient, by the sign of A
+    stops_above = {"capped": torch.zeros_like(gains), "truncated": gains}.get(clip.mode, torch.ones_like(gains))
+    stopped = below | (above & stops_above)
     bounded = torch.minimum(torch.maximum(log_weight, low), high).clamp(max=LOG_WEIGHT_BOUND)
     return ClippedWeight(bounded, ~stopped, above=above, below=below)
 

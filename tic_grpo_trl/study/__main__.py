@@ -1,6 +1,6 @@
 """The study: train the arms side by side on the embedded task, then report what came out.
 
-    python -m tic_grpo_trl.study                        # the nine arms on three seeds
+    python -m tic_grpo_trl.study                        # all arms on three seeds
     python -m tic_grpo_trl.study --plan quick           # the same in minutes
     python -m tic_grpo_trl.study --plan tuned           # every arm at its own best settings, in two regimes
     python -m tic_grpo_trl.study --arms tic_grpo tic_grpo:epsilon_high=1.0 grpo --seeds 0 1 --learning_rate 1e-4
@@ -11,6 +11,7 @@ choice of arms or seeds costs only what is new.
 
 import os
 import sys
+import warnings
 from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
@@ -19,7 +20,7 @@ from ..config import ARMS
 from .report import report_comparison, report_tuned
 from .runs import TASKS, Run, execute_all, parse_settings
 from .tables import load
-from .tuning import CAPS, REGIMES, REPORT_SEEDS, candidates, choose, make_runs
+from .tuning import CAPS, REGIMES, REPORT_SEEDS, SELECTION_SEEDS, candidates, choose, make_runs
 
 
 ALL_ARMS = [name for name in ARMS if name != "grpo_ub_clip"]  # an alias
@@ -90,7 +91,7 @@ def tune(args: StudyArguments) -> str:
     grids, finals = {}, {}
     for name, regime in REGIMES.items():
         specs = [candidate for arm in arms for candidate in candidates(arm, regime)]
-        runs = make_runs(specs, regime.selection_seeds, regime, args.k, test_size=100)  # the accuracy plays no part
+        runs = make_runs(specs, SELECTION_SEEDS, regime, args.k, test_size=100)  # the accuracy plays no part
         grids[name] = load(execute_all(runs, args.output_dir, args.workers))
         best = choose(grids[name], arms, regime)
         runs = make_runs(best.values(), args.seeds or REPORT_SEEDS, regime, args.k, args.test_size)
@@ -100,6 +101,8 @@ def tune(args: StudyArguments) -> str:
 
 
 def main() -> None:
+    # TRL still uses names that transformers renamed; nothing a user of this command could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     parser = HfArgumentParser(
         StudyArguments,  # type: ignore[arg-type]
         description="Train the arms side by side on the embedded task, then report what came out.",

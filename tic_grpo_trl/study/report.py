@@ -22,7 +22,7 @@ from .tables import (
     paired_differences,
     ratio_table,
 )
-from .tuning import REGIMES, choose, grid_table
+from .tuning import REGIMES, SELECTION_SEEDS, choose, grid_table
 
 
 PUBLISHED = Path("docs/study/qwen3_8b_train_reward.csv")  # of the repository; left out where it is not there
@@ -158,7 +158,7 @@ def report_tuned(
         results = finals[key]
         best = choose(grids[key], arms, regime)
         baseline = best.get("grpo", "")
-        seeds = ", ".join(map(str, regime.selection_seeds))
+        seeds = ", ".join(map(str, SELECTION_SEEDS))
         parts += [
             f"## {regime.title}",
             _provenance(arguments, results),

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, wait
@@ -234,8 +235,17 @@ def _start_worker(log_file: str, threads: int, updates: Any) -> None:
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
     torch.set_num_threads(threads)
+    threading.Thread(target=_follow_parent, daemon=True).start()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.basicConfig(format="%(message)s")
+
+
+def _follow_parent() -> None:
+    """End with the study: a pool's worker whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _execute_in_worker(run: Run, output_dir: Path) -> Path:

@@ -4,6 +4,7 @@ python -m tic_grpo_trl.theory --output_dir runs/theory
 """
 
 import argparse
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from .report import theory_report
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; `arguments` as on the command line."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # TRL uses names it renamed
     parser = argparse.ArgumentParser(prog="python -m tic_grpo_trl.theory", description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", default="runs/theory", help="folder for the figures and theory.md")
     parser.add_argument("--quick", action="store_true", help="a smoke test of seconds: tiny sizes, numbers mean little")

@@ -98,7 +98,7 @@ class Check:
 
 
 def package_arms() -> dict[str, Arm]:
-    """The package's nine arms, without the alias `grpo_ub_clip`."""
+    """The package's arms, without the alias `grpo_ub_clip`."""
     return {name: package_arm(name) for name in ARMS if name != "grpo_ub_clip"}
 
 

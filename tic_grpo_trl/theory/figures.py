@@ -21,6 +21,7 @@ AMBER, SKY, PURPLE, BLACK = "#E69F00", "#56B4E9", "#CC79A7", "#000000"
 ARM_STYLES = {
     "tic_grpo": (BLUE, "-", "o"),
     "tic_grpo_released": (SKY, "--", "s"),
+    "tic_grpo_capped": (SKY, "-", "d"),
     "tic_grpo_truncated": (PURPLE, "-.", "D"),
     "tic_grpo_v2": (GREY, ":", "v"),
     "grpo": (ORANGE, "-", "^"),
