@@ -145,7 +145,7 @@ def test_the_command_from_arms_to_report(tmp_path):
     assert "12/12" in done.stderr  # the progress bar: updates
     assert "3/3 runs" in done.stderr
     report = (tmp_path / "mine.md").read_text()
-    for row in ("| grpo | 1 |", "| tic_grpo, delta=3 | 1 |", "| grpo_no_is | 1 |"):
+    for row in ("| grpo | 1 |", "| tic_grpo, delta 3 | 1 |", "| grpo_no_is | 1 |"):
         assert row in report
     figures = sorted(path.name for path in tmp_path.glob("*.png"))
     assert figures == ["mine_arms.png", "mine_causes.png", "mine_fig1.png", "mine_inner.png"]

@@ -102,7 +102,7 @@ def test_runs_are_loaded_by_arm_in_the_order_of_their_seeds(tmp_path):
     loaded = load(folders)
     assert list(loaded) == ["tic_grpo:delta=3", "grpo"]
     assert [run.seed for run in loaded["tic_grpo:delta=3"]] == [0, 1]
-    assert label("tic_grpo:epsilon=0.2,delta=3") == "tic_grpo, epsilon=0.2, delta=3"
+    assert label("tic_grpo:epsilon=0.2,delta=3") == "tic_grpo, ε 0.2, delta 3"
 
 
 def test_every_arm_is_in_the_grid_with_valid_settings():
@@ -137,8 +137,10 @@ def test_each_arm_gets_its_best_settings():
     best = choose(results, list(CAPS), regime)
     assert best["tic_grpo"] == winner
     assert best["gspo"] == candidates("gspo", regime)[0]
-    row = next(line for line in grid_table(results, list(CAPS), regime).splitlines() if "| epsilon_high=1.0 |" in line)
-    assert row == "| tic_grpo | epsilon_high=1.0 | 50.0 | **90.0** |"
+    row = next(
+        line for line in grid_table(results, list(CAPS), regime).splitlines() if "| tic_grpo | ε_high 1.0 |" in line
+    )
+    assert row == "| tic_grpo | ε_high 1.0 | 50.0 | **90.0** |"
 
 
 def test_reports_name_what_they_show(tmp_path):

@@ -212,7 +212,7 @@ def test_multisets_weigh_like_ordered_groups(small):
     assert row[(0, 1, 2)] == pytest.approx(float(6 * p[0] * p[1] * p[2]))
 
 
-@pytest.mark.parametrize("name", ["tic_grpo", "grpo", "tic_grpo_v2", "tic_grpo_truncated"])
+@pytest.mark.parametrize("name", ["tic_grpo", "grpo", "tic_grpo_v2", "tic_grpo_truncated", "tic_grpo_capped"])
 def test_group_expectation_by_plain_loops(name):
     """Ordered pairs, one at a time, from per-token autograd scores: normaliser, group mean, group std, clip."""
     task = tree_task(3, 2, 1, seed=4)
@@ -239,13 +239,22 @@ def test_group_expectation_by_plain_loops(name):
                 normaliser = (1 / lengths[i] if arm.loss_type == "grpo" else 1 / task.horizon) / 2
             for t in range(lengths[i]):
                 w = float(ratios[i].prod() if arm.level == "trajectory" else ratios[i, t])
-                if arm.clip.mode == "up_only" or a >= 0:
+                if arm.clip.mode == "capped":
+                    kept, w = True, min(w, 1.28)
+                elif arm.clip.mode == "up_only" or a >= 0:
                     kept = w <= 1.28
                 else:
                     kept, w = w >= 0.8, min(w, 1.28) if arm.clip.mode == "truncated" else w
                 probability = float(behaviour.p_old[pair[0]] * behaviour.p_old[pair[1]])
                 total += probability * normaliser * kept * w * a * scores[i][t]
     assert relative(expected_group_update(behaviour, theta, arm, 2), total) <= EXACT
+
+
+def test_keeping_the_gradient_at_the_cap_is_nearer_to_the_gradient_than_stopping_it(large):
+    for drift in (0.1, 0.3, 1.0):
+        theta = drifted_policy(large.theta_old, drift, 2)
+        capped, stopped = (bias_of_arm(large, theta, package_arm(n)) for n in ("tic_grpo_capped", "tic_grpo"))
+        assert 0 < capped.direction_error < 0.6 * stopped.direction_error
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -1,6 +1,7 @@
 """Figures of the study: arms against each other, mean over seeds with a band from the lowest to the highest seed."""
 
 import csv
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def _grid_of_arms(results: Results, draw: Callable[[Axes, str], None], path: Pat
     )
     for axis, arm in zip(axes.flat, results, strict=False):
         draw(axis, arm)
-        axis.set_title(label(arm), fontsize=10)
+        axis.set_title(textwrap.fill(label(arm), 40), fontsize=10 if len(label(arm)) <= 40 else 8)
         axis.grid(alpha=0.3)
     for number, axis in enumerate(axes.flat):
         axis.set_visible(number < len(results))

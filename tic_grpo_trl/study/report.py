@@ -34,7 +34,8 @@ FIGURE_1 = ("grpo", "grpo_no_is")
 
 HOW_TO_READ = (
     "In points: mean over seeds ± standard deviation (difference to `grpo` on the same seeds, and its 95 % bootstrap "
-    "interval over seeds; with so few seeds the interval is too narrow rather than too wide)."
+    "interval over seeds; with few seeds it is too narrow rather than too wide). An arm's own settings: lr "
+    "is `learning_rate`, 1 − ε and 1 + ε_high are the bounds of the weight, σ is `length_scaled_cap`."
 )
 
 
@@ -65,7 +66,7 @@ def verdicts(results: Results, baseline: str = "grpo", measure: str = "reward") 
         low, high = bootstrap_interval(differences)
         group = "ahead of" if low > 0 else "behind" if high < 0 else "level with"
         groups[group].append(f"{label(arm)} ({100 * fmean(differences):+.1f})")
-    return "\n".join(f"- {group} `{baseline}`: {', '.join(arms) or 'none'}" for group, arms in groups.items())
+    return "\n".join(f"- {group} `{label(baseline)}`: {', '.join(arms) or 'none'}" for group, arms in groups.items())
 
 
 def report_comparison(results: Results, folder: str | Path, name: str, arguments: Sequence[str]) -> Path:

@@ -64,9 +64,19 @@ def load(folders: Sequence[Path]) -> Results:
     return {arm: sorted(runs, key=lambda result: result.seed) for arm, runs in results.items()}
 
 
+SHORT = {"learning_rate": "lr", "epsilon": "ε", "epsilon_high": "ε_high", "length_scaled_cap": "σ"}
+
+
+def short(settings: str) -> str:
+    """Settings as short text: `epsilon=0.1,learning_rate=0.01` gives `ε 0.1, lr 0.01`."""
+    pairs = (pair.partition("=") for pair in settings.split(",") if pair)
+    return ", ".join(f"{SHORT.get(key, key)} {value}" for key, _, value in pairs)
+
+
 def label(arm: str) -> str:
-    """An arm's specification as text: `tic_grpo:epsilon_high=1.0` gives `tic_grpo, epsilon_high=1.0`."""
-    return arm.replace(":", ", ").replace(",", ", ").replace(",  ", ", ")
+    """An arm's specification as short text: `gspo:learning_rate=0.01` gives `gspo, lr 0.01`."""
+    name, _, own = arm.partition(":")
+    return f"{name}, {short(own)}" if own else name
 
 
 def bootstrap_interval(values: Sequence[float], resamples: int = 10_000) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from .runs import Run
-from .tables import Results, label
+from .tables import Results, label, short
 
 
 # Two widths of cap per arm: as published, and wider by the factor that the arm's own scale allows.
@@ -92,5 +92,5 @@ def grid_table(results: Results, arms: Sequence[str], regime: Regime) -> str:
                 candidate = spec(arm, caps, f"learning_rate={rate}")
                 value = f"{100 * fmean(result.measure('reward') for result in results[candidate]):.1f}"
                 cells.append(f"**{value}**" if candidate == best[arm] else value)
-            lines.append(f"| {label(arm)} | {caps.replace(',', ', ') or '–'} | {' | '.join(cells)} |")
+            lines.append(f"| {label(arm)} | {short(caps) or '–'} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -133,7 +133,7 @@ def _averaged(results: Results, name: str, clipped: bool, drift: float, quantity
 def _findings(results: Results) -> str:
     """What came out against what the papers say; the wording follows the numbers."""
     drift = 0.1 if 0.1 in results.scale.drifts else results.scale.drifts[1]
-    own = {n: _averaged(results, n, True, drift) for n in ("tic_grpo", "grpo2", "grpo")}
+    own = {n: _averaged(results, n, True, drift) for n in ("tic_grpo", "tic_grpo_capped", "grpo2", "grpo")}
     spread = results.spreads[results.scale.drifts.index(drift)][0]
     clip_costs = own["tic_grpo"] > own["grpo2"]
 
@@ -164,7 +164,8 @@ def _findings(results: Results) -> str:
         f"1+ε_high = 1.28 on both, at drift {drift:g} (standard deviation of R: {spread:.2f} nats) the direction error "
         f"is {own['tic_grpo']:.3f} for `tic_grpo`, {own['grpo2']:.3f} for `grpo2` and {own['grpo']:.3f} for `grpo`: R "
         'sums over the response, so the same cap is reached at a smaller drift. "Unbiased" is a statement about the '
-        "update without its clip.",
+        "update without its clip. Most of that is the gradient that the clip stops, not the weight that it bounds: "
+        f"held at the same cap with its gradient kept (`tic_grpo_capped`), the error is {own['tic_grpo_capped']:.3f}.",
         "**The group mean shrinks the update.** A response is in its own group mean, so the exact expectation is "
         "(G−1)/G of the i.i.d. form for a clip that does not look at the sign of A and a constant normaliser (section "
         "3). v2 calls this a sampling error that vanishes; it is a known factor. With a sign-dependent clip, the "
