@@ -42,7 +42,7 @@ class Regime:
 
 REGIMES = {
     "small_drift": Regime("Small drift: low rate, longer responses", "long", (1e-4, 2e-4)),
-    "high_drift": Regime("High drift: high rate, short responses", "starter", (3e-4, 6e-4)),
+    "high_drift": Regime("High drift: high rate, short responses", "starter", (3e-4, 6e-4, 1.2e-3)),
 }
 SELECTION_SEEDS = (100,)
 REPORT_SEEDS = (0, 1, 2, 3, 4)
