@@ -69,20 +69,20 @@ def plot_comparison(results: Results, arms: Sequence[str], path: Path) -> None:
     _save(figure, path)
 
 
-def _grid_of_arms(results: Results, draw: Callable[[Axes, str], None], path: Path, xlabel: str, ylabel: str) -> None:
+def _grid_of_arms(arms: list[str], draw: Callable[[Axes, str], None], path: Path, xlabel: str, ylabel: str) -> None:
     """One small panel per arm, with one legend for all."""
-    columns = min(3, len(results))
-    rows = -(-len(results) // columns)
+    columns = min(3, len(arms))
+    rows = -(-len(arms) // columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(3.5 * columns, 2.4 * rows + 0.5), sharex=True, sharey=True, squeeze=False
     )
-    for axis, arm in zip(axes.flat, results, strict=False):
+    for axis, arm in zip(axes.flat, arms, strict=False):
         draw(axis, arm)
         axis.set_title(textwrap.fill(label(arm), 40), fontsize=10 if len(label(arm)) <= 40 else 8)
         axis.grid(alpha=0.3)
     for number, axis in enumerate(axes.flat):
-        axis.set_visible(number < len(results))
-        axis.xaxis.set_tick_params(labelbottom=number >= len(results) - columns)  # the lowest panel of its column
+        axis.set_visible(number < len(arms))
+        axis.xaxis.set_tick_params(labelbottom=number >= len(arms) - columns)  # the lowest panel of its column
     figure.supxlabel(xlabel, fontsize=11)
     figure.supylabel(ylabel, fontsize=11)
     handles = {
@@ -98,10 +98,10 @@ def plot_every_arm(results: Results, path: Path, baseline: str = "grpo") -> None
 
     def draw(axis: Axes, arm: str) -> None:
         if baseline in results and arm != baseline:
-            _band(axis, results[baseline], "reward", WINDOW, (GREY, "--"), baseline)
+            _band(axis, results[baseline], "reward", WINDOW, (GREY, "--"), label(baseline))
         _band(axis, results[arm], "reward", WINDOW, (BLUE, "-"), "the arm of the panel")
 
-    _grid_of_arms(results, draw, path, "update", f"training reward, mean of {WINDOW} updates")
+    _grid_of_arms(list(results), draw, path, "update", f"training reward, mean of {WINDOW} updates")
 
 
 INNER_LINES = {
@@ -130,18 +130,17 @@ def plot_inner_steps(results: Results, path: Path) -> None:
         axis.set_ylim(-0.03, 1.03)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
-    _grid_of_arms(
-        results, draw, path, "inner step k (updates since the rollout)", "share of the mini-batch's responses"
-    )
+    xlabel, ylabel = "inner step k (updates since the rollout)", "share of the mini-batch's responses"
+    _grid_of_arms(list(results), draw, path, xlabel, ylabel)
 
 
 def plot_causes(results: Results, path: Path) -> None:
     """Reward beside what the ratios did, one row per arm: large dots are means, small ones the seeds."""
-    panels = {"reward": "training reward,\nmean over the run"} | RATIO_METRICS
+    panels = {"reward": "training reward, mean over the run"} | RATIO_METRICS
     arms = list(results)
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(2.1 * len(panels) + 2.2, 0.36 * len(arms) + 1.5), sharey=True, constrained_layout=True
-    )
+    width = 1.8 * len(panels) + 0.085 * max(len(label(arm)) for arm in arms)  # inches; the labels stand on the left
+    height = 0.36 * len(arms) + 1.5
+    figure, axes = plt.subplots(1, len(panels), figsize=(width, height), sharey=True, constrained_layout=True)
     for axis, (name, title) in zip(axes, panels.items(), strict=True):
         scale = 100 if title.endswith("%") else 1
         for row, arm in enumerate(arms):
@@ -150,13 +149,34 @@ def plot_causes(results: Results, path: Path) -> None:
             if values:
                 axis.plot(values, [row] * len(values), "o", color=BLUE, alpha=0.35, markersize=3)
                 axis.plot(np.mean(values), row, "D", color=ORANGE, markersize=6)
-        axis.set_xlabel(title, fontsize=9)
+        axis.set_xlabel(textwrap.fill(title, 18), fontsize=9)
         axis.grid(alpha=0.3)
         if name not in ("reward", "ess"):
             axis.set_xlim(left=0)
     axes[0].set_yticks(range(len(arms)), [label(arm) for arm in arms])
     axes[0].invert_yaxis()
     _save(figure, path)
+
+
+def plot_grid(results: Results, grid: dict[str, dict[str, list[str]]], rates: Sequence[float], path: Path) -> None:
+    """Training reward over the run against the learning rate, a panel per arm and a line per cap.
+
+    Args:
+        results: finished runs of the whole grid.
+        grid: arm -> what the line is called -> specifications, one per learning rate.
+        rates: the learning rates.
+        path: the figure.
+    """
+
+    def draw(axis: Axes, arm: str) -> None:
+        for (name, specs), (colour, line) in zip(grid[arm].items(), ((BLUE, "o-"), (ORANGE, "s--")), strict=False):
+            rewards = [np.mean([result.measure("reward") for result in results[one]]) for one in specs]
+            axis.plot(rates, rewards, line, color=colour, label=name)
+        axis.set_xscale("log")
+        axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axis.minorticks_off()
+
+    _grid_of_arms(list(grid), draw, path, "learning rate", "training reward, mean over the run")
 
 
 def plot_published(csv_file: Path, path: Path) -> None:

@@ -9,6 +9,7 @@ from .figures import (
     plot_causes,
     plot_comparison,
     plot_every_arm,
+    plot_grid,
     plot_inner_steps,
     plot_published,
 )
@@ -22,7 +23,7 @@ from .tables import (
     paired_differences,
     ratio_table,
 )
-from .tuning import REGIMES, SELECTION_SEEDS, choose, grid_table
+from .tuning import REGIMES, SELECTION_SEEDS, choose, grid_table, lines_of
 
 
 PUBLISHED = Path("docs/study/qwen3_8b_train_reward.csv")  # of the repository; left out where it is not there
@@ -180,9 +181,9 @@ def report_tuned(
             path = folder / f"{name}_{key}_{suffix}.png"
             draw(results, path)
             parts.append(f"![{regime.title}: {title}]({path.name})")
-        # The grid shows what the choice hides: how an arm fails where its settings are wrong for it.
+        # what the choice hides: how an arm does where its settings are wrong for it
         path = folder / f"{name}_{key}_grid.png"
-        plot_causes(grids[key], path)
+        plot_grid(grids[key], {arm: lines_of(arm, regime) for arm in arms}, regime.learning_rates, path)
         parts.append(f"![{regime.title}: the whole grid]({path.name})")
     path = folder / f"{name}.md"
     path.write_text("\n\n".join(parts) + "\n")

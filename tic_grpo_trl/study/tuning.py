@@ -61,6 +61,15 @@ def candidates(arm: str, regime: Regime) -> list[str]:
     return [spec(arm, caps, f"learning_rate={rate:g}") for rate in regime.learning_rates for caps in CAPS[arm]]
 
 
+def lines_of(arm: str, regime: Regime) -> dict[str, list[str]]:
+    """An arm's part of the grid by width of the cap, one specification per learning rate."""
+    rates = [f"learning_rate={rate:g}" for rate in regime.learning_rates]
+    return {
+        name: [spec(arm, caps, rate) for rate in rates]
+        for name, caps in zip(("cap as published", "wide cap"), CAPS[arm], strict=False)
+    }
+
+
 def make_runs(specs: Iterable[str], seeds: Iterable[int], regime: Regime, k: int, test_size: int) -> list[Run]:
     """Runs of a regime, evaluated at their end; every arm gets its first seed before any gets its second."""
     specs = list(specs)
