@@ -157,6 +157,14 @@ def test_reports_name_what_they_show(tmp_path):
     assert "github.com/pangleipll" in report
 
 
+def test_report_compares_with_grpo_at_its_own_settings_where_that_was_run(tmp_path):
+    results = {arm: [result(arm, s, [v], v) for s in (0, 1)] for arm, v in (("tic_grpo", 0.6), ("grpo:delta=3", 0.5))}
+    report = report_comparison(results, tmp_path, "k16", []).read_text()
+    assert "difference to `grpo, delta 3`" in report
+    assert "| tic_grpo | 2 | 60.0 ± 0.0 (+10.0, +10.0 to +10.0) |" in report
+    assert "- ahead of `grpo, delta 3`: tic_grpo (+10.0)" in report
+
+
 def test_tuned_report_compares_with_the_baseline_at_its_best(tmp_path):
     grids = {name: grid(regime, []) for name, regime in REGIMES.items()}
     finals = {}

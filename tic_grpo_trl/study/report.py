@@ -85,10 +85,13 @@ def report_comparison(results: Results, folder: str | Path, name: str, arguments
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     arms = list(results)
-    parts = [f"# Study: {name}", _provenance(arguments, results), "## All arms", HOW_TO_READ]
-    parts += [comparison_table(results, arms)]
-    if "grpo" in results and len(arms) > 1:
-        parts += [f"By {MEASURES['reward']}, with an interval that leaves out 0:", verdicts(results)]
+    # with its own settings where it was not run with the arm's
+    baseline = "grpo" if "grpo" in results else next((arm for arm in arms if arm.startswith("grpo:")), "grpo")
+    how_to_read = HOW_TO_READ.replace("`grpo`", f"`{label(baseline)}`")
+    parts = [f"# Study: {name}", _provenance(arguments, results), "## All arms", how_to_read]
+    parts += [comparison_table(results, arms, baseline)]
+    if baseline in results and len(arms) > 1:
+        parts += [f"By {MEASURES['reward']}, with an interval that leaves out 0:", verdicts(results, baseline)]
 
     def figure(suffix: str, title: str, draw) -> None:
         path = folder / f"{name}_{suffix}.png"
@@ -105,7 +108,7 @@ def report_comparison(results: Results, folder: str | Path, name: str, arguments
             parts += [f"## {title}", comparison_table(results, rows)]
             figure(suffix, title, lambda path, rows=rows: plot_comparison(results, rows, path))
     parts += ["## Every arm"]
-    figure("arms", "training reward of every arm", lambda path: plot_every_arm(results, path))
+    figure("arms", "training reward of every arm", lambda path: plot_every_arm(results, path, baseline))
     parts += [
         "## Why: what the trajectory ratios did",
         "Means over all updates and seeds of the ratio P_θ/P_old of whole responses, before the clip. The clip shares "
