@@ -65,6 +65,12 @@ def test_bad_settings_are_refused_before_anything_runs(tmp_path):
         execute_all([small(), small("tic_gspo")], tmp_path / "study")
     with pytest.raises(ValueError, match=r"epsilon=0\.1 has no effect"):
         execute_all([small(), small("tic_grpo:epsilon=0.1")], tmp_path / "study")
+    with pytest.raises(ValueError, match="seed is not a setting of an arm or of all runs: use --seeds"):
+        execute_all([small("tic_grpo:seed=3")], tmp_path / "study")
+    with pytest.raises(ValueError, match=r"max_steps .* use --steps"):
+        execute_all([small(settings=(("max_steps", 3),))], tmp_path / "study")
+    with pytest.raises(ValueError, match="workers is 0"):
+        execute_all([small()], tmp_path / "study", workers=0)
     assert not (tmp_path / "study").exists()
 
 

@@ -60,6 +60,16 @@ class Task:
     max_completion_length: int
 
 
+# fields of the configuration that have their own flag, because runs are told apart and compared by them
+RUN_DECIDES = {
+    "arm": "--arms",
+    "seed": "--seeds",
+    "max_steps": "--steps",
+    "steps_per_generation": "--k",
+    "max_completion_length": "--task",
+    "output_dir": "--output_dir of the study",
+}
+
 _updates: Any = None  # in a worker: the shared counter of updates
 
 TASKS = {
@@ -106,6 +116,9 @@ class Run:
         """
         arm, _, own = self.arm.partition(":")
         own_settings = parse_settings([f"--{pair}" for pair in own.split(",") if pair])
+        for name in dict(self.settings) | own_settings:
+            if name in RUN_DECIDES:
+                raise ValueError(f"{name} is not a setting of an arm or of all runs: use {RUN_DECIDES[name]}.")
         values: dict[str, Any] = SETTINGS | {
             "steps_per_generation": self.k,
             "max_steps": self.steps,
@@ -265,9 +278,11 @@ def execute_all(runs: Iterable[Run], output_dir: str | Path, workers: int = 2) -
         The runs' folders, in order.
 
     Raises:
-        ValueError: for a run whose settings make no sense, before anything runs.
+        ValueError: for a run whose settings make no sense, or `workers` below 1, before anything runs.
         RuntimeError: after all other runs, where some failed; names them and the file that says why.
     """
+    if workers < 1:
+        raise ValueError(f"workers is {workers}: give the number of runs at a time, 1 or more.")
     output_dir, runs = Path(output_dir), list(dict.fromkeys(runs))
     for run in runs:
         run.config(output_dir)
