@@ -140,7 +140,7 @@ def test_each_arm_gets_its_best_settings():
     row = next(
         line for line in grid_table(results, list(CAPS), regime).splitlines() if "| tic_grpo | ε_high 1.0 |" in line
     )
-    assert row == "| tic_grpo | ε_high 1.0 | 50.0 | **90.0** |"
+    assert row == "| tic_grpo | ε_high 1.0 | 50.0 | **90.0** | 50.0 |"
 
 
 def test_reports_name_what_they_show(tmp_path):
