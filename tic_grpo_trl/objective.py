@@ -176,7 +176,7 @@ def clip_log_weight(
 
     above, below = log_weight > high, log_weight < low
     # which of the weights above their bound lose their gradient, by the sign of A
-    stops_above = {"capped": torch.zeros_like(gains), "truncated": gains}.get(clip.mode, torch.ones_like(gains))
+    stops_above = gains if clip.mode == "truncated" else torch.full_like(gains, clip.mode != "capped")
     stopped = below | (above & stops_above)
     bounded = torch.minimum(torch.maximum(log_weight, low), high).clamp(max=LOG_WEIGHT_BOUND)
     return ClippedWeight(bounded, ~stopped, above=above, below=below)

@@ -18,6 +18,7 @@ from .config import TICGRPOConfig
 
 # Okabe and Ito's colours, told apart by colour-blind readers too
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+AMBER, SKY, PURPLE = "#E69F00", "#56B4E9", "#CC79A7"
 
 LogHistory = list[dict[str, Any]]
 

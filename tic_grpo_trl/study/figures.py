@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from ..report import BLUE, GREEN, GREY, ORANGE, series, smooth
+from ..report import AMBER, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, series, smooth
 from .tables import ACCURACY, RATIO_METRICS, Result, Results, label, mean_metric
 
 
@@ -25,9 +25,9 @@ STYLES = [
     (BLUE, "--"),
     (ORANGE, "-"),
     (GREEN, "-."),
-    ("#CC79A7", ":"),
-    ("#E69F00", "--"),
-    ("#56B4E9", "-"),
+    (PURPLE, ":"),
+    (AMBER, "--"),
+    (SKY, "-"),
 ]
 WINDOW = 16  # updates that a curve of the training reward averages over
 DPI = 110

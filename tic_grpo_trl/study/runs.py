@@ -6,6 +6,7 @@ killed one goes on from its last checkpoint.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import logging
@@ -133,16 +134,21 @@ class Run:
         return TICGRPOConfig(output_dir=str(output_dir), arm=arm, **values)
 
 
+@functools.cache  # every run's settings are parsed, and some 200 flags take a while to build
+def _settings_parser() -> HfArgumentParser:
+    parser = HfArgumentParser(TICGRPOConfig)  # type: ignore[arg-type]
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    return parser
+
+
 def parse_settings(flags: list[str]) -> dict[str, Any]:
     """The fields of TICGRPOConfig that the flags name, and nothing else: `["--delta=3"]` gives `{"delta": 3.0}`.
 
     Raises:
         ValueError: for a flag that is no field of TICGRPOConfig, or a value of the wrong kind.
     """
-    parser = HfArgumentParser(TICGRPOConfig)  # type: ignore[arg-type]
-    for action in parser._actions:
-        action.default, action.required = argparse.SUPPRESS, False
-    settings, unknown = parser.parse_known_args(flags)
+    settings, unknown = _settings_parser().parse_known_args(flags)
     if unknown:
         raise ValueError(f"{' '.join(unknown)}: no field of TICGRPOConfig has this name.")
     return vars(settings)

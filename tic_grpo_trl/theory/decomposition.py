@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 
 from ..objective import Clip
-from .estimators import Listed
+from .estimators import Listed, group_advantages
 from .policy import Responses, score_sum, token_logps
 
 
@@ -122,12 +122,9 @@ def true_moments(behaviour: Listed, identity: Identity, size: int) -> TrueMoment
     return TrueMoments(constants[identity.constant], std, behaviour.mean)
 
 
-def advantages_of(groups: Responses, identity: Identity, offset: float = 1e-4) -> torch.Tensor:
+def advantages_of(groups: Responses, identity: Identity) -> torch.Tensor:
     """(..., G) A_i = (r_i − μ_G)/(σ_G + δ) of v2 (divisor G), or r_i − μ_G of v5."""
-    advantages = groups.rewards - groups.rewards.mean(-1, keepdim=True)
-    if identity.scaled:
-        advantages = advantages / (groups.rewards.std(-1, keepdim=True, correction=0) + offset)
-    return advantages
+    return group_advantages(groups.rewards, "group" if identity.scaled else "none", correction=0)
 
 
 def update_by_autograd(

@@ -11,13 +11,12 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.ticker import LogLocator
 
-from ..report import BLUE, GREEN, GREY, ORANGE
+from ..report import AMBER, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY
 from .decomposition import IDENTITIES
 from .experiments import Results
 
 
-# Okabe and Ito's remaining colours
-AMBER, SKY, PURPLE, BLACK = "#E69F00", "#56B4E9", "#CC79A7", "#000000"
+BLACK = "#000000"
 ARM_STYLES = {
     "tic_grpo": (BLUE, "-", "o"),
     "tic_grpo_released": (SKY, "--", "s"),
