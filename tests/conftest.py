@@ -76,6 +76,9 @@ TINY_PROMPTS = Dataset.from_dict(
     {"prompt": [" ".join(p) for n in (2, 3) for p in itertools.product(WORDS[1:], repeat=n)][:32]}
 )
 
+# The update phase as TRL has it, for comparisons bit by bit
+TRL_UPDATE_PHASE = {"padding_free": False, "skip_dead_rows": False, "skip_on_policy_logps": False}
+
 CPU = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
 
 

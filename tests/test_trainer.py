@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from conftest import (
+    TRL_UPDATE_PHASE,
     CPU,
     TINY_PROMPTS,
     WORDS,
@@ -108,7 +109,7 @@ def save_for_reference(tmp_path, model) -> str:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("arm", "settings"), [("grpo", DAPO), ("gspo", GSPO)])
 def test_token_and_sequence_arms_equal_trl(tmp_path, arm, settings, variant):
-    loss, gradients, *_ = loss_of(tmp_path / "ours", variant, arm=arm)
+    loss, gradients, *_ = loss_of(tmp_path / "ours", variant, arm=arm, **TRL_UPDATE_PHASE)
     trl_loss, trl_gradients, *_ = loss_of(tmp_path / "trl", variant, trl=True, **settings)
     assert torch.equal(loss, trl_loss)
     assert gradients.keys() == trl_gradients.keys()
@@ -331,7 +332,7 @@ def parameters(trainer):
 @pytest.mark.parametrize(("arm", "settings"), [("grpo", DAPO), ("gspo", GSPO)])
 def test_six_step_runs_equal_trl(tmp_path, arm, settings):
     run = {"max_steps": 6, "steps_per_generation": 2, "learning_rate": 0.01}
-    ours = make_trainer(tmp_path / "ours", arm=arm, partition_by_prompt=False, **run)
+    ours = make_trainer(tmp_path / "ours", arm=arm, partition_by_prompt=False, **TRL_UPDATE_PHASE, **run)
     ours.train()
     theirs = make_trainer(tmp_path / "trl", trl=True, **settings, **run)
     theirs.train()
@@ -342,12 +343,12 @@ def test_six_step_runs_equal_trl(tmp_path, arm, settings):
     for a, b in zip(ours.state.log_history, theirs.state.log_history, strict=True):
         shared = [name for name in b if name not in ("step_time", "train_runtime") and "per_second" not in name]
         assert all(a[name] == b[name] for name in shared)
-        assert set(a) - set(b) <= {name for name in a if name.startswith("trajectory_ratio/")}
+        assert set(a) - set(b) <= {name for name in a if name.startswith(("trajectory_ratio/", "update/"))}
 
 
 @pytest.mark.parametrize("arm", ["tic_grpo", "tic_grpo_truncated", "grpo2", "grpo_no_is"])
 def test_training_moves_every_parameter(tmp_path, arm):
-    trainer = make_trainer(tmp_path, arm=arm, steps_per_generation=4, max_steps=8)
+    trainer = make_trainer(tmp_path, arm=arm, steps_per_generation=4, max_steps=8, skip_dead_rows=False)
     before = parameters(trainer)
     trainer.train()
     assert all(not torch.equal(value, before[name]) for name, value in parameters(trainer).items())
@@ -375,6 +376,7 @@ def test_reused_rollouts_and_accumulation_count_inner_steps(tmp_path):
         steps_per_generation=4,
         num_iterations=2,
         max_steps=8,
+        skip_dead_rows=False,
     )
     trainer.train()
     inner = [
@@ -416,7 +418,7 @@ def noted_windows(trainer):
     ],
 )
 def test_no_prompt_is_in_two_mini_batches_of_a_rollout(tmp_path, config):
-    windows = noted_windows(make_trainer(tmp_path, max_steps=8, learning_rate=1e-3, **config))
+    windows = noted_windows(make_trainer(tmp_path, max_steps=8, learning_rate=1e-3, skip_dead_rows=False, **config))
     assert len(windows) == 8
     for rollout in (windows[:4], windows[4:]):
         if config.get("num_iterations"):

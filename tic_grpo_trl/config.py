@@ -8,74 +8,9 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
+from .arms import ARMS
 from .objective import CLIP_MODES, LEVELS, Clip
 
-
-_UP_ONLY = {"importance_sampling_level": "trajectory", "clip_mode": "up_only"}
-_DAPO_CLIP = {"epsilon": 0.2, "epsilon_high": 0.28}
-
-# Every algorithm of the two papers, of the code their authors released, and one of our own: data, not branches.
-ARMS: dict[str, dict[str, Any]] = {
-    # v5 Eq. 8 and Table 1
-    "tic_grpo": _UP_ONLY | {"epsilon_high": 0.28, "loss_type": "dr_grpo", "scale_rewards": "none"},
-    # the authors' released loss: cap σ√|o_i| for A > 0, dual clip 3.0 for A < 0
-    "tic_grpo_released": _UP_ONLY
-    | {"length_scaled_cap": 0.01, "delta": 3.0, "loss_type": "dr_grpo", "scale_rewards": "group"},
-    # ours: truncated importance sampling, min(w', 1+ε_high)·A·∇log π_θ for either sign of A
-    "tic_grpo_capped": _UP_ONLY
-    | {"clip_mode": "capped", "epsilon_high": 0.28, "loss_type": "dr_grpo", "scale_rewards": "none"},
-    # ours: the same for A < 0, PPO's rule for A > 0, PPO's lower bound
-    "tic_grpo_truncated": {
-        "importance_sampling_level": "trajectory",
-        "clip_mode": "truncated",
-        "loss_type": "dr_grpo",
-        "scale_rewards": "none",
-    }
-    | _DAPO_CLIP,
-    # v2 Eq. 9 and Algorithm 2
-    "tic_grpo_v2": _UP_ONLY | {"epsilon_high": 0.28, "loss_type": "grpo", "scale_rewards": "group"},
-    # DAPO's loss, the baseline of both papers
-    "grpo": {
-        "importance_sampling_level": "token",
-        "clip_mode": "two_sided",
-        "loss_type": "dapo",
-        "scale_rewards": "none",
-    }
-    | _DAPO_CLIP,
-    # v5 Eq. 14, "GRPO2" in the theory and "GRPO+UB_Clip" in Table 2
-    "grpo2": {
-        "importance_sampling_level": "token",
-        "clip_mode": "up_only",
-        "epsilon_high": 0.28,
-        "loss_type": "dr_grpo",
-        "scale_rewards": "none",
-    },
-    # v5 Table 2, "GRPO+Traj_IS"
-    "grpo_traj_is": {
-        "importance_sampling_level": "trajectory",
-        "clip_mode": "two_sided",
-        "loss_type": "dapo",
-        "scale_rewards": "none",
-    }
-    | _DAPO_CLIP,
-    # GSPO (arXiv 2507.18071), the baseline of v5
-    "gspo": {
-        "importance_sampling_level": "sequence",
-        "clip_mode": "two_sided",
-        "epsilon": 3e-4,
-        "epsilon_high": 4e-4,
-        "loss_type": "grpo",
-        "scale_rewards": "group",
-    },
-    # v2 Fig. 1 and v5 Fig. 1: importance sampling removed
-    "grpo_no_is": {
-        "importance_sampling_level": "none",
-        "clip_mode": "none",
-        "loss_type": "dapo",
-        "scale_rewards": "none",
-    },
-}
-ARMS["grpo_ub_clip"] = ARMS["grpo2"]
 
 ARM_FIELDS = (
     "importance_sampling_level",
@@ -144,10 +79,31 @@ class TICGRPOConfig(GRPOConfig):
             mini-batch have to span processes, these exchange rows once per rollout; rollouts with images cannot. Where
             it is not possible, a message says why and responses are shuffled across mini-batches, as TRL does and as
             `False` asks for.
+        padding_free (`bool`, *optional*, defaults to `True`):
+            Forward real tokens only: responses share rows where the model keeps them apart (found out by a test at the
+            start), else they are sorted by length and trimmed. A mini-batch is then made of as few forward passes as
+            fit in `per_device_train_batch_size` rows of its longest response. Rollouts with images stay as they are.
+        skip_dead_rows (`bool`, *optional*, defaults to `True`):
+            Leave out responses that cannot move the weights: without any token that counts, or with an advantage of
+            exactly 0 while `beta` is 0. They still count in every normaliser.
+        skip_on_policy_logps (`bool`, *optional*, defaults to `True`):
+            Do not score what the first update of a rollout trains on: the policy is still the one that sampled it, so
+            every ratio is exactly 1. `False` measures the noise of the numerics there.
+        behaviour_policy (`str`, *optional*, defaults to `"trainer"`):
+            The policy in the denominator of the ratios: `"trainer"`, the trained model's weights before the first
+            update of a rollout, or `"sampler"`, whose log-probabilities vLLM (or a `rollout_func`) returns with the
+            samples. With `"sampler"` the trajectory ratio is that of what was really sampled, nothing is scored, and
+            TRL's vLLM correction is off because the ratio contains it.
+        vllm_importance_sampling_correction (`bool`, *optional*):
+            As in TRL `True` where unset, but `False` with `behaviour_policy="sampler"`.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Differs from TRL: active dropout (LoRA's too) makes R a sum of noise that grows with √T.
         bf16 (`bool`, *optional*):
             As in TRL `True` where unset, but `False` on a machine without an accelerator.
+
+    Loss types and terms that depend on which responses share a micro-batch (`loss_type="bnpo"` and `"vespo"`, an
+    entropy bonus, `top_entropy_quantile` < 1, a router loss) keep TRL's micro-batches and their dead rows, without
+    padding.
 
     With `use_bias_correction_kl=True` (TRL's default) the KL term is multiplied by the *clipped* weight of the arm.
     """
@@ -201,6 +157,31 @@ class TICGRPOConfig(GRPOConfig):
         default=True,
         metadata={"help": "Mini-batches of whole groups, no prompt in two of them. False: shuffle responses, as TRL."},
     )
+    padding_free: bool = field(
+        default=True,
+        metadata={"help": "Forward real tokens only: no padding, as few forward passes as fit in TRL's memory."},
+    )
+    skip_dead_rows: bool = field(
+        default=True,
+        metadata={"help": "Leave out responses that cannot move the weights (advantage exactly 0, or no tokens)."},
+    )
+    skip_on_policy_logps: bool = field(
+        default=True,
+        metadata={"help": "Do not score what the first update of a rollout trains on: its ratios are exactly 1."},
+    )
+    behaviour_policy: str = field(
+        default="trainer",
+        metadata={
+            "help": "Denominator of the ratios: 'trainer' (old log-probabilities of the trained model) or 'sampler' "
+            "(those that vLLM or a rollout_func returned)."
+        },
+    )
+    vllm_importance_sampling_correction: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "TRL's correction of the vLLM mismatch. Default: True, False with behaviour_policy 'sampler'."
+        },
+    )
     disable_dropout: bool = field(
         default=True,
         metadata={"help": "Disable dropout (LoRA's too), which would make the trajectory ratio noise."},
@@ -212,6 +193,7 @@ class TICGRPOConfig(GRPOConfig):
         self._resolve_arm()
         self._check_axes()
         self._check_bounds()
+        self._resolve_behaviour_policy()
         # A saved config holds both of these, which TRL refuses although one follows from the other.
         generation_batch_size = self.generation_batch_size
         if self.steps_per_generation is not None:
@@ -288,6 +270,18 @@ class TICGRPOConfig(GRPOConfig):
 
         # Flags and YAML may give TRL's booleans as text
         self.scale_rewards = {"true": "group", "false": "none"}.get(str(self.scale_rewards).lower(), self.scale_rewards)
+
+    def _resolve_behaviour_policy(self):
+        if self.behaviour_policy not in ("trainer", "sampler"):
+            raise ValueError(f"Unknown behaviour_policy {self.behaviour_policy!r}: choose 'trainer' or 'sampler'.")
+        sampler = self.behaviour_policy == "sampler"
+        if self.vllm_importance_sampling_correction is None:
+            self.vllm_importance_sampling_correction = not sampler
+        if sampler and self.vllm_importance_sampling_correction:
+            raise ValueError(
+                "behaviour_policy='sampler' puts the sampler's log-probabilities into the ratio, which "
+                "vllm_importance_sampling_correction=True would correct for once more: remove one of them."
+            )
 
     def _check_axes(self):
         level, mode = self.importance_sampling_level, self.clip_mode

@@ -13,32 +13,24 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel, ProgressCallback
-from trl import GRPOTrainer
-from trl.trainer.utils import (
-    get_config_model_id,
-    shuffle_sequence_dict,
-    split_pixel_values_by_grid,
-    split_tensor_dict,
-    unsplit_pixel_values_by_grid,
-)
+from trl.trainer.utils import get_config_model_id
 
-from .batching import exchange_prompts, fixed_keys, row_kinds, shuffle_prompts
+from .batching import loss_mask
 from .config import TICGRPOConfig
 from .diagnostics import merge_steps, ratio_rows
 from .objective import anchored_old_logps, clip_log_weight, log_importance_weight, token_log_ratio
 from .progress import RewardProgressCallback
+from .update_phase import UpdatePhaseTrainer
 
 
 logger = get_logger(__name__)
 
 METRIC_PREFIX = "trajectory_ratio"
-SPLITS_GROUPS = "partition_by_prompt does not apply and responses are shuffled across mini-batches, splitting groups"
 
 
-class TICGRPOTrainer(GRPOTrainer):
+class TICGRPOTrainer(UpdatePhaseTrainer):
     """
     Trainer for TIC-GRPO (arXiv 2508.02833) and the papers' baselines and ablations, a drop-in for
     [`~trl.GRPOTrainer`].
@@ -59,10 +51,7 @@ class TICGRPOTrainer(GRPOTrainer):
         ValueError: if dropout is active although the weight is a product over the response.
     """
 
-    args: TICGRPOConfig
     model: PreTrainedModel
-    num_generations: int
-    _buffered_inputs: Any
 
     _tag_names = ["trl", "grpo", "tic-grpo"]
     _name = "TIC-GRPO"
@@ -103,11 +92,6 @@ class TICGRPOTrainer(GRPOTrainer):
         self._ratio_rows: list[torch.Tensor] = []  # of the current accumulation window, local
         self._ratio_steps: dict[str, list] = {"train": [], "eval": []}  # (k, rows) per step, of all processes
 
-        self._micro_batches = int(args.steps_per_generation or 1)  # of a rollout, on one process
-        self._rollout_steps = self._micro_batches * self.num_iterations  # from one generation to the next
-        # of one process in a mini-batch
-        self._update_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        self._by_prompt = self._can_partition_by_prompt()
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
             self.add_callback(RewardProgressCallback)
@@ -133,51 +117,6 @@ class TICGRPOTrainer(GRPOTrainer):
                 "and the model's own dropout to 0."
             )
 
-    def _can_partition_by_prompt(self) -> bool:
-        """Whether every mini-batch can be made of whole groups; says so where it can't."""
-        steps, window = self._micro_batches, self.args.gradient_accumulation_steps
-        if not self.args.partition_by_prompt or steps <= window:
-            return False  # not wanted, or one mini-batch holds the whole rollout
-        rows, obstacles = self._update_rows * self.accelerator.num_processes, []
-        if rows % self.num_generations:
-            obstacles.append(
-                "per_device_train_batch_size * gradient_accumulation_steps * number of processes = "
-                f"{rows} is not a multiple of num_generations = {self.num_generations}"
-            )
-        if steps % window:
-            obstacles.append(
-                f"steps_per_generation = {steps} is not a multiple of gradient_accumulation_steps = {window}"
-            )
-        if obstacles:
-            logger.warning(f"{SPLITS_GROUPS}: {', and '.join(obstacles)}.")
-        return not obstacles
-
-    def _prepare_inputs(self, generation_batch):
-        if not (self._by_prompt and self.model.training):
-            return super()._prepare_inputs(generation_batch)
-        # The parent's buffer, filled in another order.
-        steps = self._micro_batches
-        if self._step % self._rollout_steps == 0 or self._buffered_inputs is None:
-            rollout: Any = split_pixel_values_by_grid(self._generate_and_score_completions(generation_batch))
-            parts: list[Any] = split_tensor_dict(self._partition(rollout), steps)
-            self._buffered_inputs = [unsplit_pixel_values_by_grid(part) for part in parts]
-        return self._buffered_inputs[self._step % steps]
-
-    def _partition(self, rollout: dict[str, Any]) -> dict[str, Any]:
-        """The rows of a rollout, whole groups one after the other within what becomes a mini-batch."""
-        if self._update_rows % self.num_generations == 0:
-            return shuffle_prompts(rollout, self.num_generations)
-        # A mini-batch is made of whole groups only over all processes together.
-        if fixed := fixed_keys(gather_object([row_kinds(rollout)])):
-            logger.warning_once(
-                f"{SPLITS_GROUPS}: the groups of a mini-batch span several processes, and the rollout holds "
-                f"{', '.join(fixed)}, which cannot be exchanged between them response by response. Make "
-                "per_device_train_batch_size * gradient_accumulation_steps a multiple of num_generations."
-            )
-            return shuffle_sequence_dict(rollout)
-        pad_token_id = self._tokenizer.pad_token_id
-        return exchange_prompts(rollout, self.num_generations, self._update_rows, pad_token_id, self.accelerator)
-
     def _compute_loss(self, model, inputs):
         # The parent reads the old log-probabilities from this copy after its forward pass; the buffered rollout that
         # `inputs` belongs to keeps the real ones.
@@ -202,9 +141,7 @@ class TICGRPOTrainer(GRPOTrainer):
 
     def _anchor(self, per_token_logps: torch.Tensor, inputs: dict[str, Any]):
         """Note the ratios of this micro-batch and, where the arm needs it, anchor its old log-probabilities."""
-        mask = inputs["completion_mask"]  # (B, T)
-        if "tool_mask" in inputs:
-            mask = mask * inputs["tool_mask"]
+        mask = loss_mask(inputs)  # (B, T)
         old_per_token_logps = inputs.get("old_per_token_logps")  # (B, T), None: on-policy
         log_ratio = token_log_ratio(per_token_logps, old_per_token_logps, mask)  # (B, T)
         log_weight = log_importance_weight(log_ratio, mask, self._level)  # (B, 1) or (B, T)

@@ -1,0 +1,69 @@
+"""Every algorithm of the two papers, of the code their authors released, and some of our own: data, not branches."""
+
+from typing import Any
+
+
+_UP_ONLY = {"importance_sampling_level": "trajectory", "clip_mode": "up_only"}
+_DAPO_CLIP = {"epsilon": 0.2, "epsilon_high": 0.28}
+
+ARMS: dict[str, dict[str, Any]] = {
+    # v5 Eq. 8 and Table 1
+    "tic_grpo": _UP_ONLY | {"epsilon_high": 0.28, "loss_type": "dr_grpo", "scale_rewards": "none"},
+    # the authors' released loss: cap σ√|o_i| for A > 0, dual clip 3.0 for A < 0
+    "tic_grpo_released": _UP_ONLY
+    | {"length_scaled_cap": 0.01, "delta": 3.0, "loss_type": "dr_grpo", "scale_rewards": "group"},
+    # ours: truncated importance sampling, min(w', 1+ε_high)·A·∇log π_θ for either sign of A
+    "tic_grpo_capped": _UP_ONLY
+    | {"clip_mode": "capped", "epsilon_high": 0.28, "loss_type": "dr_grpo", "scale_rewards": "none"},
+    # ours: the same for A < 0, PPO's rule for A > 0, PPO's lower bound
+    "tic_grpo_truncated": {
+        "importance_sampling_level": "trajectory",
+        "clip_mode": "truncated",
+        "loss_type": "dr_grpo",
+        "scale_rewards": "none",
+    }
+    | _DAPO_CLIP,
+    # v2 Eq. 9 and Algorithm 2
+    "tic_grpo_v2": _UP_ONLY | {"epsilon_high": 0.28, "loss_type": "grpo", "scale_rewards": "group"},
+    # DAPO's loss, the baseline of both papers
+    "grpo": {
+        "importance_sampling_level": "token",
+        "clip_mode": "two_sided",
+        "loss_type": "dapo",
+        "scale_rewards": "none",
+    }
+    | _DAPO_CLIP,
+    # v5 Eq. 14, "GRPO2" in the theory and "GRPO+UB_Clip" in Table 2
+    "grpo2": {
+        "importance_sampling_level": "token",
+        "clip_mode": "up_only",
+        "epsilon_high": 0.28,
+        "loss_type": "dr_grpo",
+        "scale_rewards": "none",
+    },
+    # v5 Table 2, "GRPO+Traj_IS"
+    "grpo_traj_is": {
+        "importance_sampling_level": "trajectory",
+        "clip_mode": "two_sided",
+        "loss_type": "dapo",
+        "scale_rewards": "none",
+    }
+    | _DAPO_CLIP,
+    # GSPO (arXiv 2507.18071), the baseline of v5
+    "gspo": {
+        "importance_sampling_level": "sequence",
+        "clip_mode": "two_sided",
+        "epsilon": 3e-4,
+        "epsilon_high": 4e-4,
+        "loss_type": "grpo",
+        "scale_rewards": "group",
+    },
+    # v2 Fig. 1 and v5 Fig. 1: importance sampling removed
+    "grpo_no_is": {
+        "importance_sampling_level": "none",
+        "clip_mode": "none",
+        "loss_type": "dapo",
+        "scale_rewards": "none",
+    },
+}
+ARMS["grpo_ub_clip"] = ARMS["grpo2"]

@@ -1,0 +1,201 @@
+"""Forward passes without padding: several responses in one row, each blind to the others.
+
+TRL pads every prompt and completion to the longest of a whole generation batch. Here the real tokens of a micro-batch
+are laid out in a few full rows, with positions that start at 0 in each response: transformers' attention masks and
+FlashAttention's variable-length kernels keep the responses of a row apart by these positions, and RoPE only sees
+differences of positions, so that the log-probabilities are the same to float noise.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+IGNORED = -100  # the label of a token that is not scored
+
+
+def first_fit(lengths: list[int], width: int) -> list[list[int]]:
+    """Lay items out in rows of `width`, longest first, each in the first row that has room (first-fit decreasing).
+
+    Args:
+        lengths: of the items, in tokens, none above `width`.
+        width: of a row, in tokens.
+
+    Returns:
+        Indices of the items by row; at most 11/9 of the fewest rows possible, plus one.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, left in enumerate(room) if left >= lengths[item]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(width)
+        rows[row].append(item)
+        room[row] -= lengths[item]
+    return rows
+
+
+def lay_out(lengths: list[int], linear_width: int) -> list[list[int]]:
+    """The rows that cost least, where the attention of a row costs its width squared.
+
+    A token costs `width + linear_width`: the first for attention over its row, the second for everything else. Rows as
+    wide as the longest item leave the last one half empty; somewhat wider ones may leave nothing empty.
+
+    Args:
+        lengths: of the items, in tokens.
+        linear_width: width at which attention costs as much as the rest of the model, in tokens.
+
+    Returns:
+        Indices of the items by row.
+    """
+    longest, total = max(lengths), sum(lengths)
+
+    def cost(rows: list[list[int]]) -> float:
+        width = max(sum(lengths[i] for i in row) for row in rows)
+        return len(rows) * width * (width + linear_width)
+
+    best = first_fit(lengths, longest)
+    # The mask of a row has width² elements, so no row becomes wider than two of the longest items.
+    for count in range(len(best) - 1, 0, -1):
+        width = max(longest, -(-total // count))
+        while width <= 2 * longest and len(rows := first_fit(lengths, width)) > count:
+            width += max(1, width // 16)
+        if width > 2 * longest:
+            break
+        best = min(best, rows, key=cost)
+    return best
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Real tokens of B sequences of S columns, in R rows of W slots.
+
+    Attributes:
+        input_ids: (R, W).
+        position_ids: (R, W), from 0 in every sequence; 0 in empty slots, which so attend to themselves alone.
+        labels: (R, W), the id of every token that is to be scored, -100 elsewhere.
+        slots: (B, T) index into the R·W slots for the last T columns, 0 where there is no token.
+        scored: (B, T) bool, whether that column is scored.
+        tokens: number of real tokens.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    labels: torch.Tensor
+    slots: torch.Tensor
+    scored: torch.Tensor
+    tokens: int
+
+    def unpack(self, per_token: torch.Tensor) -> torch.Tensor:
+        """Put values of the label of every slot but a row's first, (R, W-1), back to (B, T), 0 where not scored."""
+        by_slot = torch.nn.functional.pad(per_token, (1, 0)).reshape(-1)
+        return torch.where(self.scored, by_slot.take(self.slots), 0.0)
+
+
+def pack(
+    input_ids: torch.Tensor,  # (B, S)
+    attention_mask: torch.Tensor,  # (B, S)
+    logits_to_keep: int,
+    pad_token_id: int,
+    linear_width: int,
+    single_row: bool = False,
+    multiple_of: int | None = None,
+) -> PackedBatch:
+    """Lay the real tokens of a padded batch out in rows.
+
+    Args:
+        input_ids: prompts padded on the left, completions on the right.
+        attention_mask: 1 on real tokens.
+        logits_to_keep: T, the completions' columns, whose tokens are scored. The first token of a sequence never is.
+        pad_token_id: for empty slots.
+        linear_width: see [`lay_out`].
+        single_row: put everything in one row, as FlashAttention's variable-length kernels need it.
+        multiple_of: make the width a multiple of this.
+
+    Returns:
+        The rows; two empty slots where the batch has no token at all, so that a forward pass is possible.
+    """
+    real = attention_mask.bool()
+    lengths = real.sum(dim=1).tolist()
+    rows = [list(range(len(lengths)))] if single_row else lay_out(lengths, linear_width)
+    width = max(2, *(sum(lengths[i] for i in row) for row in rows))
+    width += -width % (multiple_of or 1)
+
+    starts = [0] * len(lengths)
+    for r, row in enumerate(rows):
+        start = r * width
+        for i in row:
+            starts[i] = start
+            start += lengths[i]
+
+    position = real.cumsum(dim=1) - 1  # (B, S)
+    slot = torch.tensor(starts, device=real.device).unsqueeze(1) + position
+    scored = real & (position > 0)
+    scored[:, :-logits_to_keep] = False
+
+    def laid_out(values: torch.Tensor, where: torch.Tensor, empty: int) -> torch.Tensor:
+        flat = torch.full((len(rows) * width,), empty, dtype=values.dtype, device=values.device)
+        flat[slot[where]] = values[where]
+        return flat.view(len(rows), width)
+
+    kept = scored[:, -logits_to_keep:]
+    return PackedBatch(
+        input_ids=laid_out(input_ids, real, pad_token_id),
+        position_ids=laid_out(position, real, 0),
+        labels=laid_out(input_ids, scored, IGNORED),
+        slots=torch.where(kept, slot[:, -logits_to_keep:], 0),
+        scored=kept,
+        tokens=sum(lengths),
+    )
+
+
+def used_columns(prompt_mask: torch.Tensor, completion_mask: torch.Tensor) -> tuple[int, int]:
+    """What is left of a padded batch without the columns that no sequence uses.
+
+    Args:
+        prompt_mask: (B, P), padded on the left.
+        completion_mask: (B, T), padded on the right.
+
+    Returns:
+        How many columns of the prompts (the last ones) and of the completions (the first ones); at least one and two,
+        where there are so many: TRL takes one column of completions for one value per sequence.
+    """
+    from_right = torch.arange(prompt_mask.size(1), 0, -1, device=prompt_mask.device)
+    from_left = torch.arange(1, completion_mask.size(1) + 1, device=prompt_mask.device)
+    furthest = [(prompt_mask.bool() * from_right).max(), (completion_mask.bool() * from_left).max()]
+    prompt, completion = torch.stack(furthest).tolist()
+    return max(prompt, 1), min(max(completion, 2), completion_mask.size(1))
+
+
+@torch.no_grad()
+def keeps_apart(log_probs: Callable[..., torch.Tensor], device: torch.device | str, precision: float) -> bool:
+    """Whether a model gives a response in a shared row the log-probabilities that it gives it alone.
+
+    Measured, not looked up: architectures differ in whether their attention, their recurrent states and their wrappers
+    (prompt tuning, compiled code) respect positions that start again within a row.
+
+    Args:
+        log_probs: maps `input_ids` and `position_ids` (R, W) to the log-probabilities (R, W-1) of ids as labels.
+        device: of the model.
+        precision: machine epsilon of its arithmetic.
+
+    Returns:
+        False too where the model does not take such a call.
+    """
+    mine = [4, 1, 3, 2]
+    positions = [0, 1, 2, *range(len(mine))]
+
+    def scored(before: list[int]) -> torch.Tensor:
+        ids, position_ids = before + mine, positions[-len(before + mine) :]
+        return log_probs(
+            input_ids=torch.tensor([ids], device=device), position_ids=torch.tensor([position_ids], device=device)
+        )[0, -(len(mine) - 1) :].float()
+
+    try:
+        shared, other, alone = scored([1, 2, 3]), scored([2, 4, 1]), scored([])
+    except (TypeError, ValueError, NotImplementedError):
+        return False
+    # Another neighbour may change nothing; another shape changes the rounding, which grows with depth.
+    return bool((shared - other).abs().max() <= 4 * precision and (shared - alone).abs().max() <= precision**0.5)

@@ -1,0 +1,306 @@
+"""The update phase of a GRPO-family trainer without waste: what is forwarded, and when.
+
+TRL pads every response to the longest of the generation batch, forwards those whose advantage is 0, and scores a whole
+rollout with the policy that is about to make its first update on it. None of this changes a gradient. Here the real
+tokens are packed, rows that cannot move the weights are left out, and only what needs old log-probabilities is scored.
+The loss itself stays TRL's: it only gets other micro-batches of the same mini-batch, with the same sum of gradients.
+
+Every process makes the same number of forward and backward passes, so that no collective of DDP, DeepSpeed ZeRO or FSDP
+waits for one that never comes: the processes agree on each micro-batch's rows once per rollout and fill up with blank
+ones, which cost a token each.
+"""
+
+import time
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from trl.trainer.utils import (
+    shuffle_sequence_dict,
+    split_pixel_values_by_grid,
+    split_tensor_dict,
+    unsplit_pixel_values_by_grid,
+)
+
+from .batching import (
+    exchange_prompts,
+    fixed_keys,
+    loss_mask,
+    moving_rows,
+    plan_forwards,
+    row_count,
+    row_kinds,
+    shuffle_prompts,
+    take_rows,
+)
+from .padding_free import PaddingFreeTrainer
+
+
+logger = get_logger(__name__)
+
+SPLITS_GROUPS = "partition_by_prompt does not apply and responses are shuffled across mini-batches, splitting groups"
+
+# Losses that are a mean over the rows of a micro-batch, so that its number of rows has to be put right
+MEAN_OVER_ROWS = ("grpo", "dr_grpo", "sapo", "luspo")
+# TRL's metrics that are means over tokens: a row that was left out was never clipped, but has a KL and an entropy
+MEAN_OVER_ALL = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo_clip_ratio")
+MEAN_OVER_LIVE = ("kl", "entropy", "vespo/phi_seq_mean")
+EXTREMES = {"clip_ratio/low_min": min, "clip_ratio/high_max": max}
+
+
+class UpdatePhaseTrainer(PaddingFreeTrainer):
+    """
+    [`~trl.GRPOTrainer`] with another update phase: mini-batches of whole groups of responses (v5 §2.2), and the
+    switches `padding_free`, `skip_dead_rows`, `skip_on_policy_logps` and `behaviour_policy` of
+    [`~tic_grpo_trl.TICGRPOConfig`].
+
+    Metrics, under `update/` once per optimizer step and over all processes: `real_token_share` (of what was computed in
+    forward passes), `rows_skipped` (share of the mini-batch's responses), `forwards_saved` (passes that TRL would have
+    made in addition, scoring included).
+
+    Raises:
+        ValueError: if `behaviour_policy="sampler"` although nothing returns the sampler's log-probabilities.
+    """
+
+    num_generations: int
+    _buffered_inputs: Any
+
+    def __init__(self, model, reward_funcs=None, args: Any = None, *positional, **kwargs):
+        super().__init__(model, reward_funcs, args, *positional, **kwargs)
+        args = self.args
+        if args.behaviour_policy == "sampler" and not (self.use_vllm or self.rollout_func is not None):
+            raise ValueError(
+                "behaviour_policy='sampler' needs the sampler's log-probabilities, which only vLLM or a rollout_func "
+                "returns: set use_vllm=True, or behaviour_policy='trainer'."
+            )
+        window = args.gradient_accumulation_steps  # micro-batches of a mini-batch
+        self._micro_batches = int(args.steps_per_generation or 1)  # of a rollout, on one process
+        self._rollout_steps = self._micro_batches * self.num_iterations  # from one generation to the next
+        # of one process in a mini-batch
+        self._update_rows = args.per_device_train_batch_size * window
+        self._by_prompt = self._can_partition_by_prompt()
+
+        # Micro-batches whose rows may change places: those of one mini-batch and one rollout
+        in_step = self._micro_batches % window == 0 or window % self._micro_batches == 0
+        self._unit = min(window, self._micro_batches) if in_step else 1
+        self._fixed_rows = self._why_rows_are_fixed()
+        if self._fixed_rows:
+            logger.info(f"Responses stay in TRL's micro-batches, dead rows included, because of {self._fixed_rows}.")
+        self._has_old_policy = window % self._rollout_steps != 0  # TRL's condition for scoring a rollout
+        self._starts_on_policy = self._rollout_steps % window == 0  # a rollout's first step starts a mini-batch
+        self._postpones_scoring = False  # the parent's next call for log-probabilities is answered with None
+        self._filled_at = -1  # the step at which the buffer was filled
+        self._counts: list[torch.Tensor] = []  # of the micro-batches since the last update
+
+    def _why_rows_are_fixed(self) -> str:
+        """The options that make a loss depend on which rows share a micro-batch."""
+        reasons = {
+            f"loss_type={self.loss_type!r}": self.loss_type == "bnpo",
+            "the entropy bonus": self._entropy_bonus_enabled,
+            f"top_entropy_quantile={self.top_entropy_quantile}": self.top_entropy_quantile < 1.0,
+            "the router's auxiliary loss": self.aux_loss_enabled,
+        }
+        return ", ".join(reason for reason, holds in reasons.items() if holds)
+
+    # Cutting a rollout into mini-batches
+
+    def _can_partition_by_prompt(self) -> bool:
+        """Whether every mini-batch can be made of whole groups; says so where it can't."""
+        steps, window = self._micro_batches, self.args.gradient_accumulation_steps
+        if not self.args.partition_by_prompt or steps <= window:
+            return False  # not wanted, or one mini-batch holds the whole rollout
+        rows, obstacles = self._update_rows * self.accelerator.num_processes, []
+        if rows % self.num_generations:
+            obstacles.append(
+                "per_device_train_batch_size * gradient_accumulation_steps * number of processes = "
+                f"{rows} is not a multiple of num_generations = {self.num_generations}"
+            )
+        if steps % window:
+            obstacles.append(
+                f"steps_per_generation = {steps} is not a multiple of gradient_accumulation_steps = {window}"
+            )
+        if obstacles:
+            logger.warning(f"{SPLITS_GROUPS}: {', and '.join(obstacles)}.")
+        return not obstacles
+
+    def _partition(self, rollout: dict[str, Any]) -> dict[str, Any]:
+        """The rows of a rollout in the order in which they are cut into mini-batches."""
+        if not self._by_prompt:
+            return shuffle_sequence_dict(rollout)
+        if self._update_rows % self.num_generations == 0:
+            return shuffle_prompts(rollout, self.num_generations)
+        # A mini-batch is made of whole groups only over all processes together.
+        if fixed := fixed_keys(gather_object([row_kinds(rollout)])):
+            logger.warning_once(
+                f"{SPLITS_GROUPS}: the groups of a mini-batch span several processes, and the rollout holds "
+                f"{', '.join(fixed)}, which cannot be exchanged between them response by response. Make "
+                "per_device_train_batch_size * gradient_accumulation_steps a multiple of num_generations."
+            )
+            return shuffle_sequence_dict(rollout)
+        pad_token_id = self._tokenizer.pad_token_id
+        return exchange_prompts(rollout, self.num_generations, self._update_rows, pad_token_id, self.accelerator)
+
+    def _prepare_inputs(self, generation_batch):
+        if not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        starts = self._step % self._rollout_steps == 0 and self._filled_at != self._step
+        if starts or self._buffered_inputs is None:
+            rollout = split_pixel_values_by_grid(self._generate_and_score_completions(generation_batch))
+            self._buffered_inputs = self._cut(self._partition(rollout))
+            self._filled_at = self._step
+        return self._buffered_inputs[self._step % self._micro_batches]
+
+    def _cut(self, rollout: dict[str, Any]) -> list[dict[str, Any] | None]:
+        """The micro-batches of a rollout, scored by the old policy where that is needed; `None`: nothing to compute."""
+        trl_scores = self._has_old_policy or self.use_vllm
+        self._work["trl_forwards"] += self._micro_batches * (trl_scores + (self.beta != 0.0))
+        movable = not self._fixed_rows and not fixed_keys([row_kinds(rollout)])
+        micro_batches: list[dict[str, Any] | None]
+        if (self.args.padding_free or self.args.skip_dead_rows) and self._of_all([int(movable)]).all():
+            micro_batches = self._plan(rollout)
+        else:
+            parts: list[Any] = split_tensor_dict(rollout, self._micro_batches)
+            micro_batches = [unsplit_pixel_values_by_grid(part) for part in parts]
+        if self._has_old_policy and "old_per_token_logps" not in rollout:
+            # Those of a rollout's first update have their old log-probabilities from the very pass that trains them.
+            on_policy = self._starts_on_policy and self.args.skip_on_policy_logps
+            for micro_batch in micro_batches[self.args.gradient_accumulation_steps if on_policy else 0 :]:
+                if micro_batch is not None:
+                    micro_batch["old_per_token_logps"] = self._score(micro_batch)
+        return micro_batches
+
+    def _plan(self, rollout: dict[str, Any]) -> list[dict[str, Any] | None]:
+        """The same mini-batches in as few micro-batches as may be, the empty ones first: the last synchronises."""
+        rows, packs = self.args.per_device_train_batch_size, self._packs_responses()
+        live = torch.ones(row_count(rollout), dtype=torch.bool)
+        if self.args.skip_dead_rows:
+            live = moving_rows(rollout, only_advantages=self.beta == 0.0).cpu()
+        lengths = (rollout["prompt_mask"].sum(1) + rollout["completion_mask"].sum(1)).tolist()
+
+        unit = self._unit if self.args.padding_free else 1
+        plans: list[list[int]] = []  # rows by micro-batch
+        for start in range(0, self._micro_batches, unit):
+            kept = [i for i in range(start * rows, (start + unit) * rows) if live[i]]
+            passes = (
+                plan_forwards([lengths[i] for i in kept], rows, packs) if self.args.padding_free else [range(len(kept))]
+            )
+            plans += [[]] * (unit - len(passes)) + [[kept[i] for i in group] for group in passes]
+
+        heights = self._of_all([len(plan) for plan in plans]).amax(dim=0).tolist()  # equal on every process
+        micro_batches: list[dict[str, Any] | None] = []
+        for index, (plan, height) in enumerate(zip(plans, heights, strict=True)):
+            closes = (index + 1) % unit == 0
+            if height == 0 and not closes:
+                micro_batches.append(None)
+                continue
+            micro_batch = take_rows(rollout, plan, max(height, 1) - len(plan), trim=self.args.padding_free)
+            first = index + 1 - unit if closes else index + 1  # whose rows this one answers for, if any
+            left_out = [i for i in range(first * rows, (index + 1) * rows) if not live[i]]
+            micro_batch["left_out"] = self._count_tokens(rollout, left_out)
+            micro_batches.append(micro_batch)
+        return micro_batches
+
+    @staticmethod
+    def _count_tokens(rollout: dict[str, Any], rows: list[int]) -> torch.Tensor:
+        """(2,) int: tokens that count in the given rows, and their number."""
+        mask = loss_mask(rollout)
+        return torch.stack([mask[rows].sum(), mask.new_tensor(len(rows))])
+
+    # Old log-probabilities
+
+    def _generate_and_score_completions(self, inputs):
+        args, training = self.args, self.model.training
+        corrects = self.use_vllm and self.vllm_importance_sampling_correction  # by the parent, which then has to score
+        wanted = args.skip_on_policy_logps or args.behaviour_policy == "sampler"
+        wanted = wanted or (training and (args.padding_free or args.skip_dead_rows))
+        self._postpones_scoring = self._has_old_policy and wanted and not corrects and not self._is_vlm
+        try:
+            rollout = super()._generate_and_score_completions(inputs)
+        finally:
+            self._postpones_scoring = False
+        if args.behaviour_policy == "sampler":
+            rollout["old_per_token_logps"] = self._sampler_logps(rollout)
+        return rollout
+
+    def _sampler_logps(self, rollout: dict[str, Any]) -> torch.Tensor:
+        """(B, T) log-probabilities of the sampler; the policy's own in rows where it left one out (counted)."""
+        logps = rollout.get("sampling_per_token_logps")
+        if logps is None:
+            raise ValueError(
+                "behaviour_policy='sampler', but the rollout has no log-probabilities of the sampler: return them from "
+                "rollout_func under 'logprobs', or set behaviour_policy='trainer'."
+            )
+        mask = loss_mask(rollout).bool()
+        lacking = (logps.isnan() & mask).any(dim=1, keepdim=True)  # (B, 1)
+        share = self.accelerator.gather(lacking.float()).mean().item()
+        self._metrics["train" if self.model.training else "eval"]["sampling/rows_without_logps"].append(share)
+        logps = torch.where(mask, logps, 0.0)
+        if share == 0:
+            return logps
+        masks = {name: rollout[name] * lacking for name in ("prompt_mask", "completion_mask")}
+        return torch.where(lacking, self._score(rollout | masks, self.args.per_device_train_batch_size), logps)
+
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        if self._postpones_scoring:
+            self._postpones_scoring = False
+            return None, None, None
+        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+
+    # Steps
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        start = time.perf_counter()
+        model.train()
+        empty = self._prepare_inputs(inputs) is None
+        self._current_train_step_time += time.perf_counter() - start
+        if not empty:
+            return super().training_step(model, inputs, num_items_in_batch)
+        # Nothing to compute on any process. Never the last of a mini-batch.
+        self._work["trl_forwards"] += 1
+        self._step += 1
+        return torch.zeros((), device=self.accelerator.device)
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        if not self.model.training:
+            return loss
+        self._work["trl_forwards"] += 1
+        rows, left_out = inputs["completion_ids"].size(0), inputs.get("left_out")
+        if left_out is not None and self.loss_type in MEAN_OVER_ROWS:
+            loss = loss * (rows / self.args.per_device_train_batch_size)
+        tokens = loss_mask(inputs).sum()
+        none = torch.zeros(2, dtype=tokens.dtype, device=tokens.device)
+        counts = torch.stack([tokens, tokens.new_tensor(rows)])
+        self._counts.append(torch.cat([counts, none if left_out is None else left_out]))
+        if self.accelerator.sync_gradients:
+            self._log_update(settles=left_out is not None)
+        return loss
+
+    def _log_update(self, settles: bool):
+        """Log the work of a mini-batch and, where its rows were moved, make TRL's metrics independent of that."""
+        metrics, processes, steps = self._metrics["train"], self.accelerator.num_processes, len(self._counts)
+        work = torch.tensor([self._work["tokens"], self._work["slots"]], device=self.accelerator.device)
+        local = torch.cat([work, torch.stack(self._counts).flatten()])
+        of_all = self.accelerator.gather(local).view(processes, -1).sum(dim=0)
+        real, slots = of_all[:2].tolist()
+        tokens, rows, skipped_tokens, skipped_rows = of_all[2:].view(steps, 4).T.tolist()
+        all_rows = self._update_rows * processes
+        metrics["update/real_token_share"].append(real / max(slots, 1))
+        metrics["update/rows_skipped"].append(sum(skipped_rows) / all_rows)
+        metrics["update/forwards_saved"].append(self._work["trl_forwards"] - self._work["forwards"])
+        self._work = dict.fromkeys(self._work, 0)
+        self._counts.clear()
+        if not settles:
+            return
+        for name in metrics:
+            values = metrics[name][-steps:]
+            if name in MEAN_OVER_LIVE + MEAN_OVER_ALL:
+                # TRL averages over the rows where the weight is one per response
+                by_row = name.startswith("clip_ratio/") and self.importance_sampling_level == "sequence"
+                weights = rows if by_row else tokens
+                skipped = sum(skipped_tokens) if name in MEAN_OVER_ALL else 0
+                total = all_rows if by_row else sum(weights) + skipped
+                metrics[name][-steps:] = [sum(v * w for v, w in zip(values, weights, strict=True)) / max(total, 1)]
+            elif name in EXTREMES:
+                metrics[name][-steps:] = [EXTREMES[name]([v for v in values if v == v], default=float("nan"))]
