@@ -36,14 +36,14 @@ def ratio_rows(
     """
     if advantages.dim() == 1:
         advantages = advantages.unsqueeze(1)  # (B, 1)
-    length = mask.sum(dim=-1).clamp(min=1)  # (B,)
+    length = mask.sum(dim=-1)  # (B,)
 
     def share(flag: torch.Tensor) -> torch.Tensor:  # (B, 1) or (B, T) -> (B,)
-        return flag.squeeze(1).float() if flag.size(1) == 1 else (flag * mask).sum(dim=-1) / length
+        return flag.squeeze(1).float() if flag.size(1) == 1 else (flag * mask).sum(dim=-1) / length.clamp(min=1)
 
     gains, losses = advantages > 0, advantages < 0
     columns = [
-        mask.bool().any(dim=-1).float(),
+        length.gt(0).float(),
         log_ratio.sum(dim=-1),
         share(gains),
         share(losses),

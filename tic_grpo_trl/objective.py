@@ -60,8 +60,7 @@ def token_log_ratio(
     dtype = torch.promote_types(logps.dtype, torch.float32)
     if old_per_token_logps is None:
         return torch.zeros_like(logps, dtype=dtype)
-    log_ratio = logps.to(dtype) - old_per_token_logps.to(dtype)
-    return torch.where(mask.bool(), log_ratio, torch.zeros_like(log_ratio))
+    return torch.where(mask.bool(), logps.to(dtype) - old_per_token_logps.to(dtype), 0.0)
 
 
 def log_importance_weight(

@@ -132,21 +132,22 @@ def pack(
 
     position = real.cumsum(dim=1) - 1  # (B, S)
     slot = torch.tensor(starts, device=real.device).unsqueeze(1) + position
-    scored = real & (position > 0)
-    scored[:, :-logits_to_keep] = False
+    source = real.flatten().nonzero().squeeze(1)  # (n,) index into B·S of the real tokens
+    target = slot.flatten()[source]  # (n,) index into R·W
 
-    def laid_out(values: torch.Tensor, where: torch.Tensor, empty: int) -> torch.Tensor:
+    def laid_out(values: torch.Tensor, empty: int) -> torch.Tensor:
         flat = torch.full((len(rows) * width,), empty, dtype=values.dtype, device=values.device)
-        flat[slot[where]] = values[where]
-        return flat.view(len(rows), width)
+        return flat.index_copy_(0, target, values.flatten()[source]).view(len(rows), width)
 
-    kept = scored[:, -logits_to_keep:]
+    scored = (real & (position > 0))[:, -logits_to_keep:]
+    labels = torch.full_like(input_ids, IGNORED)
+    labels[:, -logits_to_keep:] = torch.where(scored, input_ids[:, -logits_to_keep:], IGNORED)
     return PackedBatch(
-        input_ids=laid_out(input_ids, real, pad_token_id),
-        position_ids=laid_out(position, real, 0),
-        labels=laid_out(input_ids, scored, IGNORED),
-        slots=torch.where(kept, slot[:, -logits_to_keep:], 0),
-        scored=kept,
+        input_ids=laid_out(input_ids, pad_token_id),
+        position_ids=laid_out(position, 0),
+        labels=laid_out(labels, IGNORED),
+        slots=torch.where(scored, slot[:, -logits_to_keep:], 0),
+        scored=scored,
         tokens=sum(lengths),
     )
 

@@ -101,7 +101,8 @@ class PaddingFreeTrainer(GRPOTrainer):
     def _forward(self, model, input_ids, attention_mask, logits_to_keep, compute_entropy, compute_aux_loss):
         """Log-probabilities (B, T), entropies (B, T) and router loss of (B, P+T) ids, from one forward pass."""
         self._work["forwards"] += 1
-        if compute_aux_loss or not self._packs_responses():
+        no_padding = bool(attention_mask.all())
+        if no_padding or compute_aux_loss or not self._packs_responses():
             # the router's loss is a mean over tokens that leaves padding out by the attention mask
             split = input_ids.size(1) - logits_to_keep
             prompt, width = used_columns(attention_mask[:, :split], attention_mask[:, split:])

@@ -85,8 +85,7 @@ class TICGRPOTrainer(UpdatePhaseTrainer):
         self._clip = args.clip
         self._anchored = args.is_anchored
         if self._anchored:
-            # The weights reach the parent's token-level code already bounded, so its own clip must not act again.
-            self.importance_sampling_level = "token"
+            # The weights reach the parent already bounded, so its own clip must not act again.
             self.epsilon_low, self.epsilon_high = 1.0, math.inf
         self._loss_inputs: dict[str, Any] | None = None  # set while the parent computes a loss
         self._ratio_rows: list[torch.Tensor] = []  # of the current accumulation window, local
@@ -123,7 +122,9 @@ class TICGRPOTrainer(UpdatePhaseTrainer):
         self._loss_inputs = dict(inputs)
         # `delta` is part of the weight already; the parent would apply it to A > 0 as well.
         delta = self.args.delta
-        self.args.delta = None if self._anchored else delta
+        if self._anchored:
+            self.args.delta = None
+            self.importance_sampling_level = self._parent_level(inputs)
         try:
             loss = super()._compute_loss(model, self._loss_inputs)
             if self._anchored and self._loss_inputs.get("old_per_token_logps") is inputs.get("old_per_token_logps"):
@@ -132,6 +133,22 @@ class TICGRPOTrainer(UpdatePhaseTrainer):
         finally:
             self.args.delta = delta
             self._loss_inputs = None
+
+    def _parent_level(self, inputs: dict[str, Any]) -> str:
+        """The parent's level at which anchoring costs least.
+
+        One weight per response gives the same loss and gradient at its sequence level, the mean of the anchored
+        log-ratios times the number of tokens, as long as nothing else in the loss differs between tokens.
+        """
+        correction = inputs.get("importance_sampling_ratio")  # (B, 1) or (B, T)
+        per_response = (
+            self._level != "token"
+            and inputs["advantages"].dim() == 1
+            and self.beta == 0.0
+            and self.top_entropy_quantile == 1.0
+            and (correction is None or correction.size(1) == 1)
+        )
+        return "sequence" if per_response else "token"
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
         logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)

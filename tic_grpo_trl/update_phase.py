@@ -91,6 +91,7 @@ class UpdatePhaseTrainer(PaddingFreeTrainer):
         self._starts_on_policy = self._rollout_steps % window == 0  # a rollout's first step starts a mini-batch
         self._postpones_scoring = False  # the parent's next call for log-probabilities is answered with None
         self._filled_at = -1  # the step at which the buffer was filled
+        self._last_logps: torch.Tensor | None = None  # of the last forward pass
         self._counts: list[torch.Tensor] = []  # of the micro-batches since the last update
 
     def _why_rows_are_fixed(self) -> str:
@@ -245,21 +246,26 @@ class UpdatePhaseTrainer(PaddingFreeTrainer):
         if self._postpones_scoring:
             self._postpones_scoring = False
             return None, None, None
-        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        outputs = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        self._last_logps = outputs[0].detach()
+        return outputs
 
     # Steps
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         start = time.perf_counter()
         model.train()
-        empty = self._prepare_inputs(inputs) is None
+        micro_batch = self._prepare_inputs(inputs)
         self._current_train_step_time += time.perf_counter() - start
-        if not empty:
-            return super().training_step(model, inputs, num_items_in_batch)
-        # Nothing to compute on any process. Never the last of a mini-batch.
-        self._work["trl_forwards"] += 1
-        self._step += 1
-        return torch.zeros((), device=self.accelerator.device)
+        if micro_batch is None:  # nothing to compute on any process; never the last of a mini-batch
+            self._work["trl_forwards"] += 1
+            self._step += 1
+            return torch.zeros((), device=self.accelerator.device)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._has_old_policy and self.num_iterations > 1:
+            # Not scored before means on-policy: the next pass over the rollout takes what this one computed.
+            micro_batch.setdefault("old_per_token_logps", self._last_logps)
+        return loss
 
     def _compute_loss(self, model, inputs):
         loss = super()._compute_loss(model, inputs)
