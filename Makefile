@@ -18,7 +18,7 @@ install: $(INSTALLED) ## make .venv with the tested versions (nothing to do when
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[wandb,test,docs]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[deepspeed,wandb,test,docs]'
 	@touch $@
 
 train: install ## train the embedded starter on this CPU: accuracy before and after, curves in runs/starter
@@ -45,13 +45,16 @@ study-quick: install ## the same in minutes: two seeds, half the updates
 study-tuned: install ## each arm at its own best learning rate and cap, in two regimes
 	$(STUDY) --plan tuned $(ARGS)
 
+bench: install ## the update phase against TRL's own trainer, side by side: table and figures in runs/bench
+	$(BIN)/python benchmarks/update_phase.py $(ARGS)
+
 theory: install ## exact checks of the papers' claims on enumerable policies: report and figures in runs/theory
 	$(BIN)/python -m tic_grpo_trl.theory $(ARGS)
 
 docs: install ## API reference as HTML, in docs/_build
-	$(BIN)/pdoc --docformat google -o docs/_build tic_grpo_trl $(addprefix tic_grpo_trl.,config trainer objective diagnostics report starter study theory)
+	$(BIN)/pdoc --docformat google -o docs/_build tic_grpo_trl $(addprefix tic_grpo_trl.,config arms trainer update_phase objective packing batching diagnostics report starter study theory)
 
 clean: ## remove .venv, runs and caches
 	rm -rf $(VENV) runs docs/_build build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
-.PHONY: help install train test lint starter study study-quick study-tuned theory docs clean
+.PHONY: help install train test lint starter study study-quick study-tuned bench theory docs clean

@@ -76,22 +76,25 @@ class PackedBatch:
         input_ids: (R, W).
         position_ids: (R, W), from 0 in every sequence; 0 in empty slots, which so attend to themselves alone.
         labels: (R, W), the id of every token that is to be scored, -100 elsewhere.
-        slots: (B, T) index into the R·W slots for the last T columns, 0 where there is no token.
-        scored: (B, T) bool, whether that column is scored.
+        scored: (m,) index into the R·W slots of the tokens that are scored.
+        columns: (m,) index of the same tokens into the B·T values that [`unpack`] returns.
+        shape: (B, T), T columns being the last ones.
         tokens: number of real tokens.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     labels: torch.Tensor
-    slots: torch.Tensor
     scored: torch.Tensor
+    columns: torch.Tensor
+    shape: tuple[int, int]
     tokens: int
 
     def unpack(self, per_token: torch.Tensor) -> torch.Tensor:
         """Put values of the label of every slot but a row's first, (R, W-1), back to (B, T), 0 where not scored."""
         by_slot = torch.nn.functional.pad(per_token, (1, 0)).reshape(-1)
-        return torch.where(self.scored, by_slot.take(self.slots), 0.0)
+        values = by_slot.new_zeros(self.shape[0] * self.shape[1])
+        return values.index_copy(0, self.columns, by_slot.index_select(0, self.scored)).view(self.shape)
 
 
 def pack(
@@ -139,15 +142,16 @@ def pack(
         flat = torch.full((len(rows) * width,), empty, dtype=values.dtype, device=values.device)
         return flat.index_copy_(0, target, values.flatten()[source]).view(len(rows), width)
 
-    scored = (real & (position > 0))[:, -logits_to_keep:]
-    labels = torch.full_like(input_ids, IGNORED)
-    labels[:, -logits_to_keep:] = torch.where(scored, input_ids[:, -logits_to_keep:], IGNORED)
+    scored = real & (position > 0)
+    scored[:, :-logits_to_keep] = False
+    columns = scored[:, -logits_to_keep:].flatten().nonzero().squeeze(1)
     return PackedBatch(
         input_ids=laid_out(input_ids, pad_token_id),
         position_ids=laid_out(position, 0),
-        labels=laid_out(labels, IGNORED),
-        slots=torch.where(scored, slot[:, -logits_to_keep:], 0),
-        scored=scored,
+        labels=laid_out(torch.where(scored, input_ids, IGNORED), IGNORED),
+        scored=slot[:, -logits_to_keep:].flatten()[columns],
+        columns=columns,
+        shape=(len(lengths), logits_to_keep),
         tokens=sum(lengths),
     )
 

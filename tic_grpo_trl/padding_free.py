@@ -61,9 +61,8 @@ class PaddingFreeTrainer(GRPOTrainer):
         **multimodal,
     ):
         if any(value is not None for value in multimodal.values()) or not self.args.padding_free:
-            self._work["forwards"] += -(-input_ids.size(0) // (batch_size or input_ids.size(0)))
-            self._work["slots"] += input_ids.numel()
-            self._work["tokens"] += int(attention_mask.sum())
+            passes = -(-input_ids.size(0) // (batch_size or input_ids.size(0)))
+            self._note(attention_mask.sum(), input_ids.numel(), passes)
             return super()._get_per_token_logps_and_entropies(
                 model,
                 input_ids,
@@ -100,16 +99,14 @@ class PaddingFreeTrainer(GRPOTrainer):
 
     def _forward(self, model, input_ids, attention_mask, logits_to_keep, compute_entropy, compute_aux_loss):
         """Log-probabilities (B, T), entropies (B, T) and router loss of (B, P+T) ids, from one forward pass."""
-        self._work["forwards"] += 1
-        no_padding = bool(attention_mask.all())
-        if no_padding or compute_aux_loss or not self._packs_responses():
+        packs = self._packs_responses()  # asked first: the answer takes forward passes of every process
+        if compute_aux_loss or not packs or attention_mask.all():
             # the router's loss is a mean over tokens that leaves padding out by the attention mask
             split = input_ids.size(1) - logits_to_keep
             prompt, width = used_columns(attention_mask[:, :split], attention_mask[:, split:])
             columns = slice(split - prompt, split + width)
             ids, mask = input_ids[:, columns], attention_mask[:, columns]
-            self._work["slots"] += ids.numel()
-            self._work["tokens"] += int(mask.sum())
+            self._note(mask.sum(), ids.numel())
             logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
                 model, ids, mask, width, None, compute_entropy, compute_aux_loss
             )
@@ -125,8 +122,7 @@ class PaddingFreeTrainer(GRPOTrainer):
             single_row="flash" in str(self.model.config._attn_implementation),
             multiple_of=self.pad_to_multiple_of,
         )
-        self._work["slots"] += packed.input_ids.numel()
-        self._work["tokens"] += packed.tokens
+        self._note(packed.tokens, packed.input_ids.numel())
         with self.accelerator.autocast():
             outputs = model(
                 input_ids=packed.input_ids,
@@ -135,6 +131,12 @@ class PaddingFreeTrainer(GRPOTrainer):
                 fused_lm_head=True,
             )
         return packed.unpack(outputs.log_probs), packed.unpack(outputs.entropy) if compute_entropy else None, None
+
+    def _note(self, tokens: Any, slots: int, forwards: int = 1):
+        if self.model.training:
+            self._work["tokens"] += int(tokens)
+            self._work["slots"] += slots
+            self._work["forwards"] += forwards
 
     def _packs_responses(self) -> bool:
         """Whether several responses may share a row."""

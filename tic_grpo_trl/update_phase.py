@@ -45,7 +45,7 @@ SPLITS_GROUPS = "partition_by_prompt does not apply and responses are shuffled a
 MEAN_OVER_ROWS = ("grpo", "dr_grpo", "sapo", "luspo")
 # TRL's metrics that are means over tokens: a row that was left out was never clipped, but has a KL and an entropy
 MEAN_OVER_ALL = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo_clip_ratio")
-MEAN_OVER_LIVE = ("kl", "entropy", "vespo/phi_seq_mean")
+MEAN_OVER_LIVE = ("kl", "entropy")
 EXTREMES = {"clip_ratio/low_min": min, "clip_ratio/high_max": max}
 
 
@@ -95,9 +95,9 @@ class UpdatePhaseTrainer(PaddingFreeTrainer):
         self._counts: list[torch.Tensor] = []  # of the micro-batches since the last update
 
     def _why_rows_are_fixed(self) -> str:
-        """The options that make a loss depend on which rows share a micro-batch."""
+        """The options that make a loss, or a metric of TRL's, depend on which rows share a micro-batch."""
         reasons = {
-            f"loss_type={self.loss_type!r}": self.loss_type == "bnpo",
+            f"loss_type={self.loss_type!r}": self.loss_type in ("bnpo", "vespo"),
             "the entropy bonus": self._entropy_bonus_enabled,
             f"top_entropy_quantile={self.top_entropy_quantile}": self.top_entropy_quantile < 1.0,
             "the router's auxiliary loss": self.aux_loss_enabled,
@@ -173,19 +173,19 @@ class UpdatePhaseTrainer(PaddingFreeTrainer):
 
     def _plan(self, rollout: dict[str, Any]) -> list[dict[str, Any] | None]:
         """The same mini-batches in as few micro-batches as may be, the empty ones first: the last synchronises."""
-        rows, packs = self.args.per_device_train_batch_size, self._packs_responses()
+        rows, padding_free = self.args.per_device_train_batch_size, self.args.padding_free
+        packs = padding_free and self._packs_responses()
         live = torch.ones(row_count(rollout), dtype=torch.bool)
         if self.args.skip_dead_rows:
             live = moving_rows(rollout, only_advantages=self.beta == 0.0).cpu()
         lengths = (rollout["prompt_mask"].sum(1) + rollout["completion_mask"].sum(1)).tolist()
+        tokens = loss_mask(rollout).sum(1).tolist()
 
-        unit = self._unit if self.args.padding_free else 1
+        unit = self._unit if padding_free else 1
         plans: list[list[int]] = []  # rows by micro-batch
         for start in range(0, self._micro_batches, unit):
             kept = [i for i in range(start * rows, (start + unit) * rows) if live[i]]
-            passes = (
-                plan_forwards([lengths[i] for i in kept], rows, packs) if self.args.padding_free else [range(len(kept))]
-            )
+            passes = plan_forwards([lengths[i] for i in kept], rows, packs) if padding_free else [range(len(kept))]
             plans += [[]] * (unit - len(passes)) + [[kept[i] for i in group] for group in passes]
 
         heights = self._of_all([len(plan) for plan in plans]).amax(dim=0).tolist()  # equal on every process
@@ -195,18 +195,13 @@ class UpdatePhaseTrainer(PaddingFreeTrainer):
             if height == 0 and not closes:
                 micro_batches.append(None)
                 continue
-            micro_batch = take_rows(rollout, plan, max(height, 1) - len(plan), trim=self.args.padding_free)
+            micro_batch = take_rows(rollout, plan, max(height, 1) - len(plan), trim=padding_free)
             first = index + 1 - unit if closes else index + 1  # whose rows this one answers for, if any
             left_out = [i for i in range(first * rows, (index + 1) * rows) if not live[i]]
-            micro_batch["left_out"] = self._count_tokens(rollout, left_out)
+            counts = [sum(tokens[i] for i in left_out), len(left_out)]
+            micro_batch["left_out"] = torch.tensor(counts, device=self.accelerator.device)  # tokens and rows
             micro_batches.append(micro_batch)
         return micro_batches
-
-    @staticmethod
-    def _count_tokens(rollout: dict[str, Any], rows: list[int]) -> torch.Tensor:
-        """(2,) int: tokens that count in the given rows, and their number."""
-        mask = loss_mask(rollout)
-        return torch.stack([mask[rows].sum(), mask.new_tensor(len(rows))])
 
     # Old log-probabilities
 
