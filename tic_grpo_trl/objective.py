@@ -147,21 +147,20 @@ def clip_log_weight(
     """
     if advantages.dim() == 1:
         advantages = advantages.unsqueeze(1)  # (B, 1)
-    log_weight, advantages = torch.broadcast_tensors(log_weight, advantages)
     gains = advantages >= 0
-    unbounded = torch.full_like(log_weight, math.inf)
-
     if clip.mode == "none":
-        bounded = log_weight.clamp(max=LOG_WEIGHT_BOUND)
+        bounded, gains = torch.broadcast_tensors(log_weight.clamp(max=LOG_WEIGHT_BOUND), gains)
         no = torch.zeros_like(gains)
         return ClippedWeight(bounded, ~no, above=no, below=no)
 
+    # Bounds, (B, 1) unless advantages are per token
+    unbounded = torch.full_like(gains, math.inf, dtype=log_weight.dtype)
     if clip.length_scale:
         log_high = clip.length_scale * mask.sum(dim=-1, keepdim=True).to(log_weight.dtype).sqrt()  # (B, 1)
-        log_high = log_high.expand_as(log_weight)
+        log_high = log_high.expand_as(gains)
     else:
-        log_high = torch.full_like(log_weight, math.log1p(clip.epsilon_high))
-    log_delta = unbounded if clip.delta is None else torch.full_like(log_weight, math.log(clip.delta))
+        log_high = torch.full_like(unbounded, math.log1p(clip.epsilon_high))
+    log_delta = unbounded if clip.delta is None else torch.full_like(unbounded, math.log(clip.delta))
 
     if clip.mode in ("up_only", "capped"):
         high = log_high if clip.delta is None else torch.where(gains, log_high, log_delta)
@@ -169,16 +168,15 @@ def clip_log_weight(
     elif clip.mode in ("two_sided", "truncated"):
         high = torch.where(gains, log_high, log_delta) if clip.mode == "two_sided" else log_high
         log_low = math.log1p(-clip.epsilon_low) if clip.epsilon_low < 1 else -math.inf
-        low = torch.where(gains, -unbounded, torch.full_like(log_weight, log_low))
+        low = torch.where(gains, -unbounded, torch.full_like(unbounded, log_low))
     else:
         raise ValueError(f"Unknown clip_mode {clip.mode!r}: choose one of {', '.join(CLIP_MODES)}.")
 
-    above, below = log_weight > high, log_weight < low
+    above, below = log_weight > high, log_weight < low  # (B, 1) or (B, T)
     # which of the weights above their bound lose their gradient, by the sign of A
     stops_above = gains if clip.mode == "truncated" else torch.full_like(gains, clip.mode != "capped")
-    stopped = below | (above & stops_above)
-    bounded = torch.minimum(torch.maximum(log_weight, low), high).clamp(max=LOG_WEIGHT_BOUND)
-    return ClippedWeight(bounded, ~stopped, above=above, below=below)
+    bounded = log_weight.clamp(min=low, max=high.clamp(max=LOG_WEIGHT_BOUND))
+    return ClippedWeight(bounded, ~(below | (above & stops_above)), above=above, below=below)
 
 
 def anchored_old_logps(
