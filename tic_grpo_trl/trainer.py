@@ -41,10 +41,11 @@ class TICGRPOTrainer(UpdatePhaseTrainer):
         args ([`TICGRPOConfig`], *optional*):
             Configuration. If not given, one is built with the model's name.
 
-    Metrics of the trajectory ratio w' = P_θ/P_old, before any cap and over all processes, are logged under
-    `trajectory_ratio/` for every arm, and per inner step k = 1 … K under `trajectory_ratio/inner_<k>/`; names and units
-    are those of [`~tic_grpo_trl.diagnostics.ratio_metrics`]. TRL's `clip_ratio/*` are logged only for the arms whose
-    weight TRL computes itself, because it would see the other arms' weights after the cap.
+    Metrics of the trajectory ratio w' = P_θ/P_old of the responses that were trained on (not those that
+    `skip_dead_rows` left out), before any cap and over all processes, are logged under `trajectory_ratio/` for every
+    arm, and per inner step k = 1 … K under `trajectory_ratio/inner_<k>/`; names and units are those of
+    [`~tic_grpo_trl.diagnostics.ratio_metrics`]. TRL's `clip_ratio/*` are logged only for the arms whose weight TRL
+    computes itself, because it would see the other arms' weights after the cap.
 
     Raises:
         TypeError: if `args` is not a [`TICGRPOConfig`].

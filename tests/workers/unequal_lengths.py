@@ -1,0 +1,223 @@
+"""Started in two processes by test_update_phase_processes.py: trains on fixed rollouts whose responses are short on one
+rank and long on the other, and notes, per run, what was logged, how often every rank used its models, and the weights.
+
+Arguments: a folder for the results and the names of the cases."""
+
+import copy
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # its warning about rollout_func
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from conftest import CPU, TINY_PROMPTS, TRL_UPDATE_PHASE, WORDS, tiny_model, tiny_tokenizer
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
+
+
+LONGEST = (3, 40)  # tokens of a response, by rank
+RUNS = {"on": {}, "off": TRL_UPDATE_PHASE}
+SHUFFLED = {"partition_by_prompt": False}  # as TRL does
+RUNS_LIKE_TRL = {"on": SHUFFLED, "off": SHUFFLED | TRL_UPDATE_PHASE, "trl": {"trl": True}}
+
+# Four mini-batches a rollout. `dead`: groups that move no weight, by rank, in every rollout.
+TWO_ROWS = {"per_device_train_batch_size": 2}
+ONE_MICRO_BATCH = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "steps_per_generation": 4}
+CASES = {
+    # a group of four makes a mini-batch of a rank
+    "tic_grpo": {"dead": ([2], []), "runs": RUNS},
+    "grpo": {"dead": ([1, 2], [3]), "runs": RUNS_LIKE_TRL, "arm": "grpo", **TWO_ROWS},
+    "mean over rows": {"dead": ([0, 1, 5], [3]), "runs": RUNS, "arm": "tic_grpo_v2", "max_steps": 4, **TWO_ROWS},
+    # rank 0 never has anything to do; in one mini-batch of every rollout rank 1 has not either
+    "dead rank": {"dead": ([0, 1, 2, 3], [1]), "runs": RUNS},
+    # a mini-batch is a group of eight, half of it on either rank
+    "spanning groups": {"dead": ([], [1]), "runs": RUNS, "num_generations": 8, "max_steps": 4},
+    "reference": {"dead": ([2], []), "runs": RUNS, "beta": 0.1, **TWO_ROWS},
+    # with a reference only responses without any token that counts are dead
+    "masked rank": {
+        "dead": ([0, 1, 2, 3], [1]),
+        "runs": RUNS,
+        "beta": 0.1,
+        "mask_truncated_completions": True,
+        "max_steps": 4,
+    },
+    "one micro-batch": {"dead": ([1], []), "runs": RUNS, "arm": "grpo", **ONE_MICRO_BATCH},
+    "one micro-batch, reference": {"dead": ([], []), "runs": RUNS, "arm": "grpo", "beta": 0.1, **ONE_MICRO_BATCH},
+}
+
+
+def fixed_rollouts(rank, dead, size, ends=0):
+    """A rollout_func and a reward that give the same responses and rewards in every run.
+
+    `dead`: groups (of `size`) whose rewards are all equal; their responses end with the token `ends`."""
+    generator = torch.Generator().manual_seed(5 + rank)
+
+    def draw(most):
+        return int(torch.randint(1, most + 1, (), generator=generator))
+
+    def words(count):
+        return torch.randint(1, len(WORDS), (count,), generator=generator).tolist()
+
+    def rollout(prompts, trainer):
+        lengths = [LONGEST[rank] if draw(8) == 1 else draw(LONGEST[rank]) for _ in prompts]
+        last = [ends if i // size in dead else 0 for i in range(len(prompts))]
+        return {
+            "prompt_ids": [words(draw(5)) for _ in prompts],
+            "completion_ids": [[*words(length - 1), end] for length, end in zip(lengths, last, strict=True)],
+            "logprobs": None,
+        }
+
+    def reward(completions, **kwargs):
+        groups = range(len(completions) // size)
+        alive = [[0.0, 1.0, *(draw(3) / 3 for _ in range(size - 2))] for _ in groups]
+        return [value for i in groups for value in ([1.0] * size if i in dead else alive[i])]
+
+    return rollout, reward
+
+
+class Passes(TrainerCallback):
+    """How often the models were used until the end of every step."""
+
+    def __init__(self):
+        self.now = {"trained": 0, "scored": 0, "reference": 0, "backward": 0}
+        self.steps = []
+
+    def watch(self, trainer):
+        def count(module, args):
+            self.now["trained" if torch.is_grad_enabled() else "scored"] += 1
+
+        def count_reference(module, args):
+            self.now["reference"] += 1
+
+        backward = trainer.accelerator.backward
+
+        def count_backward(loss, **kwargs):
+            self.now["backward"] += 1
+            backward(loss, **kwargs)
+
+        trainer.model.register_forward_pre_hook(count)
+        trainer.accelerator.backward = count_backward
+        if trainer.ref_model is not None:
+            trainer.ref_model.register_forward_pre_hook(count_reference)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append(self.now.copy())
+
+
+def of_all_ranks(value):
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def run(name, model, dead, trl=False, **config):
+    rank = int(os.environ["RANK"])
+    config = {"num_generations": 4} | config
+    if trl:
+        del config["arm"]
+        config |= {"epsilon": 0.2, "epsilon_high": 0.28, "loss_type": "dapo", "scale_rewards": "none"}
+    trainer_class, config_class = (GRPOTrainer, GRPOConfig) if trl else (TICGRPOTrainer, TICGRPOConfig)
+    defaults = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 4,
+        "steps_per_generation": 16,
+        "max_steps": 8,  # two rollouts
+        "max_completion_length": max(LONGEST),
+        "optim": "sgd",  # Adam would turn the noise of tiny gradients into steps
+        "learning_rate": 0.2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "ddp_timeout": 60,  # a rank that waits in vain says so
+    }
+    ends = 1 if config.get("mask_truncated_completions") else 0  # a response that does not end with <eos>
+    rollout, reward = fixed_rollouts(rank, dead[rank], config["num_generations"], ends)
+    passes = Passes()
+    args = config_class(output_dir=str(folder / "out"), **CPU | defaults | config)
+    if deepspeed:
+        # ZeRO-3 keeps small parameters whole on every process: without this all of them, and nothing would be gathered
+        args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    trainer = trainer_class(
+        model=copy.deepcopy(model),
+        reward_funcs=reward,
+        args=args,
+        train_dataset=TINY_PROMPTS,
+        processing_class=tiny_tokenizer(),
+        rollout_func=rollout,
+        callbacks=[passes],
+    )
+    passes.watch(trainer)
+    trainer.train()
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if rank == 0:
+        weights = {key.removeprefix("module."): value.cpu() for key, value in weights.items()}
+        torch.save(weights, folder / f"{name}.pt")
+    sums = of_all_ranks([p.double().sum().item() for p in trainer.model.parameters()] if plain_ddp else None)
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    return {
+        "num_processes": trainer.accelerator.num_processes,
+        "distributed_type": str(trainer.accelerator.distributed_type),
+        "zero_stage": plugin.zero_stage if plugin else None,
+        "whole": [name for name, p in trainer.model.named_parameters() if getattr(p, "ds_persist", True)],
+        "parameter": type(next(trainer.model.parameters())).__name__,
+        "logged": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "passes": of_all_ranks(passes.steps),
+        "sums": sums,
+    }
+
+
+def without_compiler():
+    """DeepSpeed would compile an operator that only its inference uses."""
+    import deepspeed.comm  # noqa: F401
+
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+
+
+def fsdp_on_cpu():
+    """accelerate takes FSDP for more than one GPU only, and runs DDP on CPU without a word."""
+    start = AcceleratorState.__init__
+
+    def patched(self, *args, fsdp_plugin=None, **kwargs):
+        start(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None or hasattr(self, "fsdp_plugin"):  # later instances share the first one's state
+            self.fsdp_plugin = fsdp_plugin or self.fsdp_plugin
+            self.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = patched
+
+
+folder = Path(sys.argv[1])
+deepspeed, fsdp = (os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("DEEPSPEED", "FSDP"))
+plain_ddp = not deepspeed and not fsdp
+if deepspeed:
+    without_compiler()
+if fsdp:
+    fsdp_on_cpu()
+path = folder / f"model-{os.environ['RANK']}"
+tiny_model().save_pretrained(path)  # where the reference model is read from
+start = tiny_model()
+start.config._name_or_path = str(path)
+results = {}
+gc.freeze()  # every trainer collects garbage: spare it what was imported
+for case in sys.argv[2:]:
+    config = CASES[case].copy()
+    for variant, switches in config.pop("runs").items():
+        if not plain_ddp and variant != "on":
+            continue
+        name = f"{case}, {variant}"
+        results[name] = run(name, start, **config | switches)
+if os.environ["RANK"] == "0":
+    torch.save(start.state_dict(), folder / "start.pt")
+    (folder / "result.json").write_text(json.dumps(results))
+dist.barrier()
+dist.destroy_process_group()
