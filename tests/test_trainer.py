@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 import torch
 from conftest import (
-    TRL_UPDATE_PHASE,
     CPU,
     TINY_PROMPTS,
+    TRL_UPDATE_PHASE,
     WORDS,
     batch,
     count_a,

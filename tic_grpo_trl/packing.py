@@ -1,15 +1,21 @@
 """Forward passes without padding: several responses in one row, each blind to the others.
 
 TRL pads every prompt and completion to the longest of a whole generation batch. Here the real tokens of a micro-batch
-are laid out in a few full rows, with positions that start at 0 in each response: transformers' attention masks and
-FlashAttention's variable-length kernels keep the responses of a row apart by these positions, and RoPE only sees
-differences of positions, so that the log-probabilities are the same to float noise.
+are laid out in full rows, with positions that start at 0 in each response, and RoPE only sees differences of positions,
+so that the log-probabilities are the same to float noise. What keeps the responses of a row apart:
+
+- `"segments"`: PyTorch's scaled-dot-product attention, called for one response after the other, all in one row;
+- `"varlen"`: FlashAttention's variable-length kernels, which read the positions, all in one row;
+- `"rows"`: an attention mask that transformers makes from the positions; it has width² elements, so the rows are short.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers import AttentionInterface, PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
 IGNORED = -100  # the label of a token that is not scored
@@ -79,6 +85,7 @@ class PackedBatch:
         scored: (m,) index into the R·W slots of the tokens that are scored.
         columns: (m,) index of the same tokens into the B·T values that [`unpack`] returns.
         shape: (B, T), T columns being the last ones.
+        segments: lengths of what stands side by side in a single row, in tokens, W in all.
         tokens: number of real tokens.
     """
 
@@ -88,6 +95,7 @@ class PackedBatch:
     scored: torch.Tensor
     columns: torch.Tensor
     shape: tuple[int, int]
+    segments: list[int]
     tokens: int
 
     def unpack(self, per_token: torch.Tensor) -> torch.Tensor:
@@ -114,7 +122,7 @@ def pack(
         logits_to_keep: T, the completions' columns, whose tokens are scored. The first token of a sequence never is.
         pad_token_id: for empty slots.
         linear_width: see [`lay_out`].
-        single_row: put everything in one row, as FlashAttention's variable-length kernels need it.
+        single_row: put everything in one row.
         multiple_of: make the width a multiple of this.
 
     Returns:
@@ -126,6 +134,8 @@ def pack(
     width = max(2, *(sum(lengths[i] for i in row) for row in rows))
     width += -width % (multiple_of or 1)
 
+    empty = width - sum(lengths)  # of a single row
+    segments = [length for length in [*lengths, empty] if length] if single_row else []
     starts = [0] * len(lengths)
     for r, row in enumerate(rows):
         start = r * width
@@ -152,6 +162,7 @@ def pack(
         scored=slot[:, -logits_to_keep:].flatten()[columns],
         columns=columns,
         shape=(len(lengths), logits_to_keep),
+        segments=segments,
         tokens=sum(lengths),
     )
 
@@ -174,6 +185,49 @@ def used_columns(prompt_mask: torch.Tensor, completion_mask: torch.Tensor) -> tu
     return max(prompt, 1), min(max(completion, 2), completion_mask.size(1))
 
 
+def attention_by_segment(module, query, key, value, attention_mask, segments: list[int] | None = None, **kwargs):
+    """transformers' `"sdpa"` attention, and with `segments` the same for each of them alone.
+
+    Args:
+        module, attention_mask, **kwargs: as transformers passes them; with `segments` the mask holds nothing.
+        query, key, value: (1, heads, W, head dimension).
+        segments: lengths of the responses in the row, in tokens, W in all.
+
+    Returns:
+        (1, W, heads, head dimension) and `None`, as every attention function of transformers.
+
+    Raises:
+        ValueError: if a layer passes a mask of its own beside `segments`.
+    """
+    if segments is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if attention_mask is not None and attention_mask.numel() > 1:
+        raise ValueError("This model's layers make masks of their own, which attention by segments would not apply.")
+    parts = zip(*(tensor.split(segments, dim=2) for tensor in (query, key, value)), strict=True)
+    return torch.cat([sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in parts], dim=1), None
+
+
+def ways_to_pack(config: PreTrainedConfig) -> list[str]:
+    """How the responses of a row might be kept apart under a model's attention, best first (see the module's top)."""
+    implementation = str(config._attn_implementation)
+    if "flash" in implementation:
+        return ["varlen"]
+    text = config.get_text_config()
+    windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    if implementation == "sdpa" and not any(windows):  # these need masks
+        AttentionInterface.register("sdpa", attention_by_segment)
+        return ["segments", "rows"]
+    return ["rows"]
+
+
+def attention_arguments(way: str, segments: list[int], device: torch.device) -> dict[str, Any]:
+    """What a model has to be called with, beside ids and positions, to keep the responses of its rows apart."""
+    if way != "segments":
+        return {}
+    # transformers passes a mask with four axes on as it is, instead of making one with W² elements
+    return {"segments": segments, "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)}
+
+
 @torch.no_grad()
 def keeps_apart(log_probs: Callable[..., torch.Tensor], device: torch.device | str, precision: float) -> bool:
     """Whether a model gives a response in a shared row the log-probabilities that it gives it alone.
@@ -182,7 +236,8 @@ def keeps_apart(log_probs: Callable[..., torch.Tensor], device: torch.device | s
     (prompt tuning, compiled code) respect positions that start again within a row.
 
     Args:
-        log_probs: maps `input_ids` and `position_ids` (R, W) to the log-probabilities (R, W-1) of ids as labels.
+        log_probs: maps `input_ids` and `position_ids` (1, W) and the `segments` of the row to the log-probabilities
+            (1, W-1) of ids as labels.
         device: of the model.
         precision: machine epsilon of its arithmetic.
 
@@ -190,17 +245,17 @@ def keeps_apart(log_probs: Callable[..., torch.Tensor], device: torch.device | s
         False too where the model does not take such a call.
     """
     mine = [4, 1, 3, 2]
-    positions = [0, 1, 2, *range(len(mine))]
 
     def scored(before: list[int]) -> torch.Tensor:
-        ids, position_ids = before + mine, positions[-len(before + mine) :]
-        return log_probs(
-            input_ids=torch.tensor([ids], device=device), position_ids=torch.tensor([position_ids], device=device)
-        )[0, -(len(mine) - 1) :].float()
+        segments = [len(part) for part in (before, mine) if part]
+        ids, positions = before + mine, [i for length in segments for i in range(length)]
+        row = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
+        row = {name: tensor.to(device) for name, tensor in row.items()}
+        return log_probs(**row, segments=segments)[0, -(len(mine) - 1) :].float()
 
     try:
         shared, other, alone = scored([1, 2, 3]), scored([2, 4, 1]), scored([])
-    except (TypeError, ValueError, NotImplementedError):
+    except (TypeError, ValueError, IndexError, NotImplementedError, RuntimeError):
         return False
     # Another neighbour may change nothing; another shape changes the rounding, which grows with depth.
     return bool((shared - other).abs().max() <= 4 * precision and (shared - alone).abs().max() <= precision**0.5)

@@ -10,7 +10,7 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from .batching import plan_forwards
 from .config import TICGRPOConfig
-from .packing import keeps_apart, pack, used_columns
+from .packing import attention_arguments, keeps_apart, pack, used_columns, ways_to_pack
 
 
 logger = get_logger(__name__)
@@ -31,7 +31,7 @@ class PaddingFreeTrainer(GRPOTrainer):
     pad_to_multiple_of: int | None
 
     def __init__(self, model, reward_funcs=None, args: Any = None, *positional, **kwargs):
-        self._packs: bool | None = None  # whether the model keeps packed responses apart; found out when first needed
+        self._way: str | None = None  # how responses share rows, "" if they can't; found out when first needed
         self._work = {"tokens": 0, "slots": 0, "forwards": 0, "trl_forwards": 0}  # since the last update
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
 
@@ -80,7 +80,7 @@ class PaddingFreeTrainer(GRPOTrainer):
         # A rollout or an evaluation batch
         lengths = attention_mask.sum(dim=1).tolist()
         kept = [i for i, length in enumerate(lengths) if length > 0]
-        passes = plan_forwards([lengths[i] for i in kept], batch_size, self._packs_responses())
+        passes = plan_forwards([lengths[i] for i in kept], batch_size, bool(self._way_to_pack()))
         shape = (input_ids.size(0), logits_to_keep)
         logps = torch.zeros(shape, device=input_ids.device)
         entropies = torch.zeros(shape, device=input_ids.device) if compute_entropy else None
@@ -99,8 +99,8 @@ class PaddingFreeTrainer(GRPOTrainer):
 
     def _forward(self, model, input_ids, attention_mask, logits_to_keep, compute_entropy, compute_aux_loss):
         """Log-probabilities (B, T), entropies (B, T) and router loss of (B, P+T) ids, from one forward pass."""
-        packs = self._packs_responses()  # asked first: the answer takes forward passes of every process
-        if compute_aux_loss or not packs or attention_mask.all():
+        way = self._way_to_pack()  # asked first: the answer takes forward passes of every process
+        if compute_aux_loss or not way or attention_mask.all():
             # the router's loss is a mean over tokens that leaves padding out by the attention mask
             split = input_ids.size(1) - logits_to_keep
             prompt, width = used_columns(attention_mask[:, :split], attention_mask[:, split:])
@@ -119,7 +119,7 @@ class PaddingFreeTrainer(GRPOTrainer):
             logits_to_keep,
             self._tokenizer.pad_token_id,
             linear_width=6 * self.model.config.get_text_config().hidden_size,
-            single_row="flash" in str(self.model.config._attn_implementation),
+            single_row=way != "rows",
             multiple_of=self.pad_to_multiple_of,
         )
         self._note(packed.tokens, packed.input_ids.numel())
@@ -129,6 +129,7 @@ class PaddingFreeTrainer(GRPOTrainer):
                 position_ids=packed.position_ids,
                 labels=packed.labels,
                 fused_lm_head=True,
+                **attention_arguments(way, packed.segments, input_ids.device),
             )
         return packed.unpack(outputs.log_probs), packed.unpack(outputs.entropy) if compute_entropy else None, None
 
@@ -138,18 +139,23 @@ class PaddingFreeTrainer(GRPOTrainer):
             self._work["slots"] += slots
             self._work["forwards"] += forwards
 
-    def _packs_responses(self) -> bool:
-        """Whether several responses may share a row."""
-        if self._packs is None:
-
-            def log_probs(input_ids, position_ids):
-                with self.accelerator.autocast():
-                    return self.model(
-                        input_ids=input_ids, position_ids=position_ids, labels=input_ids, fused_lm_head=True
-                    ).log_probs
-
-            dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
-            self._packs = keeps_apart(log_probs, self.accelerator.device, torch.finfo(dtype).eps)
-            how = "packed in shared rows" if self._packs else "sorted by length and trimmed: the model can't share rows"
+    def _way_to_pack(self) -> str:
+        """How several responses share a row (see [`~tic_grpo_trl.packing`]); empty if they can't."""
+        if self._way is None:
+            self._way = next((way for way in ways_to_pack(self.model.config) if self._works(way)), "")
+            how = f"packed ({self._way})" if self._way else "sorted by length and trimmed: the model can't share rows"
             logger.info(f"padding_free: responses are {how}.")
-        return self._packs
+        return self._way
+
+    def _works(self, way: str) -> bool:
+        device = self.accelerator.device
+
+        def log_probs(input_ids, position_ids, segments):
+            arguments = attention_arguments(way, segments, device)
+            with self.accelerator.autocast():
+                return self.model(
+                    input_ids=input_ids, position_ids=position_ids, labels=input_ids, fused_lm_head=True, **arguments
+                ).log_probs
+
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
+        return keeps_apart(log_probs, device, torch.finfo(dtype).eps)

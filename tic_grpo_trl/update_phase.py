@@ -174,7 +174,7 @@ class UpdatePhaseTrainer(PaddingFreeTrainer):
     def _plan(self, rollout: dict[str, Any]) -> list[dict[str, Any] | None]:
         """The same mini-batches in as few micro-batches as may be, the empty ones first: the last synchronises."""
         rows, padding_free = self.args.per_device_train_batch_size, self.args.padding_free
-        packs = padding_free and self._packs_responses()
+        packs = padding_free and bool(self._way_to_pack())
         live = torch.ones(row_count(rollout), dtype=torch.bool)
         if self.args.skip_dead_rows:
             live = moving_rows(rollout, only_advantages=self.beta == 0.0).cpu()
