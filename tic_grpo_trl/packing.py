@@ -2,7 +2,8 @@
 
 TRL pads every prompt and completion to the longest of a whole generation batch. Here the real tokens of a micro-batch
 are laid out in full rows, with positions that start at 0 in each response, and RoPE only sees differences of positions,
-so that the log-probabilities are the same to float noise. What keeps the responses of a row apart:
+so that the log-probabilities are the same to float noise. (With absolute positions they are those that the response
+has alone; TRL counts the padding before it.) What keeps the responses of a row apart:
 
 - `"segments"`: PyTorch's scaled-dot-product attention, called for one response after the other, all in one row;
 - `"varlen"`: FlashAttention's variable-length kernels, which read the positions, all in one row;
@@ -213,16 +214,16 @@ def ways_to_pack(config: PreTrainedConfig) -> list[str]:
     if "flash" in implementation:
         return ["varlen"]
     text = config.get_text_config()
-    windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    if implementation == "sdpa" and not any(windows):  # these need masks
+    masks = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size", "index_topk")]
+    if implementation == "sdpa" and not any(masks):
         AttentionInterface.register("sdpa", attention_by_segment)
         return ["segments", "rows"]
     return ["rows"]
 
 
-def attention_arguments(way: str, segments: list[int], device: torch.device) -> dict[str, Any]:
+def attention_arguments(way: str, segments: list[int] | None, device: torch.device) -> dict[str, Any]:
     """What a model has to be called with, beside ids and positions, to keep the responses of its rows apart."""
-    if way != "segments":
+    if way != "segments" or segments is None:
         return {}
     # transformers passes a mask with four axes on as it is, instead of making one with W² elements
     return {"segments": segments, "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)}
@@ -236,8 +237,8 @@ def keeps_apart(log_probs: Callable[..., torch.Tensor], device: torch.device | s
     (prompt tuning, compiled code) respect positions that start again within a row.
 
     Args:
-        log_probs: maps `input_ids` and `position_ids` (1, W) and the `segments` of the row to the log-probabilities
-            (1, W-1) of ids as labels.
+        log_probs: maps `input_ids` and `position_ids` (1, W) and the `segments` of the row (`None`: an ordinary call)
+            to the log-probabilities (1, W-1) of ids as labels.
         device: of the model.
         precision: machine epsilon of its arithmetic.
 
@@ -251,7 +252,7 @@ def keeps_apart(log_probs: Callable[..., torch.Tensor], device: torch.device | s
         ids, positions = before + mine, [i for length in segments for i in range(length)]
         row = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
         row = {name: tensor.to(device) for name, tensor in row.items()}
-        return log_probs(**row, segments=segments)[0, -(len(mine) - 1) :].float()
+        return log_probs(**row, segments=segments if before else None)[0, -(len(mine) - 1) :].float()
 
     try:
         shared, other, alone = scored([1, 2, 3]), scored([2, 4, 1]), scored([])

@@ -34,6 +34,9 @@ class PaddingFreeTrainer(GRPOTrainer):
         self._way: str | None = None  # how responses share rows, "" if they can't; found out when first needed
         self._work = {"tokens": 0, "slots": 0, "forwards": 0, "trl_forwards": 0}  # since the last update
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
+        # Prompt tuning puts its virtual tokens before the padding of a prompt, which is then part of the sequence.
+        adapters = getattr(self.model, "peft_config", {}).values()
+        self._padding_free = self.args.padding_free and not any(adapter.is_prompt_learning for adapter in adapters)
 
     def _of_all(self, numbers: list[int]) -> torch.Tensor:
         """(processes, n) of the n numbers that each process passes."""
@@ -60,7 +63,7 @@ class PaddingFreeTrainer(GRPOTrainer):
         compute_aux_loss=False,
         **multimodal,
     ):
-        if any(value is not None for value in multimodal.values()) or not self.args.padding_free:
+        if any(value is not None for value in multimodal.values()) or not self._padding_free:
             passes = -(-input_ids.size(0) // (batch_size or input_ids.size(0)))
             self._note(attention_mask.sum(), input_ids.numel(), passes)
             return super()._get_per_token_logps_and_entropies(

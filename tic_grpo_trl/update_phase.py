@@ -158,7 +158,7 @@ class UpdatePhaseTrainer(PaddingFreeTrainer):
         self._work["trl_forwards"] += self._micro_batches * (trl_scores + (self.beta != 0.0))
         movable = not self._fixed_rows and not fixed_keys([row_kinds(rollout)])
         micro_batches: list[dict[str, Any] | None]
-        if (self.args.padding_free or self.args.skip_dead_rows) and self._of_all([int(movable)]).all():
+        if (self._padding_free or self.args.skip_dead_rows) and self._of_all([int(movable)]).all():
             micro_batches = self._plan(rollout)
         else:
             parts: list[Any] = split_tensor_dict(rollout, self._micro_batches)
@@ -173,7 +173,7 @@ class UpdatePhaseTrainer(PaddingFreeTrainer):
 
     def _plan(self, rollout: dict[str, Any]) -> list[dict[str, Any] | None]:
         """The same mini-batches in as few micro-batches as may be, the empty ones first: the last synchronises."""
-        rows, padding_free = self.args.per_device_train_batch_size, self.args.padding_free
+        rows, padding_free = self.args.per_device_train_batch_size, self._padding_free
         packs = padding_free and bool(self._way_to_pack())
         live = torch.ones(row_count(rollout), dtype=torch.bool)
         if self.args.skip_dead_rows:
@@ -209,7 +209,7 @@ class UpdatePhaseTrainer(PaddingFreeTrainer):
         args, training = self.args, self.model.training
         corrects = self.use_vllm and self.vllm_importance_sampling_correction  # by the parent, which then has to score
         wanted = args.skip_on_policy_logps or args.behaviour_policy == "sampler"
-        wanted = wanted or (training and (args.padding_free or args.skip_dead_rows))
+        wanted = wanted or (training and (self._padding_free or args.skip_dead_rows))
         self._postpones_scoring = self._has_old_policy and wanted and not corrects and not self._is_vlm
         try:
             rollout = super()._generate_and_score_completions(inputs)
@@ -275,18 +275,25 @@ class UpdatePhaseTrainer(PaddingFreeTrainer):
         counts = torch.stack([tokens, tokens.new_tensor(rows)])
         self._counts.append(torch.cat([counts, none if left_out is None else left_out]))
         if self.accelerator.sync_gradients:
-            self._log_update(settles=left_out is not None)
+            by_row = self.importance_sampling_level == "sequence" and inputs["advantages"].dim() == 1
+            self._log_update(settles=left_out is not None, by_row=by_row)
         return loss
 
-    def _log_update(self, settles: bool):
-        """Log the work of a mini-batch and, where its rows were moved, make TRL's metrics independent of that."""
+    def _log_update(self, settles: bool, by_row: bool):
+        """Log the work of a mini-batch and, where its rows were moved, make TRL's metrics independent of that.
+
+        Args:
+            settles: whether they were.
+            by_row: whether TRL's clip ratios are one value per response.
+        """
         metrics, processes, steps = self._metrics["train"], self.accelerator.num_processes, len(self._counts)
         work = torch.tensor([self._work["tokens"], self._work["slots"]], device=self.accelerator.device)
         local = torch.cat([work, torch.stack(self._counts).flatten()])
         of_all = self.accelerator.gather(local).view(processes, -1).sum(dim=0)
         real, slots = of_all[:2].tolist()
         tokens, rows, skipped_tokens, skipped_rows = of_all[2:].view(steps, 4).T.tolist()
-        all_rows = self._update_rows * processes
+        # an epoch may end within a mini-batch
+        all_rows = self.args.per_device_train_batch_size * self.current_gradient_accumulation_steps * processes
         metrics["update/real_token_share"].append(real / max(slots, 1))
         metrics["update/rows_skipped"].append(sum(skipped_rows) / all_rows)
         metrics["update/forwards_saved"].append(self._work["trl_forwards"] - self._work["forwards"])
@@ -297,11 +304,11 @@ class UpdatePhaseTrainer(PaddingFreeTrainer):
         for name in metrics:
             values = metrics[name][-steps:]
             if name in MEAN_OVER_LIVE + MEAN_OVER_ALL:
-                # TRL averages over the rows where the weight is one per response
-                by_row = name.startswith("clip_ratio/") and self.importance_sampling_level == "sequence"
-                weights = rows if by_row else tokens
+                rowwise = by_row and name.startswith("clip_ratio/")
+                weights = rows if rowwise else tokens
                 skipped = sum(skipped_tokens) if name in MEAN_OVER_ALL else 0
-                total = all_rows if by_row else sum(weights) + skipped
+                total = all_rows if rowwise else sum(weights) + skipped
                 metrics[name][-steps:] = [sum(v * w for v, w in zip(values, weights, strict=True)) / max(total, 1)]
             elif name in EXTREMES:
-                metrics[name][-steps:] = [EXTREMES[name]([v for v in values if v == v], default=float("nan"))]
+                known = [value for value in values if value == value] + [0.0] * any(skipped_rows)
+                metrics[name][-steps:] = [EXTREMES[name](known, default=float("nan"))]

@@ -1,0 +1,273 @@
+"""What the benchmark trains: the model, the rollouts, and the trainers with everything but their class equal."""
+
+import copy
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen3Config, Qwen3ForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+
+from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
+
+
+UPDATES = 4  # K, of one rollout
+MICRO_BATCH = 8  # rows
+GROUP = 8  # responses per prompt
+LEARNING_RATE = 1e-6
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of a run.
+
+    Attributes:
+        model: fields of `Qwen3Config`.
+        rows: responses of a rollout.
+        mean, longest: tokens of a response, mean and maximum.
+        prompt: fewest and most tokens of a prompt.
+        pairs: runs of either trainer per case; `equal_pairs` where the lengths are equal and a run is short.
+        limit_runs: runs of the strictly necessary work, each beside one of ours.
+        factors: of the growth figure; `trl_factors`: those that TRL's trainer is timed at, too; `growth_runs`: of ours
+            at the factor 1, accordingly fewer above.
+        loss_rows, loss_width, loss_runs: responses, tokens of a response and runs where the loss alone is timed.
+    """
+
+    model: dict[str, Any]
+    rows: int = 64
+    mean: int = 37
+    longest: int = 562
+    prompt: tuple[int, int] = (8, 16)
+    pairs: int = 3
+    equal_pairs: int = 9
+    limit_runs: int = 7
+    factors: tuple[int, ...] = (1, 2, 4, 8)
+    trl_factors: tuple[int, ...] = (1, 2)
+    growth_runs: int = 4
+    loss_rows: int = 16
+    loss_width: int = 16_384
+    loss_runs: int = 25
+
+
+FULL = Scale(
+    model={
+        "vocab_size": 4096,
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    }
+)
+QUICK = Scale(
+    model={
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+    },
+    mean=6,
+    longest=60,
+    prompt=(2, 4),
+    pairs=1,
+    equal_pairs=1,
+    limit_runs=1,
+    factors=(1, 2),
+    trl_factors=(1,),
+    growth_runs=1,
+    loss_width=256,
+    loss_runs=2,
+)
+
+
+def make_model(scale: Scale) -> Qwen3ForCausalLM:
+    """A Qwen3 with random weights in float32, the same for every call."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        **scale.model, max_position_embeddings=32_768, tie_word_embeddings=True, eos_token_id=0, pad_token_id=0
+    )
+    return Qwen3ForCausalLM(config).float()
+
+
+def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of `vocabulary` made-up words; the rollouts are token ids, so it only decodes."""
+    words = {f"w{i}": i for i in range(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w0", pad_token="w0", padding_side="left")
+
+
+def skewed_lengths(rows: int, mean: int, longest: int, seed: int = 0) -> list[int]:
+    """Log-normal lengths with exactly that mean, one of them exactly `longest`.
+
+    The other rows are drawn with the median 0.6·mean and the spread that belongs to it, cut at 8·mean (but below
+    `longest`), scaled to the sum that `longest` leaves them and rounded; single tokens then make the sum exact.
+
+    Args:
+        rows: how many.
+        mean, longest: tokens.
+        seed: of the draw.
+
+    Returns:
+        `rows` lengths in tokens; the longest is the fourth.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    median, cut = 0.6 * mean, min(8 * mean, longest - 1)
+    spread = math.sqrt(2 * math.log(mean / median))
+    draws = (median * (spread * torch.randn(rows - 1, generator=generator)).exp()).clamp(max=cut)
+    total = rows * mean - longest
+    lengths = (draws * total / draws.sum()).round().clamp(2, cut).int().tolist()
+    row = 0
+    while (missing := total - sum(lengths)) != 0:
+        if 2 < lengths[row] + missing // abs(missing) <= cut:
+            lengths[row] += missing // abs(missing)
+        row = (row + 1) % len(lengths)
+    return [*lengths[:3], longest, *lengths[3:]]
+
+
+@dataclass
+class Rollout:
+    """Responses as a generator would return them, and their rewards.
+
+    Attributes:
+        prompt_ids, completion_ids: token ids, one list per response; `GROUP` responses in a row share their prompt.
+        rewards: one per response.
+    """
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    rewards: list[float]
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens, prompts included."""
+        return sum(map(len, self.prompt_ids)) + sum(map(len, self.completion_ids))
+
+    def live_minibatches(self, seed: int) -> list[tuple[int, int]]:
+        """Rows and tokens of the responses with an advantage, per mini-batch, in the order TRL shuffles them into."""
+        torch.manual_seed(seed)
+        order = torch.randperm(len(self.rewards)).view(UPDATES, -1).tolist()
+        groups = [self.rewards[i - i % GROUP : i - i % GROUP + GROUP] for i in range(len(self.rewards))]
+        live = [[i for i in batch if len(set(groups[i])) > 1] for batch in order]
+        return [(len(b), sum(len(self.prompt_ids[i]) + len(self.completion_ids[i]) for i in b)) for b in live]
+
+
+def make_rollout(scale: Scale, lengths: Sequence[int], dead_groups: int, seed: int = 0) -> Rollout:
+    """Random tokens of the given completion lengths.
+
+    Args:
+        scale: sizes.
+        lengths: tokens per response, the end-of-sequence token included.
+        dead_groups: how many groups, from the last, get equal rewards and so advantages of exactly 0; in the others
+            every second response gets 1, the rest 0, so that no advantage is 0.
+        seed: of the tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(1, scale.model["vocab_size"], (count,), generator=generator).tolist()
+
+    fewest, most = scale.prompt
+    groups = len(lengths) // GROUP
+    prompts = [tokens(fewest + i % (most - fewest + 1)) for i in range(groups)]
+    rewards = [0.0 if i // GROUP >= groups - dead_groups else float(i % 2) for i in range(len(lengths))]
+    return Rollout(
+        prompt_ids=[prompts[i // GROUP] for i in range(len(lengths))],
+        completion_ids=[[*tokens(length - 1), 0] for length in lengths],
+        rewards=rewards,
+    )
+
+
+class Replay:
+    """The warm-up rollout and then the measured one, in the form that both trainers take for a generator."""
+
+    def __init__(self, rollouts: Sequence[Rollout], seed: int):
+        self.rollouts = iter(rollouts)
+        self.seed = seed
+        self.served: Rollout
+
+    def generate(self, prompts, trainer):
+        """TRL's `rollout_func`. The next random number drawn is the shuffle, which the seed makes equal."""
+        self.served = next(self.rollouts)
+        assert len(prompts) == len(self.served.rewards)
+        torch.manual_seed(self.seed)
+        return {
+            "prompt_ids": self.served.prompt_ids,
+            "completion_ids": self.served.completion_ids,
+            "logprobs": None,
+        }
+
+    def reward(self, completions, **kwargs):
+        """TRL's reward function: what the rollout prescribes."""
+        return self.served.rewards
+
+
+def make_trainer(kind: str, scale: Scale, model: Qwen3ForCausalLM, rollout: Rollout, seed: int = 0, lora: bool = False):
+    """A trainer of `2·UPDATES` steps: a warm-up rollout of two tokens per response, then `rollout`.
+
+    Args:
+        kind: `"trl"`: TRL's own trainer with DAPO's loss; `"ours"`: this package's with the same loss (arm `grpo`) and
+            the same shuffle; any other arm's name: this package's with that arm and its defaults.
+        scale: sizes.
+        model: copied, not trained.
+        rollout: the measured one.
+        seed: of the shuffle and of LoRA's weights.
+        lora: train adapters of rank 16 on every linear layer instead of the model.
+    """
+    rows = len(rollout.rewards)
+    trainer_class: Any
+    args: Any
+    settings: dict[str, Any] = {
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "dataloader_pin_memory": False,
+        "logging_steps": 1,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "seed": seed,
+        "shuffle_dataset": False,
+        "max_steps": 2 * UPDATES,
+        "num_generations": GROUP,
+        "per_device_train_batch_size": MICRO_BATCH,
+        "steps_per_generation": rows // MICRO_BATCH,
+        "gradient_accumulation_steps": rows // MICRO_BATCH // UPDATES,
+        "max_completion_length": max(map(len, rollout.completion_ids)),
+    }
+    dapo: dict[str, Any] = {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.28, "scale_rewards": "none"}
+    folder = tempfile.gettempdir()  # nothing is saved
+    if kind == "trl":
+        trainer_class, args = GRPOTrainer, GRPOConfig(folder, **settings, **dapo)
+    elif kind == "ours":
+        trainer_class, args = TICGRPOTrainer, TICGRPOConfig(folder, **settings, arm="grpo", partition_by_prompt=False)
+        assert all(getattr(args, name) == value for name, value in dapo.items())
+    else:
+        trainer_class, args = TICGRPOTrainer, TICGRPOConfig(folder, **settings, arm=kind)
+    warm_up = make_rollout(scale, [2] * rows, dead_groups=0)
+    warm_up.rewards = rollout.rewards
+    replay = Replay([warm_up, rollout], seed)
+    torch.manual_seed(seed)
+    trainer = trainer_class(
+        model=copy.deepcopy(model),
+        reward_funcs=replay.reward,
+        args=args,
+        train_dataset=Dataset.from_dict({"prompt": [f"w{i}" for i in range(2 * rows // GROUP)]}),
+        processing_class=make_tokenizer(scale.model["vocab_size"]),
+        peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
+        rollout_func=replay.generate,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer

@@ -1,0 +1,250 @@
+"""What was measured, as a Markdown report and a figure."""
+
+import os
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from statistics import linear_regression, median
+
+import matplotlib
+
+
+matplotlib.use("Agg")  # figures go to files, also where there is no display
+
+import matplotlib.pyplot as plt
+from measure import Run, disagreement
+
+from tic_grpo_trl.report import BLUE, GREY, ORANGE
+
+
+AGREEMENT = 1e-4  # of the gradient norms, so that a case compares equals
+MIB = 2**20
+
+
+@dataclass
+class Case:
+    """Runs of both trainers on the same rollouts.
+
+    Attributes:
+        title: what is trained on what.
+        target: least TRL's time / ours.
+        pairs: a run of TRL's trainer and one of ours with the same seed.
+    """
+
+    title: str
+    target: float
+    pairs: list[tuple[Run, Run]] = field(default_factory=list)
+
+    @property
+    def disagreement(self) -> float:
+        return max(disagreement(*pair) for pair in self.pairs)
+
+
+@dataclass
+class Results:
+    """Everything measured; what was not selected stays empty.
+
+    Attributes:
+        command: as typed.
+        threads: of torch.
+        cases: by name.
+        losses: by kind of trainer and lengths, pairs of seconds, TRL's and ours.
+        limits: our run, a run with the default arm, and the limit's seconds forward and back, seconds of scoring and
+            tokens.
+        saved, resident: bytes, TRL's and ours.
+        growth: by panel and kind of trainer, (real tokens or rows, seconds).
+        seconds: that the whole took.
+    """
+
+    command: str
+    threads: int
+    cases: dict[str, Case] = field(default_factory=dict)
+    losses: dict[tuple[str, str], list[tuple[float, float]]] = field(default_factory=dict)
+    limits: list[tuple[Run, Run, tuple[float, float, int]]] = field(default_factory=list)
+    saved: tuple[int, int] | None = None
+    resident: tuple[int, int] | None = None
+    growth: dict[str, dict[str, list[tuple[int, float]]]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def comparable(self) -> bool:
+        """Whether both trainers computed the same gradients wherever they are compared."""
+        return all(case.disagreement <= AGREEMENT for case in self.cases.values())
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """Median and, of several values, the range."""
+    text = f"{median(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+def _met(holds: bool) -> str:
+    return "yes" if holds else "**no**"
+
+
+def _cases(results: Results) -> str:
+    rows = []
+    for case in results.cases.values():
+        ratios = [trl.seconds / ours.seconds for trl, ours in case.pairs]
+        trl, ours = case.pairs[0]
+        rows.append(
+            [
+                case.title,
+                f"≥ {case.target:g}",
+                spread(ratios),
+                _met(median(ratios) >= case.target),
+                spread([trl.seconds for trl, _ in case.pairs]),
+                spread([ours.seconds for _, ours in case.pairs]),
+                f"{trl.forwards} / {ours.forwards}",
+                f"{trl.positions:,} / {ours.positions:,}",
+                f"{case.disagreement:.0e}",
+            ]
+        )
+    for (kind, lengths), pairs in results.losses.items():
+        ratios = [trl / ours for trl, ours in pairs]
+        columns = [spread([1e3 * pair[side] for pair in pairs], 1) + " ms" for side in (0, 1)]
+        title = f"loss without the model, {lengths}, arm `{kind}`"
+        rows.append([title, "≥ 1", spread(ratios), _met(median(ratios) >= 1), *columns, "–", "–", "–"])
+    header = ["case", "target", "TRL's time / ours", "met", "TRL, s", "ours, s"]
+    return table([*header, "forwards TRL / ours", "positions TRL / ours", "gradients differ by"], rows)
+
+
+def _memory(results: Results) -> str:
+    rows = []
+    for title, pair in (
+        ("held by autograd for backward, peak", results.saved),
+        ("resident memory, peak over the state before training", results.resident),
+    ):
+        if pair:
+            trl, ours = pair
+            ratio = ours / trl if trl > 0 else float("nan")
+            sizes = [f"{trl / MIB:,.1f}", f"{ours / MIB:,.1f}"]
+            rows.append([title, "≤ 0.4", f"{ratio:.2f}", _met(ratio <= 0.4), *sizes])
+    return table(["memory", "target", "ours / TRL's", "met", "TRL, MiB", "ours, MiB"], rows)
+
+
+def _limit(results: Results) -> str:
+    ours = [run.seconds for run, _, _ in results.limits]
+    learning = [forward_back for _, _, (forward_back, _, _) in results.limits]
+    scoring = [score for _, _, (_, score, _) in results.limits]
+    both = [a + b for a, b in zip(learning, scoring, strict=True)]
+    shares = [100 * limit / run for limit, run in zip(both, ours, strict=True)]
+    without = [100 * limit / run for limit, run in zip(learning, ours, strict=True)]
+    default = [run.seconds for _, run, _ in results.limits]
+    met = _met(median(shares) >= 80)
+    rows = [
+        ["forward and back over the live tokens", spread(learning, 3), spread(without, 0), "", ""],
+        ["the same, and scoring of mini-batches 2 to K", spread(both, 3), spread(shares, 0), "≥ 80", met],
+        ["ours, arm `grpo`", spread(ours, 3), "100", "", ""],
+        ["ours, default arm `tic_grpo`, mini-batches of whole groups", spread(default, 3), "", "", ""],
+    ]
+    return table(["work of one rollout", "seconds", "share of our time, %", "target", "met"], rows)
+
+
+def _parts(results: Results) -> str:
+    pairs = results.cases["authors"].pairs
+    names = sorted({name for pair in pairs for run in pair for name in run.parts})
+
+    def cells(part) -> list[str]:
+        columns = []
+        for side in (0, 1):
+            seconds = median(part(pair[side]) for pair in pairs)
+            share = seconds / median(pair[side].seconds for pair in pairs)
+            columns.append(f"{seconds:.3f} ({share:.0%})")
+        return columns
+
+    rows = [[name, *cells(lambda run, name=name: run.parts.get(name, 0.0))] for name in names]
+    rows.append(["everything else", *cells(lambda run: run.seconds - sum(run.parts.values()))])
+    rows.append(["together", *cells(lambda run: run.seconds)])
+    return table(["part", "TRL, s", "ours, s"], rows)
+
+
+def _machine() -> str:
+    memory = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
+    return f"{os.cpu_count()} cores, {int(memory.split()[1]) / 2**20:.0f} GiB of memory"
+
+
+def growth_figure(results: Results, path: Path) -> None:
+    """Seconds of one rollout's updates against its real tokens and its rows, each with a straight line through ours."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
+    for axis, (label, by_kind) in zip(axes, results.growth.items(), strict=True):
+        xs, seconds = zip(*by_kind["ours"], strict=True)
+        slope, intercept = linear_regression(xs, seconds)
+        fit = [slope * x + intercept for x in xs]
+        mean = sum(seconds) / len(seconds)
+        unexplained = sum((y - f) ** 2 for y, f in zip(seconds, fit, strict=True))
+        r2 = 1 - unexplained / sum((y - mean) ** 2 for y in seconds)
+        axis.plot(xs, fit, color=GREY, linestyle="--", label=f"linear fit, R² = {r2:.4f}")
+        axis.plot(xs, seconds, "o", color=BLUE, label="this package")
+        if by_kind.get("trl"):
+            axis.plot(*zip(*by_kind["trl"], strict=True), "^", color=ORANGE, label="TRL")
+        axis.set(xlabel=label, ylabel="seconds per rollout of 4 updates", xlim=(0, None), ylim=(0, None))
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def report(results: Results) -> str:
+    """The Markdown report."""
+    packages = ("tic-grpo-trl", "trl", "transformers", "torch", "peft")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    blocks = [
+        "# The update phase against TRL's",
+        f"`{results.command}`, {results.seconds:.0f} s on {_machine()}, {results.threads} threads; "
+        f"Python {platform.python_version()}, {versions}.",
+        "Time is that of all updates of one rollout (K = 4), scoring included and generation left out, in one process "
+        "with both trainers in turns on the same weights, rollouts and mini-batches: median (range). Responses are "
+        "replayed and their rewards prescribed. Skewed lengths are log-normal draws with a median of 0.6 of the mean, "
+        "cut at 8 times the mean and scaled so that with the one longest response, whose group is never dead, the mean "
+        "is exact. In a dead group all rewards are equal, so that its advantages are exactly 0.",
+    ]
+    if results.cases or results.losses:
+        blocks.append(_cases(results))
+    if results.cases:
+        worst = max(case.disagreement for case in results.cases.values())
+        verdict = "the trainers did the same updates" if results.comparable else "**THE TRAINERS DID NOT DO THE SAME**"
+        blocks.append(
+            f"Largest relative difference between the two trainers' gradient norms of the same update: {worst:.1e} "
+            f"(allowed: {AGREEMENT:.0e}): {verdict}. A forward is one pass through the model's layers, a position one "
+            "token of it, padding included."
+        )
+    if results.saved or results.resident:
+        note = (
+            "Either trainer in a process of its own, with one thread. Resident memory holds the optimizer's state, too."
+        )
+        blocks += ["## Memory, first case", _memory(results), note]
+    if results.limits:
+        tokens = [tokens for _, _, (_, _, tokens) in results.limits]
+        blocks += [
+            "## The limit, first case",
+            "What no trainer could leave out: per mini-batch one pass forward and back over the tokens of the rows "
+            f"with an advantage ({median(tokens):,.0f} per rollout), as one batch of equally long rows without padding "
+            "and without a mask, and for all mini-batches but the first a pass forward for the old log-probabilities. "
+            "Measured in turns with ours.",
+            _limit(results),
+        ]
+    if "authors" in results.cases:
+        blocks += ["## Where the time goes, first case", _parts(results)]
+    if results.growth:
+        blocks += [
+            "## Growth, first case",
+            "![Seconds against tokens and rows](growth.png)",
+            "Left all responses grow by the same factor, right there are more of them in four larger mini-batches. The "
+            "attention of one response costs the square of its length, which bends the left curve upwards once the "
+            "longest response is thousands of tokens long.",
+        ]
+        rows = [
+            [label, kind, ", ".join(f"{x:,}: {seconds:.2f} s" for x, seconds in points)]
+            for label, by_kind in results.growth.items()
+            for kind, points in by_kind.items()
+        ]
+        blocks.append(table(["against", "trainer", "seconds per rollout"], rows))
+    return "\n\n".join(blocks) + "\n"
