@@ -52,7 +52,7 @@ theory: install ## exact checks of the papers' claims on enumerable policies: re
 	$(BIN)/python -m tic_grpo_trl.theory $(ARGS)
 
 docs: install ## API reference as HTML, in docs/_build
-	$(BIN)/pdoc --docformat google -o docs/_build tic_grpo_trl $(addprefix tic_grpo_trl.,config arms trainer update_phase objective packing batching diagnostics report starter study theory)
+	$(BIN)/pdoc --docformat google -o docs/_build tic_grpo_trl $(addprefix tic_grpo_trl.,config arms trainer update_phase padding_free objective packing batching diagnostics report starter study theory)
 
 clean: ## remove .venv, runs and caches
 	rm -rf $(VENV) runs docs/_build build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -48,7 +48,7 @@ class Scale:
     equal_pairs: int = 9
     limit_runs: int = 7
     factors: tuple[int, ...] = (1, 2, 4, 8)
-    trl_factors: tuple[int, ...] = (1, 2)
+    trl_factors: tuple[int, ...] = (1,)
     growth_runs: int = 4
     loss_rows: int = 16
     loss_width: int = 16_384
@@ -83,7 +83,6 @@ QUICK = Scale(
     equal_pairs=1,
     limit_runs=1,
     factors=(1, 2),
-    trl_factors=(1,),
     growth_runs=1,
     loss_width=256,
     loss_runs=2,

@@ -48,7 +48,7 @@ def test_report_holds_every_case(quick):
         "loss without the model": 4,
         "held by autograd": 1,
         "resident memory": 1,
-        "the same, and scoring": 1,
+        "the limit": 1,
         "everything else": 1,
         "real tokens": 2,
         "rows of a rollout": 2,
