@@ -230,8 +230,8 @@ def report(results: Results) -> str:
             "What no trainer could leave out: per mini-batch one pass forward and back over the tokens of the rows "
             f"with an advantage ({median(tokens):,.0f} per rollout), as one batch of equally long rows without padding "
             "and without a mask, and for all mini-batches but the first a pass forward for the old log-probabilities. "
-            "Measured in turns with ours. No trainer reaches it: it has no loss, no optimizer and no loop, and its equal "
-            "rows are spared the attention over the long response.",
+            "Measured in turns with ours. No trainer reaches it: it has no loss, no optimizer and no loop, and its "
+            "equal rows are spared the attention over the long response.",
             _limit(results),
         ]
     if "authors" in results.cases:
