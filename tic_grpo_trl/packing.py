@@ -258,5 +258,6 @@ def keeps_apart(log_probs: Callable[..., torch.Tensor], device: torch.device | s
         shared, other, alone = scored([1, 2, 3]), scored([2, 4, 1]), scored([])
     except (TypeError, ValueError, IndexError, NotImplementedError, RuntimeError):
         return False
-    # Another neighbour may change nothing; another shape changes the rounding, which grows with depth.
-    return bool((shared - other).abs().max() <= 4 * precision and (shared - alone).abs().max() <= precision**0.5)
+    # Another neighbour may change nothing; another shape changes the rounding, which grows with depth and the logits.
+    rounding = precision**0.5 * (1 + alone.abs().max())
+    return bool((shared - other).abs().max() <= 4 * precision and (shared - alone).abs().max() <= rounding)
