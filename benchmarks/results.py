@@ -15,7 +15,7 @@ matplotlib.use("Agg")  # figures go to files, also where there is no display
 import matplotlib.pyplot as plt
 from measure import Run, disagreement
 
-from tic_grpo_trl.report import BLUE, GREY, ORANGE
+from tic_grpo_trl.report import BLUE, GREY, ORANGE, table
 
 
 AGREEMENT = 1e-4  # of the gradient norms, so that a case compares equals
@@ -71,12 +71,6 @@ class Results:
     def comparable(self) -> bool:
         """Whether both trainers computed the same gradients wherever they are compared."""
         return all(case.disagreement <= AGREEMENT for case in self.cases.values())
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def spread(values: list[float], digits: int = 2) -> str:

@@ -13,7 +13,15 @@ import itertools
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
@@ -53,6 +61,49 @@ def tiny_model(seed: int = 0, **overrides) -> Qwen3ForCausalLM:
         | overrides
     )
     return Qwen3ForCausalLM(config)
+
+
+def tiny_moe_model() -> Qwen3MoeForCausalLM:
+    """A mixture of four experts over the same tokens."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=16,
+        moe_intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        initializer_range=0.3,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+def tiny_vision_model() -> Qwen2VLForConditionalGeneration:
+    """A model that reads images: token 8 stands for a piece of one, between 10 and 11."""
+    torch.manual_seed(0)
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": 12,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+        },
+        vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4},
+        image_token_id=8,
+        video_token_id=9,
+        vision_start_token_id=10,
+        vision_end_token_id=11,
+    )
+    return Qwen2VLForConditionalGeneration(config)
 
 
 def drifted(model, drift: float, seed: int = 1):

@@ -18,10 +18,11 @@ from conftest import (
     make_trainer,
     relative_error,
     tiny_model,
+    tiny_moe_model,
     tiny_tokenizer,
+    tiny_vision_model,
 )
 from peft import LoraConfig
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from tic_grpo_trl import ARMS, TICGRPOConfig, TICGRPOTrainer
@@ -524,22 +525,8 @@ def test_save_load_resume(tmp_path, lora):
 
 
 def test_moe_auxiliary_loss_is_added(tmp_path):
-    config = Qwen3MoeConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        intermediate_size=16,
-        moe_intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-    )
-
     def trainer(coef):
-        torch.manual_seed(0)
-        return make_trainer(tmp_path, Qwen3MoeForCausalLM(config), router_aux_loss_coef=coef)
+        return make_trainer(tmp_path, tiny_moe_model(), router_aux_loss_coef=coef)
 
     inputs = batch(tiny_model(), LENGTHS)
     inputs["old_per_token_logps"] = inputs["old_per_token_logps"] * 0 - math.log(len(WORDS))
@@ -553,24 +540,7 @@ def test_moe_auxiliary_loss_is_added(tmp_path):
 
 def test_vision_inputs_pass_through(tmp_path):
     """Pixels reach the model and change the trajectory-level loss as they change its log-probabilities."""
-    config = Qwen2VLConfig(
-        text_config={
-            "vocab_size": 12,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
-        },
-        vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4},
-        image_token_id=8,
-        video_token_id=9,
-        vision_start_token_id=10,
-        vision_end_token_id=11,
-    )
-    torch.manual_seed(0)
-    model = Qwen2VLForConditionalGeneration(config)
+    model = tiny_vision_model()
     trainer = make_trainer(tmp_path, model)
     inputs = batch(tiny_model(), (3, 2), old_drift=0.0)
     inputs["prompt_ids"] = torch.tensor([[1, 10, 8, 8, 11, 2]] * 2)  # two image tokens a prompt

@@ -10,7 +10,7 @@ import torch
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-from conftest import WORDS, drifted, tiny_model
+from conftest import WORDS, drifted, tiny_model, tiny_moe_model
 from peft import LoraConfig, PromptTuningConfig
 from rollouts import (
     SEQUENCE,
@@ -31,8 +31,6 @@ from transformers import (
     GPT2LMHeadModel,
     MistralConfig,
     MistralForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
 
@@ -234,24 +232,7 @@ def test_packed_rows_are_as_wide_as_pad_to_multiple_of_asks(tmp_path):
 @pytest.mark.parametrize("coefficient", [0.0, 0.5])
 def test_a_mixture_of_experts_gives_trl_s_updates(tmp_path, coefficient):
     """Without its auxiliary loss the rows are packed; with it they are only trimmed, since it is a mean over tokens."""
-    config = Qwen3MoeConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        intermediate_size=16,
-        moe_intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        initializer_range=0.3,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(config)
-    reference, ours = trl_and_ours(tmp_path, {"router_aux_loss_coef": coefficient}, model=model)
+    reference, ours = trl_and_ours(tmp_path, {"router_aux_loss_coef": coefficient}, model=tiny_moe_model())
     assert_same_updates(ours, reference)
     assert (total(ours, "update/rows_skipped") > 0) == (coefficient == 0)
     for mine, theirs in zip(ours.logs, reference.logs, strict=True):

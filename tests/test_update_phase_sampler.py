@@ -9,7 +9,7 @@ import torch
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-from conftest import CPU, TRL_UPDATE_PHASE, drifted, logps, tiny_model
+from conftest import CPU, TRL_UPDATE_PHASE, drifted, logps, tiny_model, tiny_vision_model
 from rollouts import (
     GIVEN,
     LIVE,
@@ -24,10 +24,6 @@ from rollouts import (
     random_rollouts,
     train,
     trl_and_ours,
-)
-from transformers import (
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
 )
 
 from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
@@ -157,27 +153,6 @@ def test_evaluation_between_updates_changes_nothing_about_them(tmp_path):
 # Images
 
 
-def vision_model():
-    config = Qwen2VLConfig(
-        text_config={
-            "vocab_size": 12,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
-        },
-        vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4},
-        image_token_id=8,
-        video_token_id=9,
-        vision_start_token_id=10,
-        vision_end_token_id=11,
-    )
-    torch.manual_seed(0)
-    return Qwen2VLForConditionalGeneration(config)
-
-
 def vision_rollout():
     """Eight responses to prompts with an image of one or two tokens, padded to the left; half of them dead."""
     generator = torch.Generator().manual_seed(2)
@@ -217,7 +192,7 @@ def test_rollouts_with_images_stay_in_trl_s_micro_batches(tmp_path):
         trainer._compute_loss = noted
 
     settings = {"steps_per_generation": 2, "gradient_accumulation_steps": 1, "max_steps": 2}
-    reference, ours = trl_and_ours(tmp_path, settings, model=vision_model(), prepare=prepare)
+    reference, ours = trl_and_ours(tmp_path, settings, model=tiny_vision_model(), prepare=prepare)
     assert_same_updates(ours, reference)
     assert ours.forwards == reference.forwards == 2
     assert all(log["update/rows_skipped"] == 0 for log in ours.logs)

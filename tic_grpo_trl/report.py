@@ -29,6 +29,12 @@ def series(log_history: LogHistory, name: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def accuracy_name(reward_name: str) -> str:
     """The log history's name for the mean held-out reward of a reward function."""
     return f"eval_rewards/{reward_name}/mean"

@@ -5,16 +5,11 @@ from importlib.metadata import version
 
 import torch
 
+from ..report import table
 from .ascent import Ascent, slope
 from .decomposition import CORRECTIONS, IDENTITIES
 from .experiments import Results
 from .figures import ASCENT_STYLES
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _number(value: float) -> str:
