@@ -320,7 +320,7 @@ def test_a_trl_that_skips_the_hook_is_refused(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path)
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", lambda self, model, inputs: torch.zeros(()))
     with pytest.raises(RuntimeError, match=r"install trl>=1\.16,<1\.17"):
-        trainer._compute_loss(trainer.model, batch(trainer.model))
+        loss_and_gradients(trainer, batch(trainer.model))
 
 
 # Whole training runs
