@@ -1,5 +1,5 @@
 """Started in two processes by test_examples.py: trains with groups that span the processes and notes, per case, what
-every rank generated and what its loss then saw."""
+every rank generated and what its loss then saw, with no row left out or scored later."""
 
 import copy
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import logps, make_trainer
+from conftest import TRL_UPDATE_PHASE, logps, make_trainer
 
 
 CASES = {
@@ -68,7 +68,7 @@ def of_all_ranks(value):
 
 
 def run(name, config):
-    trainer = make_trainer(folder / name, **{"max_steps": 8, "learning_rate": 0.02} | config)
+    trainer = make_trainer(folder / name, **{"max_steps": 8, "learning_rate": 0.02} | TRL_UPDATE_PHASE | config)
     trainer._tokenizer.pad_token_id = PAD
     generated, widths, windows, window, padding = [], [], [], [], set()
     generate, compute_loss = trainer._generate_and_score_completions, trainer._compute_loss
@@ -110,7 +110,7 @@ def run(name, config):
 
 folder = Path(sys.argv[1])
 notes = Notes()
-logging.getLogger("tic_grpo_trl.trainer").addHandler(notes)
+logging.getLogger("tic_grpo_trl").addHandler(notes)
 start = make_trainer(folder / "start")
 cases = {}
 for name, config in CASES.items():

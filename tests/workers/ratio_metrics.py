@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from conftest import make_trainer
+from conftest import TRL_UPDATE_PHASE, make_trainer
 
 
 folder = Path(sys.argv[1])
-trainer = make_trainer(folder / "out", steps_per_generation=2, max_steps=4)
+trainer = make_trainer(folder / "out", steps_per_generation=2, max_steps=4, **TRL_UPDATE_PHASE)
 local, prompts = [], []
 gather_window = trainer._close_ratio_window
 
