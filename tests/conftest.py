@@ -8,8 +8,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import copy
+import gc
 import itertools
 
+import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -30,6 +32,15 @@ from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
 torch.set_num_threads(1)
 
 WORDS = ["<eos>", "a", "b", "c", "d", "e"]
+
+
+@pytest.fixture(scope="module")
+def cheap_garbage_collection():
+    """`train()` collects garbage, which otherwise walks through all modules that are imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -6,7 +6,6 @@ over the other's weights, so that rounding does not grow from step to step.
 """
 
 import copy
-import gc
 import os
 from types import SimpleNamespace
 
@@ -17,9 +16,7 @@ import torch
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 from conftest import CPU, TINY_PROMPTS, WORDS, drifted, logps, tiny_model, tiny_tokenizer
-from transformers import (
-    TrainerCallback,
-)
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
@@ -47,15 +44,6 @@ SETTINGS = {
 TOKEN = {"importance_sampling_level": "token", "epsilon": 0.2, "epsilon_high": 0.28}
 SEQUENCE = {"importance_sampling_level": "sequence", "epsilon": 0.02, "epsilon_high": 0.03}
 ANCHORED = ["tic_grpo", "tic_grpo_truncated", "grpo2", "tic_grpo_released", "grpo_no_is"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cheap_garbage_collection():
-    """`train()` collects garbage, which otherwise walks through all modules that are imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def random_rollouts(seed=0, longest=24, dead=0.5, truncated=0.0, tools=False, sampler=None, prompt=None, group=4):

@@ -1,22 +1,16 @@
 """update_phase.py and padding_free.py against TRL: whatever is left out of an update, its gradients stay TRL's."""
 
-import os
 import random
 from types import SimpleNamespace
 
 import pytest
 import torch
-
-
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-
 from conftest import WORDS, drifted, tiny_model, tiny_moe_model
 from peft import LoraConfig, PromptTuningConfig
 from rollouts import (
     SEQUENCE,
     TOKEN,
     assert_same_updates,
-    cheap_garbage_collection,  # noqa: F401
     own_logprobs,
     total,
     train,
@@ -32,6 +26,9 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
 )
+
+
+pytestmark = pytest.mark.usefixtures("cheap_garbage_collection")
 
 
 # per_device_train_batch_size, gradient_accumulation_steps, steps_per_generation, num_iterations

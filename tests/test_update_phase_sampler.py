@@ -1,14 +1,9 @@
 """update_phase.py and padding_free.py: the sampler as behaviour policy, evaluation, and rollouts with images."""
 
 import math
-import os
 
 import pytest
 import torch
-
-
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-
 from conftest import CPU, TRL_UPDATE_PHASE, drifted, logps, tiny_model, tiny_vision_model
 from rollouts import (
     GIVEN,
@@ -16,7 +11,6 @@ from rollouts import (
     SETTINGS,
     assert_same_updates,
     build,
-    cheap_garbage_collection,  # noqa: F401
     count_forwards,
     given_rollouts,
     live_rows,
@@ -27,6 +21,9 @@ from rollouts import (
 )
 
 from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
+
+
+pytestmark = pytest.mark.usefixtures("cheap_garbage_collection")
 
 
 # The sampler as behaviour policy

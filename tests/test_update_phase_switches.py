@@ -1,20 +1,13 @@
 """update_phase.py and padding_free.py: what the switches change and what they do not, and the metrics of the work."""
 
-import os
-
 import pytest
 import torch
-
-
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-
 from conftest import TRL_UPDATE_PHASE, WORDS, drifted, logps, tiny_model
 from rollouts import (
     ANCHORED,
     GIVEN,
     LIVE,
     assert_same_updates,
-    cheap_garbage_collection,  # noqa: F401
     given_rollouts,
     live_rows,
     total,
@@ -27,6 +20,9 @@ from transformers import (
 )
 
 from tic_grpo_trl import TICGRPOTrainer
+
+
+pytestmark = pytest.mark.usefixtures("cheap_garbage_collection")
 
 
 @pytest.mark.parametrize("arm", ANCHORED)

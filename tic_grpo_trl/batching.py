@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 
-from .packing import first_fit, used_columns
+from .packing import first_fit, longest_first, used_columns
 
 
 # The tensors of TRL's rollout that have a token axis, and the side on which it pads them. Other tensors with more than
@@ -208,8 +208,7 @@ def plan_forwards(lengths: list[int], rows_per_forward: int, packs: bool) -> lis
     """
     if not lengths:
         return []
-    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    rows = first_fit(lengths, max(lengths)) if packs else [[i] for i in longest_first]
+    rows = first_fit(lengths, max(lengths)) if packs else [[i] for i in longest_first(lengths)]
     passes = -(-len(rows) // rows_per_forward)
     cuts = [len(rows) * i // passes for i in range(passes + 1)]
     return [[i for row in rows[start:end] for i in row] for start, end in pairwise(cuts)]

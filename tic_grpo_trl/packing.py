@@ -22,6 +22,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 IGNORED = -100  # the label of a token that is not scored
 
 
+def longest_first(lengths: list[int]) -> list[int]:
+    """Indices of the items, longest first, equal ones in their order."""
+    return sorted(range(len(lengths)), key=lambda i: -lengths[i])
+
+
 def first_fit(lengths: list[int], width: int) -> list[list[int]]:
     """Lay items out in rows of `width`, longest first, each in the first row that has room (first-fit decreasing).
 
@@ -34,7 +39,7 @@ def first_fit(lengths: list[int], width: int) -> list[list[int]]:
     """
     rows: list[list[int]] = []
     room: list[int] = []
-    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for item in longest_first(lengths):
         row = next((r for r, left in enumerate(room) if left >= lengths[item]), len(rows))
         if row == len(rows):
             rows.append([])

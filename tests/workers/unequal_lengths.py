@@ -178,7 +178,7 @@ def run(name, model, dead, trl=False, **config):
 
 def without_compiler():
     """DeepSpeed would compile an operator that only its inference uses."""
-    import deepspeed.comm  # noqa: F401
+    import deepspeed.comm  # noqa: F401 (puts the module below into sys.modules)
 
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 
