@@ -130,6 +130,23 @@ def test_contradictions_are_refused_by_name(fields, message):
         config(**fields)
 
 
+def test_vllm_corrections_by_token_go_with_weights_by_token(tmp_path):
+    def config(mode, **fields):
+        return TICGRPOConfig(str(tmp_path), **CPU, use_vllm=True, vllm_importance_sampling_mode=mode, **fields)
+
+    for mode in ("token_truncate", "token_mask"):
+        with pytest.raises(
+            ValueError, match=f"vllm_importance_sampling_mode='{mode}' gives every token its own factor"
+        ):
+            config(mode)
+        for fits in ({"arm": "grpo"}, {"arm": "gspo"}, {"arm": "grpo_no_is"}, {"behaviour_policy": "sampler"}):
+            config(mode, **fits)
+        config(mode, vllm_importance_sampling_correction=False)
+    config("sequence_mask")
+    config("sequence_truncate")
+    TICGRPOConfig(str(tmp_path), **CPU, vllm_importance_sampling_mode="token_mask")  # without vLLM it is not read
+
+
 @pytest.mark.parametrize("loss_type", ["cispo", "sapo", "vespo"])
 def test_trl_loss_types_stay_available_where_trl_computes_the_weight(loss_type):
     assert config(arm="grpo", loss_type=loss_type).loss_type == loss_type

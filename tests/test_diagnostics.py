@@ -5,17 +5,23 @@ import math
 import pytest
 import torch
 
-from tic_grpo_trl.diagnostics import effective_sample_size, merge_steps, ratio_metrics, ratio_rows
+from tic_grpo_trl.diagnostics import (
+    effective_sample_size,
+    mean_sampler_ratio,
+    merge_steps,
+    ratio_metrics,
+    ratio_rows,
+)
 from tic_grpo_trl.objective import Clip, clip_log_weight, log_importance_weight
 
 
-def rows_of(log_ratio, advantages, mask=None, level="trajectory", clip=None):
+def rows_of(log_ratio, advantages, mask=None, level="trajectory", clip=None, sampler=None):
     log_ratio = torch.tensor(log_ratio)
     mask = torch.ones_like(log_ratio) if mask is None else torch.tensor(mask)
     weight = log_importance_weight(log_ratio, mask, level)
     advantages = torch.tensor(advantages)
     clipped = clip_log_weight(weight, advantages, mask, clip or Clip("up_only", epsilon_high=0.28))
-    return ratio_rows(log_ratio, clipped, advantages, mask)
+    return ratio_rows(log_ratio, clipped, advantages, mask, None if sampler is None else torch.tensor(sampler))
 
 
 def test_effective_sample_size_by_hand():
@@ -98,3 +104,18 @@ def test_steps_are_averaged_and_split_by_inner_step():
     assert merged["inner_2/ess"] == pytest.approx((ratio_metrics(second)["ess"] + 1.0) / 2)
     assert not any(name.startswith("inner_") for name in merge_steps([(None, first)]))
     assert merge_steps([]) == {}
+
+
+def test_mean_sampler_ratio_by_hand():
+    nan = math.nan
+    known = rows_of(
+        [[0.3, 0.1, 0.0], [0.0, 0.0, 0.0]],
+        [1.0, -1.0],
+        mask=[[1, 1, 0], [1, 1, 1]],
+        sampler=[[-0.2, -0.1, 9.0], [nan, 0.1, -0.4]],  # masked, not given
+    )
+    unknown = rows_of([[0.5, 0.5]], [1.0])
+    # four tokens: (−0.2 − 0.1 + 0.1 − 0.4) / 4
+    assert mean_sampler_ratio([(1, known), (2, unknown)]) == pytest.approx(math.exp(-0.15), rel=1e-6)
+    assert mean_sampler_ratio([(1, unknown)]) is None
+    assert ratio_metrics(known)["log_max"] == pytest.approx(0.4)

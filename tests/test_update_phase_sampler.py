@@ -1,6 +1,8 @@
 """update_phase.py and padding_free.py: the sampler as behaviour policy, evaluation, and rollouts with images."""
 
+import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,6 +112,100 @@ def test_a_sampler_without_log_probabilities_is_refused(tmp_path):
         build(tmp_path, random_rollouts(), vllm_importance_sampling_correction=True, **SAMPLER)
     assert TICGRPOConfig(str(tmp_path), **CPU).vllm_importance_sampling_correction is True
     assert TICGRPOConfig(str(tmp_path), **CPU, behaviour_policy="sampler").vllm_importance_sampling_correction is False
+
+
+# The engine's weights
+
+
+class Notes(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.stale = []
+
+    def emit(self, record):
+        if "stale" in record.getMessage():
+            self.stale.append(record.getMessage())
+
+
+@pytest.fixture
+def notes():
+    handler, logger = Notes(), logging.getLogger("tic_grpo_trl.trainer")
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)
+
+
+def gaps_per_token(sampler, live=range(8)):
+    """log P_own − log P_sampler of all tokens of the given rows of GIVEN, from plain logits."""
+    inputs = live_rows(**GIVEN, live=live)
+    own = logps(tiny_model(), inputs)
+    output = given_rollouts(**GIVEN)[0]([""] * 8, None)
+    gaps = []
+    for row, i in enumerate(live):
+        sampled = sampler(output["prompt_ids"][i], output["completion_ids"][i])
+        gaps += [own[row, t].item() - value for t, value in enumerate(sampled)]
+    return gaps
+
+
+ONE_UPDATE = {"steps_per_generation": 2, "max_steps": 1}
+BOTH_POLICIES = [{}, {"behaviour_policy": "sampler"}, {"skip_on_policy_logps": False}]
+
+
+def surer(prompt, completion):
+    """A sampler that gave its tokens 2 % more than the policy does, as one does that is another policy."""
+    return [value + 0.02 for value in own_logprobs(0.0)(prompt, completion)]
+
+
+@pytest.mark.parametrize("policy", BOTH_POLICIES)
+@pytest.mark.parametrize("sampler", [own_logprobs(0.0), own_logprobs(0.5), surer])
+def test_stale_weights_raise_the_alarm(tmp_path, notes, policy, sampler):
+    """A sampler with other weights: the mean ratio from plain logits, and a warning; silence with the same weights."""
+    rollouts = given_rollouts(**GIVEN, sampler=sampler)
+    result = train(tmp_path, rollouts=rollouts, num_generations=2, learning_rate=0.0, **ONE_UPDATE, **policy)
+    gaps = gaps_per_token(sampler, LIVE)
+    expected = math.exp(sum(gaps) / len(gaps))
+    assert result.logs[0]["sampling/mean_ratio"] == pytest.approx(expected, abs=1e-6)
+    if abs(expected - 1) > 1e-5:
+        assert abs(expected - 1) > 0.015
+        (message,) = notes.stale
+        assert f"{expected:.3f} times the probability" in message
+    else:
+        assert notes.stale == []
+
+
+@pytest.mark.parametrize("policy", BOTH_POLICIES)
+def test_the_policy_s_own_drift_is_no_alarm(tmp_path, notes, policy):
+    """The engine had the weights of the rollout's start; that later updates move on from there is not its fault."""
+    sampler = own_logprobs(0.0)
+    rollouts = given_rollouts(2, GIVEN["lengths"] * 2, GIVEN["rewards"] * 2, sampler=sampler)
+    config = {"steps_per_generation": 4, "max_steps": 2, "num_generations": 2, "learning_rate": 1.0}
+    result = train(tmp_path, rollouts=rollouts, partition_by_prompt=False, **config, **policy)
+    assert result.logs[1]["trajectory_ratio/log_std"] > 0.05
+    ratios = [log["sampling/mean_ratio"] for log in result.logs if "sampling/mean_ratio" in log]
+    assert ratios[0] == pytest.approx(1.0, abs=1e-5)
+    assert all(ratio == pytest.approx(1.0, abs=1e-5) for ratio in ratios)
+    assert notes.stale == []
+
+
+def test_no_alarm_where_the_sampler_is_meant_to_differ(tmp_path, notes):
+    rollouts = given_rollouts(**GIVEN, sampler=own_logprobs(0.5))
+    with pytest.warns(UserWarning, match=r"top_p=0\.9"):
+        result = train(tmp_path, rollouts=rollouts, num_generations=2, top_p=0.9, **ONE_UPDATE)
+    assert result.logs[0]["sampling/mean_ratio"] > 1.1
+    assert notes.stale == []
+
+
+def test_a_server_with_unprocessed_log_probabilities_is_refused(tmp_path):
+    """TRL's client is the only part that is not real here: what the server says about itself."""
+    trainer = build(tmp_path, random_rollouts(sampler=own_logprobs(0.0)), behaviour_policy="sampler")
+    info = {"model_config": {"logprobs_mode": "raw_logprobs"}}
+    client = SimpleNamespace(get_server_info=lambda: info)
+    trainer.use_vllm, trainer.vllm_mode = True, "server"
+    trainer.vllm_generation = SimpleNamespace(vllm_client=client)
+    with pytest.raises(ValueError, match="restart it with --logprobs-mode processed_logprobs"):
+        trainer._check_server_logprobs()
+    info["model_config"]["logprobs_mode"] = "processed_logprobs"
+    trainer._check_server_logprobs()
 
 
 # Evaluation

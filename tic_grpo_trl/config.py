@@ -95,7 +95,9 @@ class TICGRPOConfig(GRPOConfig):
             samples. With `"sampler"` the trajectory ratio is that of what was really sampled, nothing is scored, and
             TRL's vLLM correction is off because the ratio contains it.
         vllm_importance_sampling_correction (`bool`, *optional*):
-            As in TRL `True` where unset, but `False` with `behaviour_policy="sampler"`.
+            As in TRL `True` where unset, but `False` with `behaviour_policy="sampler"`. At level `"trajectory"` only
+            the sequence modes of `vllm_importance_sampling_mode` are taken: the weight of a response is then the arm's
+            bounded P_θ/P_old times P_old/P_sampler, truncated or masked at `vllm_importance_sampling_clip_max`.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Differs from TRL: active dropout (LoRA's too) makes R a sum of noise that grows with √T.
         bf16 (`bool`, *optional*):
@@ -282,6 +284,13 @@ class TICGRPOConfig(GRPOConfig):
                 "behaviour_policy='sampler' puts the sampler's log-probabilities into the ratio, which "
                 "vllm_importance_sampling_correction=True would correct for once more: remove one of them."
             )
+        mode, corrects = self.vllm_importance_sampling_mode, self.vllm_importance_sampling_correction
+        if self.use_vllm and corrects and mode.startswith("token_") and self.importance_sampling_level == "trajectory":
+            raise ValueError(
+                f"vllm_importance_sampling_mode={mode!r} gives every token its own factor, which does not go with one "
+                "weight per trajectory: their product is no ratio of trajectories. Choose 'sequence_mask' or "
+                "'sequence_truncate', behaviour_policy='sampler', or importance_sampling_level='token'."
+            )
 
     def _check_axes(self):
         level, mode = self.importance_sampling_level, self.clip_mode
@@ -328,17 +337,21 @@ class TICGRPOConfig(GRPOConfig):
                 "looser upper bound for negative advantages. Raise delta, or remove it."
             )
 
-    def _warn_if_sampler_is_another_policy(self):
+    @property
+    def changed_sampling(self) -> list[str]:
+        """Settings that make the sampler another policy than the one whose log-probabilities are computed."""
         sampler = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
         neutral = {"top_p": (1.0,), "top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
         kwargs = self.generation_kwargs if isinstance(self.generation_kwargs, dict) else {}
         sampler |= {name: value for name, value in kwargs.items() if name in neutral}
-        changed = [f"{name}={value}" for name, value in sampler.items() if value not in neutral[name]]
-        if changed and self.importance_sampling_level == "trajectory":
+        return [f"{name}={value}" for name, value in sampler.items() if value not in neutral[name]]
+
+    def _warn_if_sampler_is_another_policy(self):
+        if self.changed_sampling and self.importance_sampling_level == "trajectory":
             warnings.warn(
-                f"With {', '.join(changed)} the sampler is a different policy from the one whose log-probabilities are "
-                "computed, so P_θ/P_old is not the ratio of anything that was sampled and the gradient is biased. Set "
-                "top_p=1.0, top_k=0, min_p=None and repetition_penalty=1.0 for an exact ratio.",
+                f"With {', '.join(self.changed_sampling)} the sampler is a different policy from the one whose "
+                "log-probabilities are computed, so P_θ/P_old is not the ratio of anything that was sampled and the "
+                "gradient is biased. Set top_p=1.0, top_k=0, min_p=None and repetition_penalty=1.0 for an exact ratio.",
                 UserWarning,
                 stacklevel=4,
             )

@@ -20,6 +20,7 @@ def ratio_rows(
     clipped: ClippedWeight,
     advantages: torch.Tensor,  # (B,) or (B, T)
     mask: torch.Tensor,  # (B, T)
+    sampler_log_ratio: torch.Tensor | None = None,  # (B, T)
 ) -> torch.Tensor:
     """One row of ratio statistics per response, cheap to gather.
 
@@ -28,11 +29,13 @@ def ratio_rows(
         clipped: what the arm's clip rule did to its weight.
         advantages: A_i, (B,) or per token (B, T).
         mask: 1 on the tokens that count.
+        sampler_log_ratio: log P_old − log P_sampler of every token, in nats, NaN where the sampler gave none; `None`
+            where it is unknown.
 
     Returns:
-        (B, 7) float32: has tokens (0 or 1); R_i in nats; share of its tokens with A > 0; with A < 0; with A > 0 above
-        the upper bound; with A < 0 above it; with A < 0 below the lower bound. Shares are 0 or 1 where weight and A are
-        per response.
+        (B, 9) float32: has tokens (0 or 1); R_i in nats; share of its tokens with A > 0; with A < 0; with A > 0 above
+        the upper bound; with A < 0 above it; with A < 0 below the lower bound; sum of `sampler_log_ratio` and number of
+        the tokens that have one. Shares are 0 or 1 where weight and A are per response.
     """
     if advantages.dim() == 1:
         advantages = advantages.unsqueeze(1)  # (B, 1)
@@ -42,6 +45,9 @@ def ratio_rows(
         return flag.squeeze(1).float() if flag.size(1) == 1 else (flag * mask).sum(dim=-1) / length.clamp(min=1)
 
     gains, losses = advantages > 0, advantages < 0
+    if sampler_log_ratio is None:
+        sampler_log_ratio = torch.full_like(log_ratio, math.nan)
+    known = mask.bool() & ~sampler_log_ratio.isnan()
     columns = [
         length.gt(0).float(),
         log_ratio.sum(dim=-1),
@@ -50,6 +56,8 @@ def ratio_rows(
         share(gains & clipped.above),
         share(losses & clipped.above),
         share(losses & clipped.below),
+        torch.where(known, sampler_log_ratio, 0.0).sum(dim=-1),
+        known.sum(dim=-1),
     ]
     return torch.stack([column.float() for column in columns], dim=1)
 
@@ -72,7 +80,7 @@ def ratio_metrics(rows: torch.Tensor) -> dict[str, float]:
     """Metrics of one mini-batch.
 
     Args:
-        rows: (n, 7), from [`ratio_rows`], of every process.
+        rows: (n, 9), from [`ratio_rows`], of every process.
 
     Returns:
         Floats by name: `ess` (share of n), `log_mean`, `log_std` (of R, nats, population), `log_min`, `log_max`,
@@ -94,7 +102,7 @@ def ratio_metrics(rows: torch.Tensor) -> dict[str, float]:
     }
     levels = torch.tensor(list(QUANTILES.values()), dtype=rows.dtype, device=rows.device)
     metrics |= dict(zip(QUANTILES, torch.quantile(log_ratio, levels).tolist(), strict=True))
-    _, _, gains, losses, high_pos, high_neg, low_neg = rows.sum(dim=0).tolist()
+    gains, losses, high_pos, high_neg, low_neg = rows[:, 2:7].sum(dim=0).tolist()
     if gains > 0:
         metrics["clip_high_pos"] = high_pos / gains
     if losses > 0:
@@ -103,12 +111,28 @@ def ratio_metrics(rows: torch.Tensor) -> dict[str, float]:
     return metrics
 
 
+def mean_sampler_ratio(steps: list[tuple[int | None, torch.Tensor]]) -> float | None:
+    """Geometric mean over tokens of P_old/P_sampler: exp(−KL(sampler‖old)) per token, as sampled.
+
+    An engine with the policy's weights gives 1 up to its numerics, one with other weights less. The arithmetic mean
+    would not tell: its expectation is 1 for any sampler.
+
+    Args:
+        steps: as in [`merge_steps`].
+
+    Returns:
+        The mean, or `None` where no token has a ratio.
+    """
+    total, tokens = torch.stack([rows[:, 7:].double().sum(dim=0) for _, rows in steps]).sum(dim=0).tolist()
+    return math.exp(total / tokens) if tokens else None
+
+
 def merge_steps(steps: list[tuple[int | None, torch.Tensor]]) -> dict[str, float]:
     """Metrics of all mini-batches since the last log: overall, and per inner step.
 
     Args:
         steps: (k, rows) per optimizer step: the inner step k = 1 … K since π_old was refreshed (`None` where there is
-            no inner loop), and its (n, 7) rows.
+            no inner loop), and its (n, 9) rows.
 
     Returns:
         The names of [`ratio_metrics`], each the mean over steps (`log_min` the smallest, `log_max` the largest), and

@@ -19,7 +19,7 @@ from trl.trainer.utils import get_config_model_id
 
 from .batching import loss_mask
 from .config import TICGRPOConfig
-from .diagnostics import merge_steps, ratio_rows
+from .diagnostics import mean_sampler_ratio, merge_steps, ratio_rows
 from .objective import anchored_old_logps, clip_log_weight, log_importance_weight, token_log_ratio
 from .progress import RewardProgressCallback
 from .update_phase import UpdatePhaseTrainer
@@ -28,6 +28,8 @@ from .update_phase import UpdatePhaseTrainer
 logger = get_logger(__name__)
 
 METRIC_PREFIX = "trajectory_ratio"
+# Beyond 1 % per token the sampler is another policy: a response of 1,000 tokens then has a ratio of about e^-10.
+STALE_LOG_RATIO = 0.01
 
 
 class TICGRPOTrainer(UpdatePhaseTrainer):
@@ -46,6 +48,11 @@ class TICGRPOTrainer(UpdatePhaseTrainer):
     arm, and per inner step k = 1 … K under `trajectory_ratio/inner_<k>/`; names and units are those of
     [`~tic_grpo_trl.diagnostics.ratio_metrics`]. TRL's `clip_ratio/*` are logged only for the arms whose weight TRL
     computes itself, because it would see the other arms' weights after the cap.
+
+    Where the rollouts come with the sampler's log-probabilities (vLLM, or a `rollout_func`), `sampling/mean_ratio` is
+    the geometric mean of P_old/P_sampler per token, measured on what is trained on; 1 % away from 1 a warning says that
+    the engine's weights are stale. With `log_completions` the table has a column `trajectory_ratio`: w' of each response
+    as of its latest update, empty before and for those left out.
 
     Raises:
         TypeError: if `args` is not a [`TICGRPOConfig`].
@@ -91,6 +98,9 @@ class TICGRPOTrainer(UpdatePhaseTrainer):
         self._loss_inputs: dict[str, Any] | None = None  # set while the parent computes a loss
         self._ratio_rows: list[torch.Tensor] = []  # of the current accumulation window, local
         self._ratio_steps: dict[str, list] = {"train": [], "eval": []}  # (k, rows) per step, of all processes
+        # For `log_completions`: the responses in the table so far, and (their numbers, R) in the current window, local
+        self._samples = 0
+        self._sample_ratios: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
@@ -116,6 +126,16 @@ class TICGRPOTrainer(UpdatePhaseTrainer):
                 "noise that grows with the response length: set disable_dropout=True (the default), or lora_dropout=0 "
                 "and the model's own dropout to 0."
             )
+
+    def _generate_and_score_completions(self, inputs):
+        rollout = super()._generate_and_score_completions(inputs)
+        if self.log_completions:
+            sizes = self._of_all([len(inputs)]).flatten()
+            first = self._samples + int(sizes[: self.accelerator.process_index].sum())
+            self._samples += int(sizes.sum())
+            rollout["sample"] = torch.arange(first, first + len(inputs), device=self.accelerator.device)
+            self._sample_column.extend([None] * int(sizes.sum()))
+        return rollout
 
     def _compute_loss(self, model, inputs):
         # The parent reads the old log-probabilities from this copy after its forward pass; the buffered rollout that
@@ -164,7 +184,11 @@ class TICGRPOTrainer(UpdatePhaseTrainer):
         log_ratio = token_log_ratio(per_token_logps, old_per_token_logps, mask)  # (B, T)
         log_weight = log_importance_weight(log_ratio, mask, self._level)  # (B, 1) or (B, T)
         clipped = clip_log_weight(log_weight, inputs["advantages"], mask, self._clip)
-        self._ratio_rows.append(ratio_rows(log_ratio, clipped, inputs["advantages"], mask))
+        sampler_log_ratio = self._sampler_log_ratio(per_token_logps, inputs)
+        self._ratio_rows.append(ratio_rows(log_ratio, clipped, inputs["advantages"], mask, sampler_log_ratio))
+        if "sample" in inputs:
+            samples = torch.where(mask.any(dim=1), inputs["sample"], -1)
+            self._sample_ratios.append((samples, log_ratio.sum(dim=1)))
         if self._anchored:
             # The off-policy mask measures the drift from the real behaviour policy, not from the anchor.
             if old_per_token_logps is None:
@@ -174,10 +198,23 @@ class TICGRPOTrainer(UpdatePhaseTrainer):
         if self.accelerator.sync_gradients or not self.model.training:
             self._close_ratio_window()
 
+    def _sampler_log_ratio(self, per_token_logps: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """(B, T) log P_old − log P_sampler, NaN where the sampler gave none; `None` where it is not known."""
+        sampler = inputs.get("sampling_per_token_logps")
+        if sampler is None or not self.model.training:
+            return None
+        old = inputs.get("old_per_token_logps") if self.args.behaviour_policy == "trainer" else None
+        if old is not None:
+            return old - sampler
+        first_update = self._step % self._rollout_steps < self.args.gradient_accumulation_steps
+        return per_token_logps.detach() - sampler if first_update and self._starts_on_policy else None
+
     def _close_ratio_window(self):
         """Gather the rows of one optimizer step (or evaluation batch); nothing is read from the device here."""
         rows = self.accelerator.gather(torch.cat(self._ratio_rows))
         self._ratio_rows.clear()
+        if self._sample_ratios:
+            self._show_sample_ratios()
         if not self.model.training:
             self._ratio_steps["eval"].append((None, rows))
             return
@@ -185,12 +222,38 @@ class TICGRPOTrainer(UpdatePhaseTrainer):
         k = self._step % self._rollout_steps // window + 1 if self._rollout_steps > window else None
         self._ratio_steps["train"].append((k, rows))
 
+    @property
+    def _sample_column(self) -> Any:
+        """A column of the table beside TRL's own; like these it keeps the last `generation_batch_size` responses."""
+        logs: Any = self._logs
+        return logs["extra"]["trajectory_ratio"]
+
+    def _show_sample_ratios(self):
+        """Put the ratios of this window into the table of `log_completions`."""
+        columns = (torch.cat(column) for column in zip(*self._sample_ratios, strict=True))
+        samples, log_ratios = (self.accelerator.gather(column).tolist() for column in columns)
+        self._sample_ratios.clear()
+        shown = self._sample_column
+        first = self._samples - len(shown)
+        for sample, log_ratio in zip(samples, log_ratios, strict=True):
+            if sample >= first:
+                shown[sample - first] = math.exp(min(log_ratio, 700.0))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         metrics = self._metrics[mode]
-        for name, value in merge_steps(self._ratio_steps[mode]).items():
+        steps = self._ratio_steps[mode]
+        if steps and (ratio := mean_sampler_ratio(steps)) is not None:
+            metrics["sampling/mean_ratio"].append(ratio)
+            if abs(math.log(ratio)) > STALE_LOG_RATIO and not self.args.changed_sampling:
+                logger.warning(
+                    f"The sampler's weights look stale: the policy gives its tokens {ratio:.3f} times the probability "
+                    "that the sampler gave them (geometric mean; 1 with equal weights). Check that the weights reach "
+                    "the engine, its precision, and that its log-probabilities are those after temperature."
+                )
+        for name, value in merge_steps(steps).items():
             metrics[f"{METRIC_PREFIX}/{name}"].append(value)
-        self._ratio_steps[mode].clear()
+        steps.clear()
         if self._anchored:
             for name in [name for name in metrics if name.startswith("clip_ratio/")]:
                 del metrics[name]

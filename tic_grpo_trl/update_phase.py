@@ -60,7 +60,8 @@ class UpdatePhaseTrainer(PaddingFreeTrainer):
     made in addition, scoring included).
 
     Raises:
-        ValueError: if `behaviour_policy="sampler"` although nothing returns the sampler's log-probabilities.
+        ValueError: if `behaviour_policy="sampler"` although nothing returns the sampler's log-probabilities, or a vLLM
+            server returns those before temperature.
     """
 
     num_generations: int
@@ -74,6 +75,7 @@ class UpdatePhaseTrainer(PaddingFreeTrainer):
                 "behaviour_policy='sampler' needs the sampler's log-probabilities, which only vLLM or a rollout_func "
                 "returns: set use_vllm=True, or behaviour_policy='trainer'."
             )
+        self._check_server_logprobs()
         window = args.gradient_accumulation_steps  # micro-batches of a mini-batch
         self._micro_batches = int(args.steps_per_generation or 1)  # of a rollout, on one process
         self._rollout_steps = self._micro_batches * self.num_iterations  # from one generation to the next
@@ -93,6 +95,20 @@ class UpdatePhaseTrainer(PaddingFreeTrainer):
         self._filled_at = -1  # the step at which the buffer was filled
         self._last_logps: torch.Tensor | None = None  # of the last forward pass
         self._counts: list[torch.Tensor] = []  # of the micro-batches since the last update
+
+    def _check_server_logprobs(self):
+        """The ratio needs log-probabilities after temperature; TRL only warns, and only where it corrects."""
+        if self.args.behaviour_policy != "sampler" or not self.use_vllm or self.vllm_mode != "server":
+            return
+        modes = []
+        if self.accelerator.is_main_process:
+            modes = [self.vllm_generation.vllm_client.get_server_info()["model_config"]["logprobs_mode"]]
+        (mode,) = gather_object(modes)
+        if mode != "processed_logprobs":
+            raise ValueError(
+                f"behaviour_policy='sampler', but the vLLM server runs with --logprobs-mode {mode}, which leaves out "
+                "the temperature: restart it with --logprobs-mode processed_logprobs."
+            )
 
     def _why_rows_are_fixed(self) -> str:
         """The options that make a loss, or a metric of TRL's, depend on which rows share a micro-batch."""
