@@ -15,7 +15,7 @@ A model and a data set of yours (columns `prompt` and whatever your reward funct
 Every field of TICGRPOConfig and of TRL's ModelConfig is a flag and a key of the YAML that `--config` names.
 """
 
-import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from datasets import load_dataset
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
@@ -62,7 +63,25 @@ def import_function(path: str) -> Callable:
         raise ValueError(f"--reward_funcs {path}: give an import path such as my_package.rewards.my_reward.") from error
 
 
+def check_quantization(model_args: ModelConfig):
+    """Refuse QLoRA where it cannot work, before anything is loaded."""
+    bits = "load_in_4bit" if model_args.load_in_4bit else "load_in_8bit" if model_args.load_in_8bit else None
+    if bits is None:
+        return
+    if not model_args.use_peft:
+        raise ValueError(
+            f"--{bits} without --use_peft: quantised weights cannot be trained, only an adapter on them can."
+        )
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"--{bits} (QLoRA) needs a GPU, and none is visible: remove it; --use_peft alone runs anywhere."
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"--{bits} needs bitsandbytes, which is not installed: pip install bitsandbytes")
+
+
 def main(script_args: TrainArguments, training_args: TICGRPOConfig, model_args: ModelConfig):
+    check_quantization(model_args)
     reward_funcs = [import_function(path) for path in script_args.reward_funcs]
     if script_args.dataset_name:
         dataset = load_dataset(

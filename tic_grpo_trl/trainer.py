@@ -237,7 +237,7 @@ class TICGRPOTrainer(UpdatePhaseTrainer):
         first = self._samples - len(shown)
         for sample, log_ratio in zip(samples, log_ratios, strict=True):
             if sample >= first:
-                shown[sample - first] = math.exp(min(log_ratio, 700.0))
+                shown[sample - first] = float(f"{math.exp(min(log_ratio, 700.0)):.4g}")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
