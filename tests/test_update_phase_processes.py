@@ -3,41 +3,16 @@ and what is saved changes neither losses nor gradients, under DDP, DeepSpeed ZeR
 
 import importlib.util
 import json
-import os
-import socket
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
-import psutil
 import pytest
 import torch
-import yaml
 from conftest import relative_error
+from launching import CONFIGS, ON_CPU, launch
 
 
-ROOT = Path(__file__).parent.parent
-ON_CPU = {
-    "compute_environment": "LOCAL_MACHINE",
-    "use_cpu": True,
-    "num_processes": 2,
-    "mixed_precision": "no",
-    "num_machines": 1,
-    "machine_rank": 0,
-}
-DDP = ON_CPU | {"distributed_type": "MULTI_GPU"}
-FSDP2 = ON_CPU | {
-    "distributed_type": "FSDP",
-    "fsdp_config": {
-        "fsdp_version": 2,
-        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "fsdp_transformer_layer_cls_to_wrap": "Qwen3DecoderLayer",
-        "fsdp_reshard_after_forward": True,
-        "fsdp_state_dict_type": "FULL_STATE_DICT",
-        "fsdp_cpu_ram_efficient_loading": False,
-    },
-}
+pytestmark = pytest.mark.distributed
+
 ALONE = ["tic_grpo", "mean over rows", "dead rank", "spanning groups", "reference", "masked rank"]
 ONE_MICRO_BATCH = ["one micro-batch", "one micro-batch, reference"]
 ZERO3_CASES = ["tic_grpo", "grpo", "dead rank", "reference"]
@@ -58,45 +33,14 @@ def of_moving_rows(name):
     return by_row or name in ("entropy", "clip_ratio/low_min")
 
 
-def start(folder, cases, config, *flags, seconds=240):
-    """Launch the worker and return what it noted, by run; whatever it started is gone when this returns."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, *flags]
-    command += ["--main_process_port", port, ROOT / "tests/workers/unequal_lengths.py", folder, *cases]
-    paths = [str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(paths),
-        "PYTHONWARNINGS": "ignore",  # they would hide the end of the log
-    }
-    log = folder / "log.txt"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            list(map(str, command)), cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
-        )
-        try:
-            status = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            status = f"still running after {seconds} s"
-        finally:
-            if process.poll() is None:
-                # the launcher detaches its workers, so that no process group holds them all
-                for member in [*psutil.Process(process.pid).children(recursive=True), process]:
-                    member.kill()
-                process.wait()
-    assert status == 0, f"{status}\n{log.read_text()[-5000:]}"
-    return json.loads((folder / "result.json").read_text())
-
-
 class Runs:
     """What the worker left behind in one topology."""
 
-    def __init__(self, folder, cases, config, *flags):
+    def __init__(self, folder, cases, topology):
+        """`topology`: the configuration that users get, with two processes on the CPU."""
         self.folder = folder
-        self.results = start(folder, cases, config, *flags)
+        launch(folder, CONFIGS / f"{topology}.yaml", "unequal_lengths", folder, *cases, flags=ON_CPU)
+        self.results = json.loads((folder / "result.json").read_text())
 
     def logged(self, run):
         return self.results[run]["logged"]
@@ -118,16 +62,10 @@ class Runs:
         return torch.load(self.folder / f"{run}.pt")
 
 
-def written(config, folder):
-    path = folder / "accelerate.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
-
-
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    runs = Runs(folder, [*ALONE, "grpo", *ONE_MICRO_BATCH], written(DDP, folder))
+    runs = Runs(folder, [*ALONE, "grpo", *ONE_MICRO_BATCH], "multi_gpu")
     for name, result in runs.results.items():
         assert result["num_processes"] == 2
         # what accelerate makes of MULTI_GPU on CPU: DDP over gloo
@@ -139,27 +77,22 @@ def ddp(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def zero3(tmp_path_factory):
-    """The configuration that users get, with two processes on the CPU."""
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed (extra [deepspeed]).")
-    config = ROOT / "accelerate_configs/zero3.yaml"
-    runs = Runs(
-        tmp_path_factory.mktemp("zero3"), ZERO3_CASES, config, *"--num_processes 2 --mixed_precision no".split()
-    )
+    runs = Runs(tmp_path_factory.mktemp("zero3"), ZERO3_CASES, "zero3")
     for result in runs.results.values():
         assert result["num_processes"] == 2
         assert (result["distributed_type"], result["zero_stage"]) == ("DistributedType.DEEPSPEED", 3)
-        assert result["whole"] == []  # every parameter is split and gathered in each pass
+        assert result["whole"] == [[], []]  # every parameter is split and gathered in each pass
     return runs
 
 
 @pytest.fixture(scope="module")
 def fsdp2(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fsdp2")
-    runs = Runs(folder, FSDP2_CASES, written(FSDP2, folder))
+    runs = Runs(tmp_path_factory.mktemp("fsdp2"), FSDP2_CASES, "fsdp2")
     for result in runs.results.values():
         assert result["num_processes"] == 2
-        assert (result["distributed_type"], result["parameter"]) == ("DistributedType.FSDP", "DTensor")
+        assert (result["distributed_type"], result["parameters"]) == ("DistributedType.FSDP", ["DTensor"])
     return runs
 
 

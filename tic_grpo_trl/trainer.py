@@ -51,8 +51,8 @@ class TICGRPOTrainer(UpdatePhaseTrainer):
 
     Where the rollouts come with the sampler's log-probabilities (vLLM, or a `rollout_func`), `sampling/mean_ratio` is
     the geometric mean of P_old/P_sampler per token, measured on what is trained on; 1 % away from 1 a warning says that
-    the engine's weights are stale. With `log_completions` the table has a column `trajectory_ratio`: w' of each response
-    as of its latest update, empty before and for those left out.
+    the engine's weights are stale. With `log_completions` the table has a column `trajectory_ratio`: w' of each
+    response as of its latest update, empty before and for those left out.
 
     Raises:
         TypeError: if `args` is not a [`TICGRPOConfig`].

@@ -1,5 +1,5 @@
-"""Started in two processes by test_examples.py: trains with groups that span the processes and notes, per case, what
-every rank generated and what its loss then saw, with no row left out or scored later."""
+"""Started in two processes by test_partition_processes.py: trains with groups that span the processes and notes, per
+case, what every rank generated and what its loss then saw, with no row left out or scored later."""
 
 import copy
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from conftest import TRL_UPDATE_PHASE, logps, make_trainer
+from on_cpu import of_all_ranks
 
 
 CASES = {
@@ -59,12 +60,6 @@ def rows_of(inputs, reference=None):
         }
         for i in range(len(inputs["tags"]))
     ]
-
-
-def of_all_ranks(value):
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
 
 
 def run(name, config):

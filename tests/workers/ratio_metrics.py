@@ -1,53 +1,57 @@
-"""Started in two processes by test_examples.py: trains the tiny model and notes every rank's own ratio rows and the
-prompts of every mini-batch."""
+"""Started in two processes by test_partition_processes.py: trains the tiny model and notes every rank's own ratio rows,
+the texts of every mini-batch, and what the table of completions showed."""
 
 import json
 import sys
 from pathlib import Path
 
+import pandas as pd
 import torch.distributed as dist
 from conftest import TRL_UPDATE_PHASE, make_trainer
+from on_cpu import of_all_ranks
+
+
+# A mini-batch is 16 rows of both processes
+CASES = {"groups on a process": {"num_generations": 4}, "groups on both": {"num_generations": 16}}
+
+
+def run(folder, **config):
+    """What happened in two rollouts of two updates each."""
+    config |= {"steps_per_generation": 2, "max_steps": 4, "log_completions": True, "num_completions_to_print": 1}
+    trainer = make_trainer(folder, **config, **TRL_UPDATE_PHASE)
+    ratios, prompts, completions = [], [], []
+    compute_loss, close_window = trainer._compute_loss, trainer._close_ratio_window
+
+    def texts(ids, masks):
+        rows = [row[mask.bool()] for row, mask in zip(ids, masks, strict=True)]
+        return trainer.processing_class.batch_decode(rows, skip_special_tokens=True)
+
+    def noted_ratios():
+        ratios.append([row for window in trainer._ratio_rows for row in window.tolist()])
+        close_window()
+
+    def noted_texts(model, inputs):
+        prompts.append(texts(inputs["prompt_ids"], inputs["prompt_mask"]))
+        completions.append(texts(inputs["completion_ids"], inputs["completion_mask"]))
+        return compute_loss(model, inputs)
+
+    trainer._close_ratio_window, trainer._compute_loss = noted_ratios, noted_texts
+    trainer.train()
+    tables = sorted((folder / "completions").glob("*.parquet")) if trainer.accelerator.is_main_process else []
+    columns = ["prompt", "completion", "trajectory_ratio"]
+    return {
+        "num_processes": trainer.accelerator.num_processes,
+        "distributed_type": str(trainer.accelerator.distributed_type),
+        "rows": [of_all_ranks(step) for step in ratios],
+        "prompts": [of_all_ranks(step) for step in prompts],
+        "completions": [of_all_ranks(step) for step in completions],
+        "logged": [entry for entry in trainer.state.log_history if "trajectory_ratio/ess" in entry],
+        "tables": [pd.read_parquet(path)[columns].values.tolist() for path in tables],
+    }
 
 
 folder = Path(sys.argv[1])
-trainer = make_trainer(folder / "out", steps_per_generation=2, max_steps=4, **TRL_UPDATE_PHASE)
-local, prompts = [], []
-gather_window = trainer._close_ratio_window
-
-
-def noted():
-    local.append([row for window in trainer._ratio_rows for row in window.tolist()])
-    gather_window()
-
-
-compute_loss = trainer._compute_loss
-
-
-def noted_prompts(model, inputs):
-    masks, ids = inputs["prompt_mask"].bool(), inputs["prompt_ids"]
-    prompts.append([prompt[mask].tolist() for mask, prompt in zip(masks, ids, strict=True)])
-    return compute_loss(model, inputs)
-
-
-trainer._close_ratio_window, trainer._compute_loss = noted, noted_prompts
-trainer.train()
-
-
-def of_all_ranks(value):
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
-
-
-rows = [of_all_ranks(step) for step in local]
-prompts = [of_all_ranks(step) for step in prompts]
-if trainer.accelerator.is_main_process:
-    result = {
-        "num_processes": trainer.accelerator.num_processes,
-        "distributed_type": str(trainer.accelerator.distributed_type),
-        "rows": rows,
-        "prompts": prompts,
-        "logged": [entry for entry in trainer.state.log_history if "trajectory_ratio/ess" in entry],
-    }
-    (folder / "result.json").write_text(json.dumps(result))
+results = {case: run(folder / case, **config) for case, config in CASES.items()}
+if dist.get_rank() == 0:
+    (folder / "result.json").write_text(json.dumps(results["groups on a process"] | {"cases": results}))
 dist.destroy_process_group()

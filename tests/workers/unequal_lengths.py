@@ -15,9 +15,8 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # its warning about rollout_func
 
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from conftest import CPU, TINY_PROMPTS, TRL_UPDATE_PHASE, WORDS, tiny_model, tiny_tokenizer
+from on_cpu import DEEPSPEED, FSDP, describe, of_all_ranks, prepare, split_every_parameter
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -113,12 +112,6 @@ class Passes(TrainerCallback):
         self.steps.append(self.now.copy())
 
 
-def of_all_ranks(value):
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
-
-
 def run(name, model, dead, trl=False, **config):
     rank = int(os.environ["RANK"])
     config = {"num_generations": 4} | config
@@ -138,15 +131,12 @@ def run(name, model, dead, trl=False, **config):
         "logging_steps": 1,
         "disable_tqdm": True,
         "save_strategy": "no",
-        "ddp_timeout": 60,  # a rank that waits in vain says so
     }
     ends = 1 if config.get("mask_truncated_completions") else 0  # a response that does not end with <eos>
     rollout, reward = fixed_rollouts(rank, dead[rank], config["num_generations"], ends)
     passes = Passes()
     args = config_class(output_dir=str(folder / "out"), **CPU | defaults | config)
-    if deepspeed:
-        # ZeRO-3 keeps small parameters whole on every process: without this all of them, and nothing would be gathered
-        args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    split_every_parameter(args)
     trainer = trainer_class(
         model=copy.deepcopy(model),
         reward_funcs=reward,
@@ -163,46 +153,16 @@ def run(name, model, dead, trl=False, **config):
         weights = {key.removeprefix("module."): value.cpu() for key, value in weights.items()}
         torch.save(weights, folder / f"{name}.pt")
     sums = of_all_ranks([p.double().sum().item() for p in trainer.model.parameters()] if plain_ddp else None)
-    plugin = trainer.accelerator.state.deepspeed_plugin
-    return {
-        "num_processes": trainer.accelerator.num_processes,
-        "distributed_type": str(trainer.accelerator.distributed_type),
-        "zero_stage": plugin.zero_stage if plugin else None,
-        "whole": [name for name, p in trainer.model.named_parameters() if getattr(p, "ds_persist", True)],
-        "parameter": type(next(trainer.model.parameters())).__name__,
+    return describe(trainer) | {
         "logged": [entry for entry in trainer.state.log_history if "loss" in entry],
         "passes": of_all_ranks(passes.steps),
         "sums": sums,
     }
 
 
-def without_compiler():
-    """DeepSpeed would compile an operator that only its inference uses."""
-    import deepspeed.comm  # noqa: F401 (puts the module below into sys.modules)
-
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-
-
-def fsdp_on_cpu():
-    """accelerate takes FSDP for more than one GPU only, and runs DDP on CPU without a word."""
-    start = AcceleratorState.__init__
-
-    def patched(self, *args, fsdp_plugin=None, **kwargs):
-        start(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None or hasattr(self, "fsdp_plugin"):  # later instances share the first one's state
-            self.fsdp_plugin = fsdp_plugin or self.fsdp_plugin
-            self.distributed_type = DistributedType.FSDP
-
-    AcceleratorState.__init__ = patched
-
-
 folder = Path(sys.argv[1])
-deepspeed, fsdp = (os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("DEEPSPEED", "FSDP"))
-plain_ddp = not deepspeed and not fsdp
-if deepspeed:
-    without_compiler()
-if fsdp:
-    fsdp_on_cpu()
+plain_ddp = not DEEPSPEED and not FSDP
+prepare()
 path = folder / f"model-{os.environ['RANK']}"
 tiny_model().save_pretrained(path)  # where the reference model is read from
 start = tiny_model()

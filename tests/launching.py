@@ -1,0 +1,82 @@
+"""Start a script through `accelerate launch`, as a user does, and leave nothing running behind."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "accelerate_configs"
+ON_CPU = "--num_processes 2 --mixed_precision no".split()  # what makes a file for GPUs start two processes on the CPU
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def launch_command(config, *flags) -> list[str]:
+    """`accelerate launch` with a configuration file and its own flags; script and arguments follow."""
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", *map(str, (config, *flags))]
+
+
+def family(process: subprocess.Popen) -> list[psutil.Process]:
+    """A process and all that it started: the launcher detaches its workers, so that no process group holds them."""
+    try:
+        parent = psutil.Process(process.pid)
+        return [*parent.children(recursive=True), parent]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill(process: subprocess.Popen):
+    """What happens to the processes of a machine that loses its power."""
+    for member in family(process):
+        member.kill()
+    process.wait()
+
+
+@contextmanager
+def started(command: list, log: Path, **environment: str) -> Iterator[subprocess.Popen]:
+    """Run a command with its output in `log`; whatever it started is gone afterwards."""
+    paths = [str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONWARNINGS": "ignore",  # they would hide the end of the log
+        "TMPDIR": str(log.parent),  # the launcher leaves folders behind
+    } | environment
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            list(map(str, command)), cwd=ROOT, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                kill(process)
+
+
+def finish(process: subprocess.Popen, log: Path, seconds: float):
+    """Wait for a launch and require that it succeeds."""
+    try:
+        status = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        status = f"still running after {seconds} s"
+    assert status == 0, f"{status}\n{log.read_text()[-5000:]}"
+
+
+def launch(folder: Path, config, script: str, *arguments, flags=(), seconds: float = 240):
+    """Run `tests/workers/<script>.py` in the processes of one machine."""
+    command = launch_command(config, *flags, "--main_process_port", free_port())
+    log = folder / "log.txt"
+    with started([*command, ROOT / f"tests/workers/{script}.py", *arguments], log) as process:
+        finish(process, log, seconds)

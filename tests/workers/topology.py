@@ -1,0 +1,163 @@
+"""Started in two processes by test_topologies.py and test_two_nodes.py: runs the example script's own `main` on the
+starter's model, once per case, and notes what every process generated, trained on and logged, and the weights.
+
+Arguments: a folder for the results, the names of the cases with commas between them (`NAME-resumed` goes on from that
+case's checkpoint at step 4), and flags for all of them."""
+
+import gc
+import importlib.util
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+from launching import ROOT
+from on_cpu import describe, of_all_ranks, prepare, split_every_parameter
+from transformers import AutoTokenizer
+from trl import ModelConfig, TrlParser
+
+from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
+from tic_grpo_trl.starter import STARTER_MODEL
+
+
+# A mini-batch of 16 responses is one group, half of it on either process; a rollout is four prompts.
+FULL = "--learning_rate 2e-4 --num_generations 16"
+# every process has whole groups
+LORA = "--learning_rate 2e-3 --num_generations 8 --use_peft --lora_r 4 --lora_alpha 8 --lora_target_modules all-linear"
+REFERENCE = "--beta 0.1 --max_steps 4"  # one rollout
+CASES = {
+    "full": FULL,
+    "lora": LORA,
+    "full-reference": f"{FULL} {REFERENCE} --gradient_checkpointing true",
+    "lora-reference": f"{LORA} {REFERENCE}",
+}
+COMMON = """--per_device_train_batch_size 8 --steps_per_generation 4 --gradient_accumulation_steps 1
+    --max_completion_length 32 --max_steps 8 --starter_train_size 64 --eval_strategy no --eval_on_start false
+    --lr_scheduler_type constant --save_strategy steps --save_steps 4 --disable_tqdm true"""
+
+
+def load_example():
+    spec = importlib.util.spec_from_file_location("train_tic_grpo", ROOT / "examples/train_tic_grpo.py")
+    example = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = example  # its dataclasses look themselves up
+    spec.loader.exec_module(example)
+    return example
+
+
+def masked(ids, mask):
+    return [row[keep].tolist() for row, keep in zip(ids, mask.bool(), strict=True)]
+
+
+class NotingTrainer(TICGRPOTrainer):
+    """Notes what passes through; `last` is the one that `main` has made."""
+
+    last: "NotingTrainer"
+
+    def __init__(self, *args, **kwargs):
+        NotingTrainer.last = self
+        self.rollouts, self.partitions, self.trained, self.ratios = [], [], [], []
+        super().__init__(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs):
+        rollout = super()._generate_and_score_completions(inputs)
+        self.rollouts.append(masked(rollout["completion_ids"], rollout["completion_mask"]))
+        return rollout
+
+    def _partition(self, rollout):
+        rows = super()._partition(rollout)
+        prompts = masked(rows["prompt_ids"], rows["prompt_mask"])
+        completions = masked(rows["completion_ids"], rows["completion_mask"])
+        self.partitions.append(list(zip(prompts, completions, rows["advantages"].tolist(), strict=True)))
+        return rows
+
+    def _compute_loss(self, model, inputs):
+        prompts = masked(inputs["prompt_ids"], inputs["prompt_mask"])
+        rows = zip(prompts, masked(inputs["completion_ids"], inputs["completion_mask"]), strict=True)
+        self.trained.append([row for row in rows if row[1]])  # blank rows have no completion
+        return super()._compute_loss(model, inputs)
+
+    def _close_ratio_window(self):
+        self.ratios.append([row for rows in self._ratio_rows for row in rows.tolist()])
+        super()._close_ratio_window()
+
+    def end(self):
+        """The next case needs the process group."""
+
+
+def fixed_batch():
+    """Answers right and wrong to a few problems; the same in every process."""
+    tokenizer = AutoTokenizer.from_pretrained(STARTER_MODEL)
+    problems = ["3+8+5=?", "1+1+1+1=?", "9+9+9+9+9+9=?"]
+    chats = [[{"role": "user", "content": problem}] for problem in problems]
+    prompts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats]
+    completions = [tokenizer(text)["input_ids"] for text in ["3+8=11\n11+5=16\n", "The sum is \\boxed{4}", "9+9=17"]]
+
+    def padded(rows, left):
+        width = max(map(len, rows))
+        fill = [[0] * (width - len(row)) for row in rows]
+        ids = [pad + row if left else row + pad for row, pad in zip(rows, fill, strict=True)]
+        ones = [[1] * len(row) for row in rows]
+        mask = [pad + one if left else one + pad for one, pad in zip(ones, fill, strict=True)]
+        return torch.tensor(ids), torch.tensor(mask)
+
+    (prompt_ids, prompt_mask), (completion_ids, completion_mask) = padded(prompts, True), padded(completions, False)
+    return {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "completion_ids": completion_ids,
+        "completion_mask": completion_mask,
+    }
+
+
+def run(name, flags):
+    output = folder / name
+    common = ["--config", str(ROOT / "examples/recipes/starter.yaml"), "--output_dir", str(output), *COMMON.split()]
+    parsed = TrlParser((example.TrainArguments, TICGRPOConfig, ModelConfig)).parse_args_and_config([*common, *flags])
+    split_every_parameter(parsed[1])
+    example.main(*parsed)
+    trainer = NotingTrainer.last
+    trainer.model.eval()
+    batch = fixed_batch()
+    logps = trainer._score(batch)
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if dist.get_rank() == 0:
+        weights = {key.removeprefix("module."): value.cpu() for key, value in weights.items()}
+        torch.save({"weights": weights, "batch": batch, "logps": logps.cpu()}, output / "result.pt")
+    of_every_step = {
+        "rollouts": trainer.rollouts,
+        "partitions": trainer.partitions,
+        "trained": trainer.trained,
+        "ratios": trainer.ratios,
+    }
+    return describe(trainer) | {
+        "logged": [entry for entry in trainer.state.log_history if "loss" in entry],
+        **{key: list(zip(*of_all_ranks(value), strict=True)) for key, value in of_every_step.items()},
+        "addresses": of_all_ranks(addresses()),
+    }
+
+
+def addresses():
+    """The network addresses that this process can see."""
+    interfaces = psutil.net_if_addrs().values()
+    return sorted(a.address for own in interfaces for a in own if a.family == socket.AF_INET)
+
+
+folder, cases, *more = sys.argv[1:]
+folder = Path(folder)
+prepare()
+example = load_example()
+example.TICGRPOTrainer = NotingTrainer
+results = {}
+gc.freeze()  # every trainer collects garbage: spare it what was imported
+for case in cases.split(","):
+    kind = case.removesuffix("-resumed")
+    resume = ["--resume_from_checkpoint", str(folder / kind / "checkpoint-4")] if case != kind else []
+    results[case] = run(case, [*CASES[kind].split(), *resume, *more])
+if os.environ["RANK"] == "0":
+    (folder / "result.json").write_text(json.dumps(results))
+dist.barrier()
+dist.destroy_process_group()
