@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -43,8 +43,20 @@ def kill(process: subprocess.Popen):
     process.wait()
 
 
+def stop(process: subprocess.Popen, seconds: float = 20):
+    """End a process and all that it started. It may do so itself first: a vLLM server that is killed leaves sockets and
+    shared memory behind."""
+    members = family(process)
+    process.terminate()
+    psutil.wait_procs(members, timeout=seconds)
+    for member in members:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+
+
 @contextmanager
-def started(command: list, log: Path, **environment: str) -> Iterator[subprocess.Popen]:
+def started(command: list, log: Path, cwd: Path = ROOT, **environment: str) -> Iterator[subprocess.Popen]:
     """Run a command with its output in `log`; whatever it started is gone afterwards."""
     paths = [str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
@@ -56,13 +68,12 @@ def started(command: list, log: Path, **environment: str) -> Iterator[subprocess
     } | environment
     with log.open("w") as output:
         process = subprocess.Popen(
-            list(map(str, command)), cwd=ROOT, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT
+            list(map(str, command)), cwd=cwd, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT
         )
         try:
             yield process
         finally:
-            if process.poll() is None:
-                kill(process)
+            stop(process)
 
 
 def finish(process: subprocess.Popen, log: Path, seconds: float):

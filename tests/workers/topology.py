@@ -28,7 +28,7 @@ from tic_grpo_trl.starter import STARTER_MODEL
 FULL = "--learning_rate 2e-4 --num_generations 16"
 # every process has whole groups
 LORA = "--learning_rate 2e-3 --num_generations 8 --use_peft --lora_r 4 --lora_alpha 8 --lora_target_modules all-linear"
-REFERENCE = "--beta 0.1 --max_steps 4"  # one rollout
+REFERENCE = "--beta 0.1"
 CASES = {
     "full": FULL,
     "lora": LORA,
