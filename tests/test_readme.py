@@ -1,0 +1,78 @@
+"""The README's commands and arithmetic: accelerate and the script know every flag, and every batch is the papers'."""
+
+import math
+import re
+import runpy
+import shlex
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+from launching import ROOT
+from trl import ModelConfig, TrlParser
+
+from tic_grpo_trl import TICGRPOConfig
+
+
+README = (ROOT / "README.md").read_text()
+SCRIPT = "examples/train_tic_grpo.py"
+
+
+def commands():
+    """The lines of all shell blocks that launch the script, without placeholders and comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [
+        line.replace("…", "").replace("<address of the first node>", "10.0.0.1") for line in lines if SCRIPT in line
+    ]
+
+
+# not the template with CONFIG, FLAGS and RECIPE
+LAUNCHED = [line for line in commands() if "CONFIG" not in line]
+
+
+def parsed(line):
+    """accelerate's arguments and the script's, the latter as on a machine without a GPU."""
+    words = shlex.split(line, comments=True)
+    words = words[words.index("launch") + 1 :]
+    at = words.index(SCRIPT)
+    parser = TrlParser((runpy.run_path(str(ROOT / SCRIPT))["TrainArguments"], TICGRPOConfig, ModelConfig))
+    flags = [*words[at + 1 :], "--use_cpu", "--bf16", "false"]
+    return launch_command_parser().parse_args(words[: at + 1]), parser.parse_args_and_config(flags)
+
+
+def test_there_are_commands_for_every_scale():
+    assert len(LAUNCHED) >= 5
+    configs = {re.search(r"accelerate_configs/(\w+)\.yaml", line).group(1) for line in LAUNCHED}
+    assert configs >= {"single_gpu", "zero2", "zero3", "zero3_two_nodes"}
+
+
+@pytest.mark.parametrize("line", LAUNCHED)
+def test_commands_are_known_to_accelerate_and_the_script(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    launch, (_, training, _) = parsed(line)
+    assert (ROOT / launch.config_file).exists()
+    assert training.steps_per_generation == 4 * training.gradient_accumulation_steps  # K
+
+
+def test_a_mistyped_flag_is_noticed():
+    with pytest.raises(ValueError, match="not used"):
+        parsed(f"accelerate launch {SCRIPT} --steps_per_rollout 4")
+
+
+def test_batches_are_the_papers():
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (\d+) \| (\d+) \|", README, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == [1, 8, 16]
+    for gpus, rows_per_pass, accumulation, steps in (map(int, row) for row in rows):
+        share = rows_per_pass * accumulation
+        assert share * gpus == 32 * 16  # responses of an update
+        assert steps / accumulation == 128 / 32  # K
+        assert share % 16 == 0  # whole groups
+
+
+@pytest.mark.parametrize("line", [line for line in LAUNCHED if "--config examples" not in line])
+def test_commands_for_gpus_have_the_papers_batches(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    launch, (_, training, _) = parsed(line)
+    gpus = launch.num_processes or 16  # of the file for two nodes
+    share = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    assert (share * gpus, math.gcd(share, 16)) == (512, 16)
