@@ -79,11 +79,12 @@ def alone(server, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(server, tmp_path_factory):
-    """The records of both processes."""
+    """The records of both processes, by run."""
     folder = tmp_path_factory.mktemp("two")
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    run(folder, "vllm_server.py", server, "two processes", launcher=launcher)
-    return [Record(folder / f"two processes-{rank}.pt") for rank in (0, 1)]
+    names = ["both", "both, sampler"]
+    run(folder, "vllm_server.py", server, *names, launcher=launcher)
+    return {name: [Record(folder / f"{name}-{rank}.pt") for rank in (0, 1)] for name in names}
 
 
 def test_the_server_is_as_the_flags_say(server):
@@ -134,6 +135,7 @@ def test_ratios_to_the_server(alone):
 
 
 def test_two_processes_share_a_server(two):
+    two = two["both"]
     assert [record.num_processes for record in two] == [2, 2]
     for record in two:
         assert len(record.rollouts) == 2
@@ -147,3 +149,14 @@ def test_two_processes_share_a_server(two):
     for step, log in enumerate(two[0].logs):
         assert_logged(log, torch.cat([log_ratios(record, step) for record in two]))
     assert any(log["trajectory_ratio/log_std"] > 1e-2 for log in two[0].logs[5:])
+
+
+def test_ratios_of_two_processes_to_the_server(two):
+    two = two["both, sampler"]
+    assert [record.num_processes for record in two] == [2, 2]
+    assert [record.forwards for record in two] == [{"scored": 0, "trained": 4}] * 2
+    for step, log in enumerate(two[0].logs):
+        batches = [real_rows(record.batches[step]) for record in two]
+        expected = [(own_logps(b["weights"], b) - sampler_logps(b)).sum(dim=1) for b in batches]
+        assert_logged(log, torch.cat(expected))
+        assert (log["trajectory_ratio/log_std"] < 1e-3) == (step == 0)

@@ -34,6 +34,7 @@ _BOUNDS_READ = {
 }
 _ANCHORED_LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo")
 _OTHER_LOSS_TYPES = ("cispo", "sapo", "luspo", "vespo")
+_VLLM_MODES = ("sequence_mask", "sequence_truncate", "token_mask", "token_truncate")
 
 
 @dataclass
@@ -285,6 +286,8 @@ class TICGRPOConfig(GRPOConfig):
                 "vllm_importance_sampling_correction=True would correct for once more: remove one of them."
             )
         mode, corrects = self.vllm_importance_sampling_mode, self.vllm_importance_sampling_correction
+        if mode not in _VLLM_MODES:
+            raise ValueError(f"Unknown vllm_importance_sampling_mode {mode!r}: choose one of {', '.join(_VLLM_MODES)}.")
         if self.use_vllm and corrects and mode.startswith("token_") and self.importance_sampling_level == "trajectory":
             raise ValueError(
                 f"vllm_importance_sampling_mode={mode!r} gives every token its own factor, which does not go with one "

@@ -22,8 +22,10 @@ RUNS = {
     "stale": {"sync": False},
     "sampler": {"behaviour_policy": "sampler", "max_steps": 8},
     "lora": {"lora": True, "learning_rate": 5e-3, "max_steps": 8},
-    "two processes": {"per_device_train_batch_size": ROWS // 2, "max_steps": 8},
 }
+# in two processes
+HALF = {"per_device_train_batch_size": ROWS // 2}
+RUNS |= {"both": HALF | {"max_steps": 8}, "both, sampler": HALF | {"max_steps": 4, "behaviour_policy": "sampler"}}
 
 
 def transfer_by_file(folder: Path):
