@@ -34,6 +34,14 @@ torch.set_num_threads(1)
 WORDS = ["<eos>", "a", "b", "c", "d", "e"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def temporary_files_of_children(tmp_path_factory):
+    """Processes that end without cleaning up, such as workers with wandb's folders, leave nothing outside pytest's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("children")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def cheap_garbage_collection():
     """`train()` collects garbage, which otherwise walks through all modules that are imported."""
