@@ -118,4 +118,7 @@ def test_mean_sampler_ratio_by_hand():
     # four tokens: (−0.2 − 0.1 + 0.1 − 0.4) / 4
     assert mean_sampler_ratio([(1, known), (2, unknown)]) == pytest.approx(math.exp(-0.15), rel=1e-6)
     assert mean_sampler_ratio([(1, unknown)]) is None
+    for extreme in (1e4, -1e4, math.inf, -math.inf):  # finite and not 0, so that its logarithm exists
+        rows = rows_of([[0.0, 0.0]], [1.0], sampler=[[extreme, 0.0]])
+        assert math.log(mean_sampler_ratio([(1, rows)])) == pytest.approx(math.copysign(700, extreme))
     assert ratio_metrics(known)["log_max"] == pytest.approx(0.4)

@@ -46,8 +46,10 @@ def ratio_rows(
 
     gains, losses = advantages > 0, advantages < 0
     if sampler_log_ratio is None:
-        sampler_log_ratio = torch.full_like(log_ratio, math.nan)
-    known = mask.bool() & ~sampler_log_ratio.isnan()
+        total = known = torch.zeros_like(length)
+    else:
+        is_known = mask.bool() & ~sampler_log_ratio.isnan()
+        total, known = sampler_log_ratio.where(is_known, 0.0).sum(dim=-1), is_known.sum(dim=-1)
     columns = [
         length.gt(0).float(),
         log_ratio.sum(dim=-1),
@@ -56,8 +58,8 @@ def ratio_rows(
         share(gains & clipped.above),
         share(losses & clipped.above),
         share(losses & clipped.below),
-        torch.where(known, sampler_log_ratio, 0.0).sum(dim=-1),
-        known.sum(dim=-1),
+        total,
+        known,
     ]
     return torch.stack([column.float() for column in columns], dim=1)
 
@@ -121,10 +123,10 @@ def mean_sampler_ratio(steps: list[tuple[int | None, torch.Tensor]]) -> float | 
         steps: as in [`merge_steps`].
 
     Returns:
-        The mean, or `None` where no token has a ratio.
+        The mean, held between e^-700 and e^700, or `None` where no token has a ratio.
     """
     total, tokens = torch.stack([rows[:, 7:].double().sum(dim=0) for _, rows in steps]).sum(dim=0).tolist()
-    return math.exp(total / tokens) if tokens else None
+    return math.exp(max(-700.0, min(700.0, total / tokens))) if tokens else None
 
 
 def merge_steps(steps: list[tuple[int | None, torch.Tensor]]) -> dict[str, float]:
