@@ -55,20 +55,41 @@ def stop(process: subprocess.Popen, seconds: float = 20):
     process.wait()
 
 
+def environment_of_script() -> dict[str, str]:
+    """Offline, one thread, and the tests' modules within reach."""
+    paths = [str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    own = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    return os.environ | own
+
+
+def run_script(*arguments, config: Path = CONFIGS / "cpu.yaml", flags=(), cwd: Path = ROOT, seconds: float = 300):
+    """Run the example script to its end, whatever that is, and return what it printed."""
+    command = [*launch_command(config, *flags), ROOT / "examples/train_tic_grpo.py", *arguments]
+    return subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env=environment_of_script(),
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+
+
 @contextmanager
 def started(command: list, log: Path, cwd: Path = ROOT, **environment: str) -> Iterator[subprocess.Popen]:
     """Run a command with its output in `log`; whatever it started is gone afterwards."""
-    paths = [str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONWARNINGS": "ignore",  # they would hide the end of the log
         "TMPDIR": str(log.parent),  # the launcher leaves folders behind
     } | environment
     with log.open("w") as output:
         process = subprocess.Popen(
-            list(map(str, command)), cwd=cwd, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT
+            list(map(str, command)),
+            cwd=cwd,
+            env=environment_of_script() | environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
         )
         try:
             yield process

@@ -1,45 +1,25 @@
 """The training script end to end through `accelerate launch`, as a user starts it."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from launching import ROOT, run_script
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tic_grpo_trl.starter import STARTER_MODEL
 
 
-ROOT = Path(__file__).parent.parent
 QUICK = (
     "--per_device_train_batch_size 16 --steps_per_generation 4 --starter_train_size 64 --starter_test_size 16".split()
 )
 QUICK += "--per_device_eval_batch_size 16 --max_steps 8 --eval_steps 8".split()
 
 
-def launch(
-    *arguments, config="accelerate_configs/cpu.yaml", script="examples/train_tic_grpo.py", accelerate=(), cwd=ROOT
-):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / config), *accelerate]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
-    return subprocess.run(
-        [*command, str(ROOT / script), *map(str, arguments)],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 def train(output_dir, *arguments, **kwargs):
     recipe = ROOT / "examples/recipes/starter.yaml"
-    done = launch("--config", recipe, "--output_dir", output_dir, *arguments, **kwargs)
+    done = run_script("--config", recipe, "--output_dir", output_dir, *arguments, **kwargs)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -119,10 +99,10 @@ def test_own_model_data_reward_and_lora(tmp_path):
 
 def test_mistakes_end_before_any_training(tmp_path):
     recipe = ("--config", ROOT / "examples/recipes/starter.yaml", "--output_dir", tmp_path / "out")
-    wrong_reward = launch(*recipe, "--reward_funcs", "my_rewards.nothing")
+    wrong_reward = run_script(*recipe, "--reward_funcs", "my_rewards.nothing")
     assert wrong_reward.returncode != 0
     assert "--reward_funcs my_rewards.nothing: give an import path" in wrong_reward.stderr
-    wrong_option = launch(*recipe, "--epsilon", "0.2")
+    wrong_option = run_script(*recipe, "--epsilon", "0.2")
     assert wrong_option.returncode != 0
     assert "epsilon=0.2 has no effect with clip_mode='up_only'" in wrong_option.stderr
     assert not (tmp_path / "out").exists()

@@ -8,9 +8,9 @@ import pytest
 import torch
 import yaml
 from conftest import relative_error
+from launching import CONFIGS, ROOT, run_script
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_examples import ROOT, launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, TrlParser
 
@@ -25,11 +25,11 @@ SMALL = "--gradient_accumulation_steps 8 --steps_per_generation 32 --max_steps 8
 
 
 def train(folder, *arguments):
-    done = launch(
+    done = run_script(
         *("--config", RECIPE, "--model_name_or_path", STARTER_MODEL, "--dataset_name", folder / "data"),
         *("--output_dir", folder / "out", *ON_CPU, *SMALL, *arguments),
-        config="accelerate_configs/single_gpu.yaml",
-        accelerate="--num_processes 1 --mixed_precision no".split(),
+        config=CONFIGS / "single_gpu.yaml",
+        flags="--num_processes 1 --mixed_precision no".split(),
         cwd=folder,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -101,10 +101,10 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_the_same(run):
         (["--load_in_4bit", "--use_peft", "false"], "--load_in_4bit without --use_peft: quantised weights cannot be"),
     ],
 )
-@pytest.mark.skipif(torch.cuda.is_available(), reason="quantisation works with a GPU")
 def test_quantisation_is_refused_where_it_cannot_work(tmp_path, monkeypatch, flags, message):
     """In the script's own `main`, before the data set is looked for."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     script = runpy.run_path(str(ROOT / "examples/train_tic_grpo.py"))
     parser = TrlParser((script["TrainArguments"], TICGRPOConfig, ModelConfig))
     arguments = parser.parse_args_and_config(["--config", str(RECIPE), *ON_CPU, *flags])

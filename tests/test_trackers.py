@@ -7,8 +7,9 @@ import sqlite3
 import pandas as pd
 import pytest
 import yaml
+from launching import ROOT, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_examples import QUICK, ROOT, launch
+from test_examples import QUICK
 from wandb.proto.wandb_internal_pb2 import Record
 
 
@@ -50,7 +51,7 @@ def tracked(tmp_path_factory):
         for name, value in places.items():
             patch.setenv(name, str(value))
         patch.delenv("WANDB_PROJECT", raising=False)
-        done = launch("--config", folder / "recipe.yaml", "--output_dir", folder / "out", *QUICK, cwd=folder)
+        done = run_script("--config", folder / "recipe.yaml", "--output_dir", folder / "out", *QUICK, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     history = json.loads((folder / "out/trainer_state.json").read_text())["log_history"]
     steps = {entry["step"]: entry for entry in history if "loss" in entry}

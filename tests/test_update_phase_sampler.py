@@ -1,6 +1,5 @@
 """update_phase.py and padding_free.py: the sampler as behaviour policy, evaluation, and rollouts with images."""
 
-import logging
 import math
 from types import SimpleNamespace
 
@@ -117,22 +116,9 @@ def test_a_sampler_without_log_probabilities_is_refused(tmp_path):
 # The engine's weights
 
 
-class Notes(logging.Handler):
-    def __init__(self):
-        super().__init__()
-        self.stale = []
-
-    def emit(self, record):
-        if "stale" in record.getMessage():
-            self.stale.append(record.getMessage())
-
-
-@pytest.fixture
-def notes():
-    handler, logger = Notes(), logging.getLogger("tic_grpo_trl.trainer")
-    logger.addHandler(handler)
-    yield handler
-    logger.removeHandler(handler)
+def stale(caplog):
+    """The warnings about stale weights."""
+    return [record.getMessage() for record in caplog.records if "stale" in record.getMessage()]
 
 
 def gaps_per_token(sampler, live=range(8)):
@@ -158,7 +144,7 @@ def surer(prompt, completion):
 
 @pytest.mark.parametrize("policy", BOTH_POLICIES)
 @pytest.mark.parametrize("sampler", [own_logprobs(0.0), own_logprobs(0.5), surer])
-def test_stale_weights_raise_the_alarm(tmp_path, notes, policy, sampler):
+def test_stale_weights_raise_the_alarm(tmp_path, caplog, policy, sampler):
     """A sampler with other weights: the mean ratio from plain logits, and a warning; silence with the same weights."""
     rollouts = given_rollouts(**GIVEN, sampler=sampler)
     result = train(tmp_path, rollouts=rollouts, num_generations=2, learning_rate=0.0, **ONE_UPDATE, **policy)
@@ -167,14 +153,14 @@ def test_stale_weights_raise_the_alarm(tmp_path, notes, policy, sampler):
     assert result.logs[0]["sampling/mean_ratio"] == pytest.approx(expected, abs=1e-6)
     if abs(expected - 1) > 1e-5:
         assert abs(expected - 1) > 0.015
-        (message,) = notes.stale
+        (message,) = stale(caplog)
         assert f"{expected:.3f} times the probability" in message
     else:
-        assert notes.stale == []
+        assert stale(caplog) == []
 
 
 @pytest.mark.parametrize("policy", BOTH_POLICIES)
-def test_the_policy_s_own_drift_is_no_alarm(tmp_path, notes, policy):
+def test_the_policy_s_own_drift_is_no_alarm(tmp_path, caplog, policy):
     """The engine had the weights of the rollout's start; that later updates move on from there is not its fault."""
     sampler = own_logprobs(0.0)
     rollouts = given_rollouts(2, GIVEN["lengths"] * 2, GIVEN["rewards"] * 2, sampler=sampler)
@@ -184,15 +170,15 @@ def test_the_policy_s_own_drift_is_no_alarm(tmp_path, notes, policy):
     ratios = [log["sampling/mean_ratio"] for log in result.logs if "sampling/mean_ratio" in log]
     assert ratios[0] == pytest.approx(1.0, abs=1e-5)
     assert all(ratio == pytest.approx(1.0, abs=1e-5) for ratio in ratios)
-    assert notes.stale == []
+    assert stale(caplog) == []
 
 
-def test_no_alarm_where_the_sampler_is_meant_to_differ(tmp_path, notes):
+def test_no_alarm_where_the_sampler_is_meant_to_differ(tmp_path, caplog):
     rollouts = given_rollouts(**GIVEN, sampler=own_logprobs(0.5))
     with pytest.warns(UserWarning, match=r"top_p=0\.9"):
         result = train(tmp_path, rollouts=rollouts, num_generations=2, top_p=0.9, **ONE_UPDATE)
     assert result.logs[0]["sampling/mean_ratio"] > 1.1
-    assert notes.stale == []
+    assert stale(caplog) == []
 
 
 def test_a_server_with_unprocessed_log_probabilities_is_refused(tmp_path):

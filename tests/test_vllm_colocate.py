@@ -12,6 +12,9 @@ from workers.vllm_records import (
     MINI_BATCH,
     Record,
     assert_logged,
+    assert_old_weights_noticed,
+    assert_ratios_of_the_weights,
+    assert_weights_arrived,
     largest_gradient_error,
     log_ratios,
     mismatch,
@@ -68,30 +71,21 @@ def test_the_engine_answers_as_the_starter_does(float32):
 def test_weights_reach_the_engine_after_they_moved(float32, name):
     record = float32[name]
     assert len(record.rollouts) == 3
-    assert all(log["trajectory_ratio/log_std"] > 1e-2 for i, log in enumerate(record.logs) if i % 4)
+    assert_weights_arrived(record)
     for rollout in record.rollouts:
-        assert mismatch(rollout).abs().max() <= 1e-4
         assert (rollout["old_per_token_logps"] - sampler_logps(rollout))[
             rollout["completion_mask"] > 0
         ].abs().max() <= 1e-4
-    assert max(record.metric("sampling/sampling_logp_difference/max")) <= 1e-4
 
 
 def test_an_engine_with_old_weights_is_noticed(float32):
-    """The control of the test above: without it, equal log-probabilities could mean that nothing was compared."""
     record = float32["stale"]
-    differences = [mismatch(rollout).abs().max().item() for rollout in record.rollouts]
-    assert differences[0] <= 1e-4  # it got the weights of the start
-    assert min(differences[1:]) > 1e-2
-    assert min(record.metric("sampling/sampling_logp_difference/max")[1:]) > 1e-2
-
+    assert_old_weights_noticed(record)
     assert len(record.metric("sampling/mean_ratio")) == len(record.logs)
     for step, log in enumerate(record.logs):
         batch, log_sampler_ratio, _ = of_stale_rollout(record, step)
         expected = math.exp(log_sampler_ratio.sum() / batch["completion_mask"].sum())
         assert log["sampling/mean_ratio"] == pytest.approx(expected, abs=1e-4)
-    assert min(record.metric("sampling/mean_ratio")) < 0.99
-    assert record.stale_warnings
 
 
 def test_an_engine_with_the_policy_s_weights_raises_no_alarm(float32):
@@ -103,11 +97,7 @@ def test_an_engine_with_the_policy_s_weights_raises_no_alarm(float32):
 
 @pytest.mark.parametrize("name", ["synced", "lora"])
 def test_logged_ratios_are_those_of_the_weights(float32, name):
-    record = float32[name]
-    for step in range(len(record.logs)):
-        expected = log_ratios(record, step)
-        assert_logged(record.logs[step], expected)
-        assert expected.std() > 1e-2 or step % 4 == 0
+    assert_ratios_of_the_weights(float32[name])
 
 
 def test_the_adapter_leaves_the_base_weights_as_they_were(float32):

@@ -3,6 +3,29 @@
 from typing import Any
 
 
+ARM_FIELDS = (
+    "importance_sampling_level",
+    "clip_mode",
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "length_scaled_cap",
+    "loss_type",
+    "scale_rewards",
+)
+
+# Which bounds a clip rule reads; any other that the user sets would have no effect, so it is refused.
+BOUNDS = ("epsilon", "epsilon_high", "delta", "length_scaled_cap")
+BOUNDS_READ = {
+    "up_only": {"epsilon_high", "delta", "length_scaled_cap"},
+    "two_sided": {"epsilon", "epsilon_high", "delta", "length_scaled_cap"},
+    "capped": {"epsilon_high", "delta", "length_scaled_cap"},
+    "truncated": {"epsilon", "epsilon_high", "length_scaled_cap"},
+    "none": set(),
+}
+ANCHORED_LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo")
+OTHER_LOSS_TYPES = ("cispo", "sapo", "luspo", "vespo")
+
 _UP_ONLY = {"importance_sampling_level": "trajectory", "clip_mode": "up_only"}
 _DAPO_CLIP = {"epsilon": 0.2, "epsilon_high": 0.28}
 

@@ -8,32 +8,10 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
-from .arms import ARMS
+from .arms import ANCHORED_LOSS_TYPES, ARM_FIELDS, ARMS, BOUNDS, BOUNDS_READ, OTHER_LOSS_TYPES
 from .objective import CLIP_MODES, LEVELS, Clip
 
 
-ARM_FIELDS = (
-    "importance_sampling_level",
-    "clip_mode",
-    "epsilon",
-    "epsilon_high",
-    "delta",
-    "length_scaled_cap",
-    "loss_type",
-    "scale_rewards",
-)
-
-# Which bounds a clip rule reads; any other that the user sets would have no effect, so it is refused.
-_BOUNDS = ("epsilon", "epsilon_high", "delta", "length_scaled_cap")
-_BOUNDS_READ = {
-    "up_only": {"epsilon_high", "delta", "length_scaled_cap"},
-    "two_sided": {"epsilon", "epsilon_high", "delta", "length_scaled_cap"},
-    "capped": {"epsilon_high", "delta", "length_scaled_cap"},
-    "truncated": {"epsilon", "epsilon_high", "length_scaled_cap"},
-    "none": set(),
-}
-_ANCHORED_LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo")
-_OTHER_LOSS_TYPES = ("cispo", "sapo", "luspo", "vespo")
 _VLLM_MODES = ("sequence_mask", "sequence_truncate", "token_mask", "token_truncate")
 
 
@@ -248,10 +226,10 @@ class TICGRPOConfig(GRPOConfig):
         if self.clip_mode not in CLIP_MODES:
             raise ValueError(f"Unknown clip_mode {self.clip_mode!r}: choose one of {', '.join(CLIP_MODES)}.")
 
-        for name in _BOUNDS:
-            if name not in _BOUNDS_READ[self.clip_mode]:
+        for name in BOUNDS:
+            if name not in BOUNDS_READ[self.clip_mode]:
                 if name in explicit:
-                    readers = [mode for mode, names in _BOUNDS_READ.items() if name in names]
+                    readers = [mode for mode, names in BOUNDS_READ.items() if name in names]
                     raise ValueError(
                         f"{name}={getattr(self, name)} has no effect with clip_mode={self.clip_mode!r}: remove {name}, "
                         f"or set clip_mode to one of {', '.join(readers)}."
@@ -268,7 +246,7 @@ class TICGRPOConfig(GRPOConfig):
             self.length_scaled_cap = None
         if self.epsilon_high is None and not self.length_scaled_cap and self.clip_mode != "none":
             self.epsilon_high = 0.28
-        if self.epsilon is None and "epsilon" in _BOUNDS_READ[self.clip_mode]:
+        if self.epsilon is None and "epsilon" in BOUNDS_READ[self.clip_mode]:
             self.epsilon = 0.2
 
         # Flags and YAML may give TRL's booleans as text
@@ -306,13 +284,13 @@ class TICGRPOConfig(GRPOConfig):
             )
         if self.scale_rewards not in ("none", "group", "batch"):
             raise ValueError(f"Unknown scale_rewards {self.scale_rewards!r}: choose 'none', 'group' or 'batch'.")
-        if self.loss_type not in _ANCHORED_LOSS_TYPES + _OTHER_LOSS_TYPES:
-            raise ValueError(f"Unknown loss_type {self.loss_type!r}: choose one of {', '.join(_ANCHORED_LOSS_TYPES)}.")
-        if self.is_anchored and self.loss_type in _OTHER_LOSS_TYPES:
+        if self.loss_type not in ANCHORED_LOSS_TYPES + OTHER_LOSS_TYPES:
+            raise ValueError(f"Unknown loss_type {self.loss_type!r}: choose one of {', '.join(ANCHORED_LOSS_TYPES)}.")
+        if self.is_anchored and self.loss_type in OTHER_LOSS_TYPES:
             raise ValueError(
                 f"loss_type={self.loss_type!r} defines its own importance weight, so it does not go with "
                 f"importance_sampling_level={level!r} and clip_mode={mode!r}: choose a loss_type of "
-                f"{', '.join(_ANCHORED_LOSS_TYPES)}, or importance_sampling_level='token' with clip_mode='two_sided'."
+                f"{', '.join(ANCHORED_LOSS_TYPES)}, or importance_sampling_level='token' with clip_mode='two_sided'."
             )
         if self.loss_type == "dr_grpo" and self.max_completion_length is None:
             raise ValueError(

@@ -1,7 +1,7 @@
 """What workers of several tests need: GPU topologies on the CPU, and values of all processes."""
 
+import importlib
 import os
-import sys
 from datetime import timedelta
 
 import torch
@@ -21,9 +21,7 @@ def of_all_ranks(value):
 
 def without_compiler():
     """DeepSpeed would compile an operator that only its inference uses."""
-    import deepspeed.comm  # noqa: F401 (puts the module below into sys.modules)
-
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 
 def fsdp_on_cpu():

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from conftest import TRL_UPDATE_PHASE, logps, make_trainer
+from messages import Messages
 from on_cpu import of_all_ranks
 
 
@@ -32,15 +33,6 @@ CASES = {
     "rows that stay": {"per_device_train_batch_size": 2, "steps_per_generation": 4, "max_steps": 4},
 }
 PAD = 5  # unlike the 0 that pads everything else
-
-
-class Notes(logging.Handler):
-    def __init__(self):
-        super().__init__()
-        self.messages = []
-
-    def emit(self, record):
-        self.messages.append(record.getMessage())
 
 
 def rows_of(inputs, reference=None):
@@ -104,13 +96,13 @@ def run(name, config):
 
 
 folder = Path(sys.argv[1])
-notes = Notes()
+notes = Messages()
 logging.getLogger("tic_grpo_trl").addHandler(notes)
 start = make_trainer(folder / "start")
 cases = {}
 for name, config in CASES.items():
-    notes.messages.clear()
-    cases[name] = run(name, config) | {"messages": notes.messages.copy()}
+    notes.texts.clear()
+    cases[name] = run(name, config) | {"messages": notes.texts.copy()}
 if start.accelerator.is_main_process:
     result = {
         "num_processes": start.accelerator.num_processes,

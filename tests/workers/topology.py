@@ -19,6 +19,7 @@ from launching import ROOT
 from on_cpu import describe, of_all_ranks, prepare, split_every_parameter
 from transformers import AutoTokenizer
 from trl import ModelConfig, TrlParser
+from trl.trainer.utils import pad
 
 from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
 from tic_grpo_trl.starter import STARTER_MODEL
@@ -96,21 +97,12 @@ def fixed_batch():
     prompts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats]
     completions = [tokenizer(text)["input_ids"] for text in ["3+8=11\n11+5=16\n", "The sum is \\boxed{4}", "9+9=17"]]
 
-    def padded(rows, left):
-        width = max(map(len, rows))
-        fill = [[0] * (width - len(row)) for row in rows]
-        ids = [pad + row if left else row + pad for row, pad in zip(rows, fill, strict=True)]
-        ones = [[1] * len(row) for row in rows]
-        mask = [pad + one if left else one + pad for one, pad in zip(ones, fill, strict=True)]
-        return torch.tensor(ids), torch.tensor(mask)
-
-    (prompt_ids, prompt_mask), (completion_ids, completion_mask) = padded(prompts, True), padded(completions, False)
-    return {
-        "prompt_ids": prompt_ids,
-        "prompt_mask": prompt_mask,
-        "completion_ids": completion_ids,
-        "completion_mask": completion_mask,
-    }
+    batch = {}
+    for kind, rows, side in (("prompt", prompts, "left"), ("completion", completions, "right")):
+        ids = [torch.tensor(row) for row in rows]
+        batch[f"{kind}_ids"] = pad(ids, padding_value=0, padding_side=side)
+        batch[f"{kind}_mask"] = pad([torch.ones_like(row) for row in ids], padding_value=0, padding_side=side)
+    return batch
 
 
 def run(name, flags):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import trl.generation.vllm_generation
+from messages import Messages
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -49,17 +50,6 @@ def one_engine_on_cpu(dtype: str):
     trl.generation.vllm_generation.LLM = engine
 
 
-class Messages(logging.Handler):
-    """The trainer's warnings."""
-
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.texts: list[str] = []
-
-    def emit(self, record):
-        self.texts.append(record.getMessage())
-
-
 class Gradients(TrainerCallback):
     """Of every update, by parameter name."""
 
@@ -97,7 +87,7 @@ def train(folder: Path, sync: bool = True, lora: bool = False, prepare=None, see
         What was logged; rollouts and mini-batches with the policy's weights at that moment; gradients; how many forward
         passes scored and trained; warnings; the frozen weights before and after.
     """
-    messages, gradients = Messages(), Gradients()
+    messages, gradients = Messages(logging.WARNING), Gradients()
     logging.getLogger("tic_grpo_trl").addHandler(messages)
     trainer = TICGRPOTrainer(
         model=STARTER_MODEL,

@@ -92,6 +92,34 @@ def assert_logged(log: dict, expected: torch.Tensor, atol: float = 1e-4):
         assert abs(log[f"trajectory_ratio/log_{name}"] - value.item()) <= atol, name
 
 
+def assert_weights_arrived(record: Record):
+    """After they moved: the sampler's log-probabilities are the policy's, and nobody was warned."""
+    assert all(log["trajectory_ratio/log_std"] > 1e-2 for i, log in enumerate(record.logs) if i % 4)
+    assert len(record.rollouts) > 1
+    for rollout in record.rollouts:
+        assert mismatch(rollout).abs().max() <= 1e-4
+    assert max(record.metric("sampling/sampling_logp_difference/max")) <= 1e-4
+    assert not record.stale_warnings
+
+
+def assert_old_weights_noticed(record: Record):
+    """The control of `assert_weights_arrived`: without it, equal numbers could mean that nothing was compared."""
+    differences = [mismatch(rollout).abs().max().item() for rollout in record.rollouts]
+    assert differences[0] <= 1e-4  # it got the weights of the start
+    assert min(differences[1:]) > 1e-2
+    assert min(record.metric("sampling/sampling_logp_difference/max")[1:]) > 1e-2
+    assert min(record.metric("sampling/mean_ratio")) < 0.99
+    assert record.stale_warnings
+
+
+def assert_ratios_of_the_weights(record: Record):
+    """What was logged at every update follows from the weights then and at the rollout."""
+    for step, log in enumerate(record.logs):
+        expected = log_ratios(record, step)
+        assert_logged(log, expected)
+        assert expected.std() > 1e-2 or step % 4 == 0
+
+
 def largest_gradient_error(gradients: dict, model) -> float:
     """Relative, of all parameters together; the model's own are the expected ones."""
     expected = {name: p.grad for name, p in model.named_parameters()}
