@@ -1,0 +1,92 @@
+"""Small data files of the hub sets' real schemas."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+from tic_grpo_trl.data import MATH_INSTRUCTION
+
+
+DAPO_BEFORE, DAPO_AFTER = MATH_INSTRUCTION.split("{problem}")
+PROBLEMS = [
+    (r"Let $x_{1} = \frac{a}{b}$ and {problem}. Find $x$.", "34"),
+    ("How many ways?", "033"),
+    ("  How   many\nways?", "33"),
+    ("求 $x$ 的值。", "-7"),
+    ("How many ways?", "33"),
+]
+EVALUATION_ROWS = {
+    "aime24": [
+        {"id": 60 + i, "problem": f"P{i}", "solution": "Long.", "answer": "033", "url": "u", "year": "2024"}
+        for i in (1, 0, 1)
+    ],
+    "aime25": [{"id": str(i), "problem": f"P{i}", "answer": "033", "solution": "", "year": "2025"} for i in (1, 0, 1)],
+    "math500": [
+        {"problem": f"P{i}", "solution": "S", "answer": "33", "subject": "A", "level": 2, "unique_id": f"{i}.json"}
+        for i in (1, 0, 1)
+    ],
+}
+
+
+def write(path, rows):
+    """Rows as a file of the kind that the name ends in, or as a `save_to_disk` folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".csv":
+        Dataset.from_list(rows).to_csv(path)
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        Dataset.from_list(rows).save_to_disk(path)
+    return path
+
+
+def dapo_original(problems):
+    return [
+        {
+            "data_source": "math_dapo",
+            "prompt": [{"content": DAPO_BEFORE + problem + DAPO_AFTER, "role": "user"}],
+            "ability": "MATH",
+            "reward_model": {"ground_truth": answer, "style": "rule-lighteval/MATH_v2"},
+            "extra_info": {"index": str(i)},
+        }
+        for i, (problem, answer) in enumerate(problems)
+    ]
+
+
+def dapo_processed(problems):
+    return [
+        {
+            "prompt": problem,
+            "solution": answer,
+            "data_source": "math_dapo",
+            "source_prompt": [{"content": DAPO_BEFORE + problem + DAPO_AFTER, "role": "user"}],
+            "ability": "MATH",
+            "reward_model": {"ground_truth": answer, "style": "rule-lighteval/MATH_v2"},
+            "extra_info": {"index": str(i)},
+        }
+        for i, (problem, answer) in enumerate(problems)
+    ]
+
+
+def aime_rows(*years):
+    return [
+        {
+            "ID": f"{year}-{number}",
+            "Year": year,
+            "Problem Number": number,
+            "Question": f"Problem of {year}",
+            "Answer": "033",
+            "Part": None if year < 2000 else "I",
+        }
+        for number, year in enumerate(years, 1)
+    ]
+
+
+def contents(dataset):
+    return [prompt[0]["content"] for prompt in dataset["prompt"]]

@@ -1,0 +1,77 @@
+"""LiveCodeBench rows: prompts and tests, without its loader script and without running its pickles.
+
+Schema: https://huggingface.co/datasets/livecodebench/code_generation_lite
+"""
+
+import base64
+import io
+import json
+import pickle
+import zlib
+from typing import Any
+
+
+COLUMNS = ("question_content", "starter_code", "public_test_cases", "private_test_cases", "metadata")
+STDIN_FORMAT = "Read the input from standard input and write the answer to standard output."
+STARTER_FORMAT = "Complete this starter code and keep its names:\n\n```python\n{starter_code}\n```"
+
+
+class _TextOnlyUnpickler(pickle.Unpickler):
+    """Unpickles strings, numbers and containers; a pickle that names any class or function is refused unread."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and tests are text")
+
+
+def decode_tests(encoded: str) -> list[dict[str, str]]:
+    """Test cases of one row, from either of the two spellings of the set.
+
+    Args:
+        encoded: a JSON list of objects with `input`, `output` and `testtype`, or base64 of zlib of a pickle of such a
+            JSON text (private tests). The pickle may hold nothing but plain values: no class or function is looked
+            up, so none can run.
+
+    Returns:
+        The tests, each with `input`, `output` and `type` (`stdin` or `functional`).
+
+    Raises:
+        ValueError: if the text is neither, or the tests are not of this form.
+    """
+    try:
+        tests = json.loads(encoded)
+    except json.JSONDecodeError:
+        try:
+            packed = zlib.decompress(base64.b64decode(encoded, validate=True))
+            tests = json.loads(_TextOnlyUnpickler(io.BytesIO(packed)).load())
+        except Exception as error:  # a broken pickle may raise anything
+            raise ValueError(f"tests cannot be decoded: {error}") from error
+    try:
+        decoded = [{"input": test["input"], "output": test["output"], "type": test["testtype"]} for test in tests]
+    except (TypeError, KeyError) as error:
+        raise ValueError("tests are not a list of objects with input, output and testtype") from error
+    for test in decoded:
+        if test["type"] not in ("stdin", "functional") or not all(isinstance(value, str) for value in test.values()):
+            raise ValueError(f"a test is not text of type stdin or functional: {str(test)[:200]}")
+    return decoded
+
+
+def problem_text(content: str, starter_code: str | None) -> str:
+    """The problem with what the tests expect: a program on standard input, or the starter code completed."""
+    if starter_code and starter_code.strip():
+        return f"{content.strip()}\n\n" + STARTER_FORMAT.replace("{starter_code}", starter_code.rstrip())
+    return f"{content.strip()}\n\n{STDIN_FORMAT}"
+
+
+def solution_text(public: str, private: str, metadata: str) -> str:
+    """The `solution` column: JSON of `tests` (public, then private) and `function` (name, or null for programs).
+
+    Raises:
+        ValueError: if tests cannot be decoded, there is none, or functional tests have no `func_name` in `metadata`.
+    """
+    tests = decode_tests(public) + decode_tests(private)
+    function = json.loads(metadata or "{}").get("func_name")
+    if not tests:
+        raise ValueError("it has no tests")
+    if function is None and any(test["type"] == "functional" for test in tests):
+        raise ValueError("its tests are functional, but its metadata names no func_name")
+    return json.dumps({"tests": tests, "function": function}, ensure_ascii=False)

@@ -1,0 +1,68 @@
+"""Prompts that do not fit."""
+
+from typing import Any
+
+from datasets import Dataset
+
+from .sets import report
+
+
+def prompt_lengths(
+    dataset: Dataset, processing_class: Any, chat_template_kwargs: dict[str, Any] | None = None
+) -> list[int]:
+    """Tokens of each prompt as the trainer makes them.
+
+    Conversational prompts with the chat template applied and the generation prompt added, plain ones as they are.
+
+    Args:
+        dataset: rows with a `prompt`, length N.
+        processing_class: the model's tokenizer or processor.
+        chat_template_kwargs: further arguments of the chat template, as in the trainer's configuration.
+
+    Returns:
+        Lengths in tokens, length N.
+    """
+    lengths: list[int] = []
+    for batch in dataset.select_columns("prompt").iter(batch_size=1000):
+        prompts = batch["prompt"]
+        if isinstance(prompts[0], str):
+            tokenized = processing_class(text=prompts)
+        else:
+            tokenized = processing_class.apply_chat_template(
+                prompts, add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
+            )
+        lengths += map(len, tokenized["input_ids"])
+    return lengths
+
+
+def drop_long_prompts(
+    dataset: Dataset,
+    processing_class: Any,
+    max_prompt_length: int,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> Dataset:
+    """Leave out the rows whose prompt is longer than `max_prompt_length` tokens, and log how many.
+
+    Args:
+        dataset: rows with a `prompt`, length N.
+        processing_class: the model's tokenizer or processor.
+        max_prompt_length: longest prompt to keep, in tokens.
+        chat_template_kwargs: further arguments of the chat template, as in the trainer's configuration.
+
+    Returns:
+        The rows that fit, in order.
+
+    Raises:
+        ValueError: if `max_prompt_length` is not positive, or no prompt fits.
+    """
+    if max_prompt_length < 1:
+        raise ValueError(f"max_prompt_length is {max_prompt_length}; give a number of tokens from 1 on.")
+    lengths = prompt_lengths(dataset, processing_class, chat_template_kwargs)
+    fitting = [i for i, length in enumerate(lengths) if length <= max_prompt_length]
+    if not fitting:
+        raise ValueError(
+            f"none of the {len(lengths):,} prompts fits into max_prompt_length={max_prompt_length} tokens"
+            + (f"; the shortest has {min(lengths):,}. Raise max_prompt_length." if lengths else ": there are none.")
+        )
+    report(f"{len(lengths) - len(fitting):,} of {len(lengths):,} prompts dropped: over {max_prompt_length:,} tokens")
+    return dataset.select(fitting)

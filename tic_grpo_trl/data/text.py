@@ -1,0 +1,79 @@
+"""Problem texts and answers: the instructions around a problem, and answers in one spelling."""
+
+import math
+import re
+
+
+# The text around every problem of DAPO-Math-17k (https://huggingface.co/datasets/BytedTsinghua-SIA/DAPO-Math-17k),
+# the papers' training set, hence their instruction.
+MATH_INSTRUCTION = (
+    "Solve the following math problem step by step. The last line of your response should be of the form "
+    "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{problem}\n\n"
+    'Remember to put your answer on its own line after "Answer:".'
+)
+CODE_INSTRUCTION = (
+    "Solve the following programming problem. Write your solution as one Python program in a single ```python block."
+    "\n\n{problem}"
+)
+DEFAULT = "default"
+
+_BEFORE, _AFTER = MATH_INSTRUCTION.split("{problem}")
+_INTEGER = re.compile(r"([+-]?)0*([0-9]+)")
+
+
+def choose_instruction(instruction: str | None, default: str) -> str:
+    """The template to put around each problem: `default` for `"default"`, the bare `{problem}` for `None` or `""`.
+
+    Raises:
+        ValueError: if the text has no `{problem}`.
+    """
+    if instruction == DEFAULT:
+        return default
+    if not instruction:
+        return "{problem}"
+    if "{problem}" not in instruction:
+        raise ValueError(
+            f"instruction has no {{problem}}, where each problem's text goes: {instruction!r}. "
+            'Add it, or pass None for the bare problem or "default" for the instruction of the papers.'
+        )
+    return instruction
+
+
+def user_message(problem: str, template: str) -> list[dict[str, str]]:
+    """One user message: `template` with its `{problem}` replaced (braces in LaTeX are left alone)."""
+    return [{"role": "user", "content": template.replace("{problem}", problem)}]
+
+
+def strip_math_instruction(text: str) -> str:
+    """The bare problem of a prompt that carries `MATH_INSTRUCTION`; any other text as it is, without outer space."""
+    return text.strip().removeprefix(_BEFORE).removesuffix(_AFTER).strip()
+
+
+def has_math_instruction(text: str) -> bool:
+    """Whether a prompt carries `MATH_INSTRUCTION` word for word."""
+    return text.strip().startswith(_BEFORE) and text.strip().endswith(_AFTER)
+
+
+def normalize_answer(answer: str | int | float) -> str:
+    r"""An answer as text, integers in one spelling: `"033"` and `33.0` give `"33"`, `"-007"` gives `"-7"`.
+
+    Only plain integers change: `"0.5"`, `"\frac{1}{2}"` and `"3,140"` (which may be a pair) stay as they are, apart
+    from surrounding space. Numbers that a csv or parquet file stores as such become text.
+
+    Raises:
+        ValueError: if the answer is empty or not finite.
+        TypeError: if it is neither text nor a number.
+    """
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        raise TypeError(f"an answer must be text or a number, not {type(answer).__name__}: {str(answer)[:80]!r}")
+    if isinstance(answer, float):
+        if not math.isfinite(answer):
+            raise ValueError(f"an answer must be finite, not {answer}")
+        answer = int(answer) if answer.is_integer() else repr(answer)
+    text = str(answer).strip()
+    if not text:
+        raise ValueError("an answer is empty")
+    if match := _INTEGER.fullmatch(text):
+        sign, digits = match.groups()
+        return digits if sign != "-" or digits == "0" else f"-{digits}"
+    return text
