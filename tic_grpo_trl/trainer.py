@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from torch import nn
-from transformers import PreTrainedModel, ProgressCallback
+from transformers import PreTrainedModel
 from trl.trainer.utils import get_config_model_id
 
 from .batching import loss_mask
 from .config import TICGRPOConfig
 from .diagnostics import mean_sampler_ratio, merge_steps, ratio_rows
 from .objective import anchored_old_logps, clip_log_weight, log_importance_weight, token_log_ratio
-from .progress import RewardProgressCallback
+from .progress import DISPLAYS
+from .rewards.failures import checked, raise_failures
 from .update_phase import UpdatePhaseTrainer
 
 
@@ -53,6 +54,9 @@ class TICGRPOTrainer(UpdatePhaseTrainer):
     the geometric mean of P_old/P_sampler per token, measured on what is trained on; 1 % away from 1 a warning says that
     the engine's weights are stale. With `log_completions` the table has a column `trajectory_ratio`: w' of each
     response as of its latest update, empty before and for those left out.
+
+    A reward function that raises, or returns anything but one finite number or `None` per completion, ends training on
+    every process with a [`~tic_grpo_trl.rewards.RewardError`] that names it, the sample and its texts.
 
     Raises:
         TypeError: if `args` is not a [`TICGRPOConfig`].
@@ -87,6 +91,7 @@ class TICGRPOTrainer(UpdatePhaseTrainer):
                 "TICGRPOConfig(...); it takes the same fields."
             )
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
+        self.reward_funcs = [checked(function) for function in self.reward_funcs]
         self._settle_dropout()
 
         self._level = str(args.importance_sampling_level)
@@ -102,9 +107,9 @@ class TICGRPOTrainer(UpdatePhaseTrainer):
         self._samples = 0
         self._sample_ratios: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-        if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
-            self.remove_callback(ProgressCallback)
-            self.add_callback(RewardProgressCallback)
+        for shown in [type(callback) for callback in self.callback_handler.callbacks if type(callback) in DISPLAYS]:
+            self.remove_callback(shown)
+            self.add_callback(DISPLAYS[shown])
         settings = ", ".join(f"{name}={value}" for name, value in args.resolved_arm.items())
         updates = max(1, self._rollout_steps // args.gradient_accumulation_steps)  # K
         on_policy = " (on-policy: every ratio is 1; raise steps_per_generation for more)" if updates == 1 else ""
@@ -136,6 +141,11 @@ class TICGRPOTrainer(UpdatePhaseTrainer):
             rollout["sample"] = torch.arange(first, first + len(inputs), device=self.accelerator.device)
             self._sample_column.extend([None] * int(sizes.sum()))
         return rollout
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        raise_failures(self.reward_funcs, self.reward_func_names, rewards, prompts, completions)
+        return rewards  # (B of all processes, functions)
 
     def _compute_loss(self, model, inputs):
         # The parent reads the old log-probabilities from this copy after its forward pass; the buffered rollout that

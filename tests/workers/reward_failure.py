@@ -1,0 +1,49 @@
+"""Started in two processes by test_rewards_processes.py: a reward function that fails in its second step."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import conftest
+import torch.distributed as dist
+from conftest import count_a, make_trainer
+
+from tic_grpo_trl.rewards import RewardError
+
+
+folder, how = Path(sys.argv[1]), sys.argv[2]
+failed_at = None
+
+
+def fragile(prompts, completions, log_metric, **kwargs):
+    """Process 1 raises; both return NaN, but process 0 only for its last sample."""
+    global failed_at
+    fragile.calls += 1
+    if fragile.calls == 2 and how == "raise" and dist.get_rank() == 1:
+        failed_at = time.time()
+        raise ZeroDivisionError("a judge divided by zero")
+    rewards = count_a(completions)
+    if fragile.calls >= 2 and how == "nan":
+        failed_at = time.time()
+        rewards[-1 if dist.get_rank() == 0 else 0] = float("nan")
+    return rewards
+
+
+fragile.calls = 0
+conftest.count_a = fragile
+trainer = make_trainer(folder / "run")
+try:
+    trainer.train()
+except RewardError as error:
+    noted = {
+        "message": str(error),
+        "cause": type(error.__cause__).__name__,
+        "steps": trainer.state.global_step,
+        "failed_at": failed_at,
+        "raised_at": time.time(),
+        "num_processes": trainer.accelerator.num_processes,
+        "distributed_type": str(trainer.accelerator.distributed_type),
+    }
+    (folder / f"rank_{dist.get_rank()}.json").write_text(json.dumps(noted))
+    raise

@@ -1,0 +1,203 @@
+"""Reward functions that fail: one clear error on every process instead of a run that hangs or learns from garbage.
+
+TRL calls the reward functions and then gathers their rewards; a process whose function raises leaves the others waiting
+there. A function wrapped by `checked` therefore never raises: it notes what went wrong and returns infinities, which it
+allows no function to return otherwise. They reach every process with the rewards, at no cost while nothing fails, and
+every process raises the same error.
+"""
+
+import math
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import nn
+from trl.trainer.utils import get_callable_name, is_async_callable
+
+
+SHOWN = 400  # characters of a text in an error
+SEARCH_SECONDS = 30.0  # for the sample on which a function raised
+LARGEST = torch.finfo(torch.float32).max  # TRL's rewards are float32
+
+
+class RewardError(RuntimeError):
+    """A reward function or model failed; the message names it, the sample and its texts. Raised on every process."""
+
+
+class CheckedReward:
+    """
+    A reward function whose failures end the run on every process; see [`raise_failures`].
+
+    Args:
+        reward_func: function in TRL's reward-function signature.
+
+    Attributes:
+        failure: what went wrong in the last call, if anything: a text, and the exception if there was one.
+    """
+
+    def __init__(self, reward_func: Callable):
+        self.reward_func = reward_func
+        self.__name__ = get_callable_name(reward_func)
+        self.failure: tuple[str, BaseException | None] | None = None
+
+    def __call__(self, **columns: Any) -> list[float | None]:
+        try:
+            output = self.reward_func(**columns)
+        except Exception as error:
+            found = None
+            for sample, alone in _one_by_one(columns):
+                try:
+                    self.reward_func(**alone)
+                except Exception as again:
+                    if type(again) is type(error):
+                        found = sample
+                        break
+            return self._raised(error, found, columns)
+        return self._values(output, columns)
+
+    def _values(self, output: Any, columns: dict[str, Any]) -> list[float | None]:
+        """What the function returned as Python numbers, or infinities."""
+        self.failure = None
+        size = len(columns["prompts"])
+        try:
+            values = list(output)
+        except TypeError:
+            what = f"returned {_shown(output)} instead of a list of {size} rewards, one per completion"
+            return self._fail(what, None, columns)
+        if len(values) != size:
+            what = f"returned {len(values)} rewards instead of {size}, one per completion"
+            return self._fail(what, None, columns)
+        rewards: list[float | None] = []
+        for sample, value in enumerate(values):
+            try:
+                rewards.append(None if value is None else _number(value))
+            except (TypeError, ValueError) as error:
+                return self._fail(f"returned {_shown(value)}, {error}", sample, columns)
+        return rewards
+
+    def _raised(self, error: Exception, sample: int | None, columns: dict[str, Any]) -> list[float | None]:
+        trace = "".join(traceback.format_exception(error)).rstrip()
+        return self._fail(f"raised {type(error).__name__}: {error}", sample, columns, trace, error)
+
+    def _fail(self, what, sample, columns, trace: str = "", error: Exception | None = None) -> list[float | None]:
+        texts = _texts(sample, columns["prompts"], columns["completions"])
+        self.failure = "\n".join(filter(None, [f"Reward function {self.__name__!r} {what}.", texts, trace])), error
+        return [math.inf] * len(columns["prompts"])
+
+
+class AsyncCheckedReward(CheckedReward):
+    """The same for an `async` function, which stays one."""
+
+    async def __call__(self, **columns: Any) -> list[float | None]:  # type: ignore[override]
+        try:
+            output = await self.reward_func(**columns)
+        except Exception as error:
+            found = None
+            for sample, alone in _one_by_one(columns):
+                try:
+                    await self.reward_func(**alone)
+                except Exception as again:
+                    if type(again) is type(error):
+                        found = sample
+                        break
+            return self._raised(error, found, columns)
+        return self._values(output, columns)
+
+
+def checked(reward_func: Any) -> Any:
+    """Wrap a reward function so that [`raise_failures`] can end the run on every process.
+
+    A failure is an exception, a result that is not one reward per completion, or a reward that is neither `None` nor a
+    finite number. Which sample an exception belongs to is found by calling the function again, with one sample at a
+    time, without `log_extra` and `log_metric`, and for 30 s at most: the run is ending, and only side effects of the
+    function's own happen twice.
+
+    Args:
+        reward_func: function in TRL's reward-function signature, `async` or not, or a reward model.
+
+    Returns:
+        A callable of the same name and kind, which does not raise; a reward model as it is.
+    """
+    if isinstance(reward_func, nn.Module | CheckedReward):
+        return reward_func
+    return AsyncCheckedReward(reward_func) if is_async_callable(reward_func) else CheckedReward(reward_func)
+
+
+def raise_failures(reward_funcs: list, names: list[str], rewards: torch.Tensor, prompts: list, completions: list):
+    """Raise on every process what went wrong on any; called on all of them, with the same rewards.
+
+    Args:
+        reward_funcs: the functions, `checked`, and reward models; length F.
+        names: what TRL calls them, length F.
+        rewards: gathered from all processes in their order, (processes · B, F). NaN stands for a function's `None`.
+        prompts, completions: of this process, length B.
+
+    Raises:
+        RewardError: naming the function, the sample and its texts, and the process.
+    """
+    wrong = rewards.isinf()
+    models = [column for column, function in enumerate(reward_funcs) if isinstance(function, nn.Module)]
+    wrong[:, models] |= rewards[:, models].isnan()
+    if not wrong.any():
+        return
+    state = PartialState()
+    first = state.process_index * len(prompts)
+    own = wrong[first : first + len(prompts)].cpu()
+    failures: list[tuple[str, BaseException | None]] = []
+    for column in own.any(dim=0).nonzero().flatten().tolist():
+        failure = getattr(reward_funcs[column], "failure", None)
+        if failure is None:
+            sample = int(own[:, column].nonzero()[0])
+            value = float(rewards[first + sample, column])
+            failure = f"{names[column]!r} gave {value}.\n{_texts(sample, prompts, completions)}", None
+        failures.append(failure)
+    messages = [f"On process {state.process_index} of {state.num_processes}: {text}" for text, _ in failures]
+    cause = next((error for _, error in failures if error is not None), None)
+    raise RewardError("\n\n".join(gather_object(messages))) from cause
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str | bytes):
+        raise TypeError("which is a text, not a number")
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError("which is not a number") from error
+    if not abs(number) <= LARGEST:
+        raise ValueError("which is not finite in float32; return None to leave a sample out")
+    return number
+
+
+def _one_by_one(columns: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The arguments of a call for each sample alone, until the time is up."""
+    size = len(columns["prompts"])
+    silent = {name: lambda *ignored: None for name in ("log_extra", "log_metric") if name in columns}
+    until = time.monotonic() + SEARCH_SECONDS
+    for sample in range(size):
+        if time.monotonic() > until:
+            return
+        alone = {
+            name: [column[sample]] if isinstance(column, list) and len(column) == size else column
+            for name, column in columns.items()
+        }
+        yield sample, alone | silent
+
+
+def _texts(sample: int | None, prompts: list, completions: list) -> str:
+    shown = sample or 0
+    where = f"Sample {shown} of {len(prompts)}" + (", the batch's first" if sample is None else "")
+    return f"{where}\n  prompt: {_shown(_text(prompts[shown]))}\n  completion: {_shown(_text(completions[shown]))}"
+
+
+def _text(messages: Any) -> Any:
+    """Of a conversation, the last message's content."""
+    return messages[-1].get("content") if isinstance(messages, list) and messages else messages
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"

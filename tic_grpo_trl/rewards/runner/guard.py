@@ -1,0 +1,247 @@
+"""The guardian and the candidate: two processes between the trainer and a program it does not trust.
+
+The guardian separates itself (namespaces, where permitted), forks the candidate, waits, and reports how it ended. On
+`SIGTERM`, which it also gets when the trainer dies, it kills the candidate; as the candidate is the first process of
+its PID namespace, the kernel then kills all that it started. The candidate gives up every right before it runs a line.
+"""
+
+import contextlib
+import json
+import math
+import os
+import resource
+import signal
+import sys
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any
+
+from . import kernel
+
+
+UIDS = range(60_001, 64_001)  # for a run started by root: one of its own, so that process limits count it alone
+SYSTEM_FILES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+
+# what a candidate finds imported, as on the sites whose problems LiveCodeBench collects
+IMPORT_ALL = ("typing", "collections", "functools", "itertools", "heapq", "bisect", "math")
+IMPORT = (*IMPORT_ALL, "sys", "re", "random", "string", "operator", "copy")
+
+
+def main() -> None:
+    """Runs one job; the arguments are the descriptors of the job (JSON), the report and the result."""
+    job_fd, report_fd, result_fd = map(int, sys.argv[1:])
+    with open(job_fd) as file:
+        job = json.load(file)
+    try:
+        guard(job, report_fd, result_fd)
+    except Exception as error:
+        send(report_fd, {"failed": f"{type(error).__name__}: {error}"})
+
+
+def send(fd: int, message: dict[str, Any]) -> None:
+    os.write(fd, json.dumps(message).encode() + b"\n")
+
+
+def guard(job: dict[str, Any], report_fd: int, result_fd: int) -> None:
+    """Separates, forks the candidate, waits for it and reports its exit code and CPU seconds."""
+    child = 0
+
+    def stop(*_) -> None:
+        os.kill(child, signal.SIGKILL) if child else os._exit(1)
+
+    signal.signal(signal.SIGTERM, stop)
+    die_with_parent(signal.SIGTERM, job["parent"])
+    os.chdir(job["folder"])
+    uid = UIDS[os.getpid() % len(UIDS)] if os.getuid() == 0 and "uid" not in job["without"] else None
+    # opened while every path can be reached
+    library, devices = open_paths([*sys.path[:-1], *SYSTEM_FILES]), open_paths(DEVICES)
+    held = separate(job, uid)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    guardian = os.getpid()
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+        confine(job, uid, held, library, devices, 0 if "namespaces" in held else guardian)
+        send(report_fd, {"held": held})
+        os.close(report_fd)
+        run(job, result_fd)
+        return
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    os.close(result_fd)
+    _, status, usage = os.wait4(child, 0)
+    send(report_fd, {"exit_code": os.waitstatus_to_exitcode(status), "cpu": usage.ru_utime + usage.ru_stime})
+    os._exit(0)  # spares the interpreter's own end
+
+
+def open_paths(paths: Iterable[str]) -> dict[str, int]:
+    """Descriptors of the paths that exist."""
+    opened = {}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            opened[path] = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    return opened
+
+
+def die_with_parent(number: int, parent: int) -> None:
+    """`parent` is the parent's process id as this process sees it."""
+    kernel.prctl(kernel.PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def drop_uid(uid: int | None) -> bool:
+    """Becomes the unprivileged user for good, if there is one to become and this process may."""
+    if uid is None:
+        return False
+    if os.getuid() == uid:
+        return True
+    try:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    except PermissionError:
+        return False
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 1)  # or /proc/self would be root's
+    return True
+
+
+def separate(job: dict[str, Any], uid: int | None) -> list[str]:
+    """Enters namespaces of its own where permitted: by root's right, or with a user namespace as an ordinary user.
+
+    Returns:
+        The means in force so far: `namespaces`, `read-only mounts`, `sized temporary folder`.
+    """
+    if uid is not None:
+        with contextlib.suppress(PermissionError):
+            os.chown(".", uid, uid)
+    held: list[str] = []
+    if "namespaces" in job["without"]:
+        return held
+    try:
+        kernel.unshare(kernel.NAMESPACES)
+        owner = uid or os.getuid()
+    except OSError:
+        drop_uid(uid)
+        die_with_parent(signal.SIGTERM, job["parent"])  # a change of user clears it
+        owner = os.getuid()
+        group = os.getgid()
+        try:
+            kernel.unshare(kernel.CLONE_NEWUSER | kernel.NAMESPACES)
+        except OSError:
+            return held
+        for name, text in (("setgroups", "deny"), ("uid_map", f"{owner} {owner} 1"), ("gid_map", f"{group} {group} 1")):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+        held.append("user namespace")
+    held.append("namespaces")
+    with contextlib.suppress(OSError):
+        kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
+        with contextlib.suppress(OSError):
+            kernel.mount_read_only("/")
+            held.append("read-only mounts")
+        options = f"size={job['limits']['temp_bytes']},nr_inodes=1024,mode=0700,uid={owner}"
+        kernel.mount("none", job["folder"], "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
+        os.chdir(job["folder"])
+        held.append("sized temporary folder")
+    return held
+
+
+def confine(
+    job: dict[str, Any],
+    uid: int | None,
+    held: list[str],
+    library: dict[str, int],
+    devices: dict[str, int],
+    guardian: int,
+) -> None:
+    """Gives up every right, in the order in which the steps still can be taken; adds to `held` what is in force."""
+    if "namespaces" in held:
+        try:
+            kernel.mount("none", "/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV)
+        except OSError:  # a container that masks parts of /proc: nobody's processes are better than everybody's
+            if uid is None:
+                with contextlib.suppress(OSError):
+                    kernel.mount("none", "/proc", "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=0")
+    kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+    if "landlock" not in job["without"]:
+        with contextlib.suppress(OSError):
+            kernel.landlock(list(library.values()), list(devices.values()), os.open(".", os.O_PATH | os.O_CLOEXEC))
+            held.append("landlock")
+    if drop_uid(uid):
+        held.append("uid")
+    kernel.drop_capabilities()
+    die_with_parent(signal.SIGKILL, guardian)
+    sys.path[:] = sys.path[:-1]  # the runner's own
+    for path in list(sys.path):
+        if path in library and not os.access(path, os.R_OK | os.X_OK):
+            move_imports(path, f"/proc/self/fd/{library[path]}")  # Python lives in a home this user cannot enter
+    set_limits(job["limits"], held)
+    if "seccomp" not in job["without"]:
+        with contextlib.suppress(OSError):
+            kernel.seccomp()
+            held.append("seccomp")
+
+
+def move_imports(old: str, new: str) -> None:
+    """Imports from the folder `old` go through `new`, those of packages that are imported already included."""
+    sys.path[:] = [new if path == old else path for path in sys.path]
+    for package in list(sys.modules.values()):
+        if hasattr(package, "__path__"):
+            paths = list(package.__path__)
+            package.__path__ = [new + path.removeprefix(old) if path.startswith(old) else path for path in paths]
+
+
+def set_limits(limits: dict[str, Any], held: list[str]) -> None:
+    cpu = math.ceil(limits["cpu_seconds"])
+    wanted = {
+        resource.RLIMIT_CPU: (cpu, cpu + 1),
+        resource.RLIMIT_AS: (limits["memory_bytes"],) * 2,
+        resource.RLIMIT_FSIZE: (limits["file_bytes"],) * 2,
+        resource.RLIMIT_NOFILE: (64, 64),
+        resource.RLIMIT_STACK: (64 << 20, 64 << 20),
+        resource.RLIMIT_CORE: (0, 0),
+    }
+    # elsewhere it would count all processes of the trainer's user, in user namespaces too before Linux 5.14
+    release = tuple(int(part) for part in os.uname().release.split(".")[:2])
+    if "uid" in held or ("user namespace" in held and release >= (5, 14)):
+        wanted[resource.RLIMIT_NPROC] = (limits["processes"],) * 2
+        held.append("process limit")
+    for name, (soft, hard) in wanted.items():
+        most = resource.getrlimit(name)[1]
+        if most != resource.RLIM_INFINITY:
+            soft, hard = min(soft, most), min(hard, most)
+        resource.setrlimit(name, (soft, hard))
+
+
+def run(job: dict[str, Any], result_fd: int) -> None:
+    """Executes the candidate as `__main__`, or imports it and calls its function with the job's arguments."""
+    function = job["function"]
+    module = ModuleType("candidate" if function else "__main__")
+    sys.modules[module.__name__] = module
+    sys.argv = ["candidate.py"]
+    os.environ.clear()  # Python itself sets one
+    namespace = vars(module)
+    imported = {name: __import__(name) for name in IMPORT if name in IMPORT_ALL or name in job["code"]}
+    for name in IMPORT_ALL:
+        public = getattr(imported[name], "__all__", None) or [n for n in dir(imported[name]) if n[0] != "_"]
+        namespace.update({n: getattr(imported[name], n) for n in public if not hasattr(sys.modules["builtins"], n)})
+    namespace.update(imported)
+    vars(sys.modules["builtins"]).update(exit=sys.exit, quit=sys.exit)  # usually the site module's
+    try:
+        exec(compile(job["code"], "candidate.py", "exec"), namespace)
+        if function:
+            owner = namespace["Solution"]() if "Solution" in namespace else module
+            answer = json.dumps(getattr(owner, function)(*job["arguments"]))
+            with open(result_fd, "w") as file:
+                file.write(answer)
+    except MemoryError:
+        os.write(2, b"MemoryError\n")
+        sys.exit(1)
+    except Exception as error:
+        if error.__traceback__ is not None:
+            error.__traceback__ = error.__traceback__.tb_next
+        sys.excepthook(type(error), error, error.__traceback__)
+        sys.exit(1)
