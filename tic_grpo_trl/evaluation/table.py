@@ -1,0 +1,122 @@
+"""Results of several runs in one table, in the form of the paper's Table 1 (v5), with their uncertainties below."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tic_grpo_trl.report import table
+
+from .statistics import Z, paired_difference
+
+
+# Table 1's columns: title and metric by set
+TABLE_1 = {
+    "aime24": ("AIME24", "Avg@32"),
+    "aime25": ("AIME25", "Avg@32"),
+    "math500": ("MATH500", "Avg@1"),
+    "livecodebench": ("LiveCodeBench", "Avg@1"),
+}
+
+Result = dict[str, Any]
+
+
+def read_results(paths: list[str]) -> list[Result]:
+    """The results of several runs, those of one name (a model's sets, evaluated apart) as one.
+
+    Raises:
+        ValueError: for a file that is none, and where two of one name have a set in common.
+    """
+    results: dict[str, Result] = {}
+    for path in paths:
+        try:
+            result = json.loads(Path(path).read_text())
+            name, sets = result["name"], result["sets"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"--table {path}: give the results.json of an evaluation ({error!r})") from error
+        merged = results.setdefault(name, {"name": name, "sets": {}})
+        if twice := merged["sets"].keys() & sets.keys():
+            raise ValueError(
+                f"--table: two results named {name} have {', '.join(sorted(twice))}: give each run a --name of its own"
+            )
+        merged["sets"] |= sets
+    return list(results.values())
+
+
+def results_table(results: list[Result]) -> str:
+    """The results as Markdown: Table 1, then how far to trust each number.
+
+    Args:
+        results: as `results.json` holds them. The first is the baseline the others' differences are taken from.
+
+    Returns:
+        Two tables. Accuracies are in percent, differences in percentage points.
+    """
+    columns = dict.fromkeys((name, metric) for name, (_, metric) in TABLE_1.items())
+    found = dict.fromkeys((name, one["metric"]) for result in results for name, one in result["sets"].items())
+    # A set of Table 1 that was sampled otherwise replaces the paper's column, unless that is there too.
+    replaced = {name for name, _ in found} - {name for name, metric in found if (name, metric) in columns}
+    shown = [column for column in columns if column[0] not in replaced]
+    shown += [column for column in found if column not in shown]
+    order = [*TABLE_1, *(name for name, _ in found)]
+    shown.sort(key=lambda column: order.index(column[0]))
+
+    header = ["Method", *(title(name) for name, _ in shown)]
+    rows = [["", *(f"({metric})" for _, metric in shown)]]
+    rows += [[result["name"], *(_cell(result, results[0], *column) for column in shown)] for result in results]
+    return table(header, rows) + "\n\n" + _precision(results) + "\n"
+
+
+def title(name: str) -> str:
+    """A set's name as a column's title."""
+    return TABLE_1[name][0] if name in TABLE_1 else name
+
+
+def _cell(result: Result, baseline: Result, name: str, metric: str) -> str:
+    one, base = (r["sets"].get(name, {"metric": None}) for r in (result, baseline))
+    if one["metric"] != metric:
+        return "–"
+    text = f"{100 * one['average']:.2f}"
+    if result is not baseline and base["metric"] == metric:
+        text += f" ({100 * (one['average'] - base['average']):+.2f})"
+    return text
+
+
+def _precision(results: list[Result]) -> str:
+    baseline, compared = results[0], len(results) > 1
+    header = ["Method", "Set", "Problems × k", "Average", "95 % interval, other problems", "± 95 %, these problems"]
+    header += [f"Difference from {baseline['name']}, paired 95 %"] if compared else []
+    header += ["Excluded", "Truncated", "Mean tokens"]
+    rows = []
+    for result in results:
+        for name, one in result["sets"].items():
+            low, high = one["interval"]
+            base = baseline["sets"].get(name) if result is not baseline else None
+            rows.append(
+                [
+                    result["name"],
+                    title(name),
+                    f"{one['problems']} × {one['k']}",
+                    f"{100 * one['average']:.2f}",
+                    f"{100 * low:.2f} to {100 * high:.2f}",
+                    _or_dash(one["sampling_error"], lambda error: f"{100 * Z * error:.2f}"),
+                    *([_difference(one, base)] if compared else []),
+                    str(one["excluded"]),
+                    _or_dash(one["truncated"], lambda share: f"{100 * share:.1f} %"),
+                    _or_dash(one["mean_tokens"], lambda tokens: f"{tokens:.1f}"),
+                ]
+            )
+    return table(header, rows)
+
+
+def _or_dash(value: float | None, show: Callable[[float], str]) -> str:
+    return "–" if value is None else show(value)
+
+
+def _difference(one: Result, base: Result | None) -> str:
+    if base is None or base["metric"] != one["metric"] or not one["means"].keys() & base["means"].keys():
+        return "–"
+    mean, interval = paired_difference(one["means"], base["means"])
+    if interval is None:
+        return f"{100 * mean:+.2f}"
+    return f"{100 * mean:+.2f} ({100 * interval[0]:+.2f} to {100 * interval[1]:+.2f})"
