@@ -77,6 +77,8 @@ class PaddingFreeTrainer(GRPOTrainer):
                 **multimodal,
             )
         forward_kwargs = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
+        if not self.model.training:  # an evaluation batch may be as large as the engine likes it
+            batch_size = batch_size or int(self.args.per_device_train_batch_size)
         if batch_size is None:  # a micro-batch: one pass, whatever it holds
             return self._forward(model, input_ids, attention_mask, logits_to_keep, **forward_kwargs)
 

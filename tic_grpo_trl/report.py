@@ -6,11 +6,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import matplotlib
-
-
-matplotlib.use("Agg")  # figures go to files, also where there is no display
-
 import matplotlib.pyplot as plt
 
 from .config import TICGRPOConfig

@@ -1,0 +1,85 @@
+"""Over how many processes a run is spread, and what they split: as accelerate was told."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclass(frozen=True)
+class Topology:
+    """
+    Attributes:
+        processes: number of training processes, one for each GPU.
+        name: what is shown, such as the file's name.
+        zero_stage: of DeepSpeed; 0 without it.
+        fsdp: whether PyTorch's FSDP2 splits weights, gradients and optimizer states.
+        offload: whether DeepSpeed keeps what is split in the memory of the machine.
+    """
+
+    processes: int = 1
+    name: str = "one process"
+    zero_stage: int = 0
+    fsdp: bool = False
+    offload: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What splits the model, in words."""
+        if self.zero_stage:
+            return f"DeepSpeed ZeRO-{self.zero_stage}" + (" with offload" if self.offload else "")
+        if self.fsdp:
+            return "FSDP2"
+        return "DDP" if self.processes > 1 else "nothing is split"
+
+    @classmethod
+    def from_file(cls, path: str | Path, processes: int | None = None) -> "Topology":
+        """The topology of a file of `accelerate config`, such as those in `accelerate_configs/`.
+
+        Args:
+            path: the YAML.
+            processes: takes the place of the file's `num_processes`, as `--num_processes` does for `accelerate launch`.
+
+        Returns:
+            The topology.
+
+        Raises:
+            ValueError: if there is no such file, or it is none of accelerate's.
+        """
+        try:
+            config: Any = yaml.safe_load(Path(path).read_text())
+            kind = str(config["distributed_type"])
+        except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"--accelerate_config {path}: give one of accelerate_configs/*.yaml, or a file that `accelerate "
+                "config` wrote."
+            ) from error
+        deepspeed = config.get("deepspeed_config") or {} if kind == "DEEPSPEED" else {}
+        return cls(
+            processes=int(processes or config.get("num_processes") or 1),
+            name=Path(path).name,
+            zero_stage=int(deepspeed.get("zero_stage", 0)),
+            fsdp=kind == "FSDP",
+            offload=deepspeed.get("offload_param_device", "none") not in ("none", None),
+        )
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> "Topology":
+        """The topology that `accelerate launch` set up for this process, one process where nothing did.
+
+        Args:
+            environ: the environment variables.
+
+        Returns:
+            The topology.
+        """
+        deepspeed = environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+        return cls(
+            processes=int(environ.get("WORLD_SIZE", "1")),
+            name="as launched",
+            zero_stage=int(environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")) if deepspeed else 0,
+            fsdp=environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true",
+            offload=deepspeed and environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none") != "none",
+        )
