@@ -6,13 +6,19 @@ way through sums), which needs no GPU and no download:
     accelerate launch --config_file accelerate_configs/cpu.yaml examples/train_tic_grpo.py \
         --config examples/recipes/starter.yaml
 
-A model and a data set of yours (columns `prompt` and whatever your reward functions read), on GPUs:
+The papers' experiment, on one H200:
 
-    accelerate launch --config_file accelerate_configs/zero3.yaml examples/train_tic_grpo.py \
-        --model_name_or_path Qwen/Qwen3-1.7B --dtype bfloat16 --dataset_name trl-lib/DeepMath-103K \
-        --reward_funcs trl.rewards.accuracy_reward --output_dir runs/qwen3 --use_vllm --arm tic_grpo
+    accelerate launch --config_file accelerate_configs/single_gpu.yaml examples/train_tic_grpo.py \
+        --config examples/recipes/qwen3_1.7b_h200.yaml
 
-Every field of TICGRPOConfig and of TRL's ModelConfig is a flag and a key of the YAML that `--config` names.
+What a run will do and need, before anything is loaded, on any machine:
+
+    python examples/train_tic_grpo.py --config examples/recipes/qwen3_1.7b_h200.yaml \
+        --dry_run --accelerate_config accelerate_configs/zero2.yaml --num_processes 8
+
+`--dataset_name` takes the named sets of `tic_grpo_trl.data` and mixtures of them (`dapo_math_17k+aime_1983_2022`), or
+data of your own: columns `prompt` and whatever your reward functions read. Every field of TICGRPOConfig and of TRL's
+ModelConfig is a flag and a key of the YAML that `--config` names.
 """
 
 import importlib.util
@@ -23,44 +29,76 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import load_dataset
+from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl.rewards import get_soft_overlong_punishment
 
 from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
+from tic_grpo_trl.data import (
+    DEFAULT,
+    EVALUATION_SETS,
+    GENERATED_SETS,
+    NAMED_SETS,
+    drop_long_prompts,
+    load_problems,
+    prompt_lengths,
+)
+from tic_grpo_trl.evaluation.scoring import choose_reward
+from tic_grpo_trl.imports import import_function
+from tic_grpo_trl.plan import GB, Plan, PlannedConfig, load_model_config, plan_for
 from tic_grpo_trl.report import plot_curves, summarize_run
-from tic_grpo_trl.starter import STARTER_MODEL, make_dataset
+from tic_grpo_trl.starter import STARTER_MODEL
 
 
 @dataclass
 class TrainArguments(ScriptArguments):
-    """Script arguments: data and rewards.
+    """Script arguments: data, rewards and the dry run.
 
     Args:
+        dataset_name (`str`): named sets, joined by `+`, each as NAME or NAME@LOCATION; or your own data, a folder, file
+            or hub id.
+        dataset_columns (`list[str]`, *optional*): where your own data has `prompt` and `solution`, such as
+            `prompt=question solution=answer`; other columns are then left out.
+        eval_dataset_name (`str`, *optional*): what to evaluate on where `eval_strategy` is on.
+        train_size, test_size (`int`): problems of the sets that are made on the spot (`starter`, `few_shot_sums`).
+        instruction (`str`, *optional*): text around each problem of a named set, with `{problem}` where it goes.
+        max_prompt_length (`int`, *optional*): longer prompts are left out, in tokens.
         reward_funcs (`list[str]`, *optional*): import paths of reward functions in TRL's signature. The first one is
-            reported as the accuracy.
-        starter_train_size, starter_test_size (`int`): problems of the starter task, where no `dataset_name` is given.
+            reported as the accuracy. Left out: exact match for sums, the sandbox for programs, `math_reward` otherwise.
+        soft_punish_cache (`int`, *optional*): adds DAPO's soft overlong punishment over the last so many tokens.
+        dry_run (`bool`): print what would happen, and stop.
+        accelerate_config (`str`, *optional*), num_processes (`int`, *optional*): for the dry run, a topology other than
+            that of this process.
+        gpu_memory (`float`, *optional*): GB of each GPU, for the dry run; that of the first one here if left out.
     """
 
-    reward_funcs: list[str] = field(
-        default_factory=lambda: ["trl.rewards.accuracy_reward"],
-        metadata={"help": "Import paths of reward functions, such as my_package.rewards.my_reward."},
+    dataset_name: str = field(
+        default="starter", metadata={"help": "Named sets joined by +, each NAME or NAME@LOCATION; or your own data."}
     )
-    starter_train_size: int = field(default=8000, metadata={"help": "Problems to train on without --dataset_name."})
-    starter_test_size: int = field(default=1000, metadata={"help": "Held-out problems without --dataset_name."})
-
-
-def import_function(path: str) -> Callable:
-    """The object that an import path such as `package.module.name` names, the working directory included."""
-    module, _, name = path.rpartition(".")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--reward_funcs {path}: give an import path such as my_package.rewards.my_reward.") from error
+    dataset_columns: list[str] | None = field(
+        default=None, metadata={"help": "Your own data's columns: prompt=question solution=answer."}
+    )
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Data to evaluate on, such as aime24."})
+    train_size: int = field(default=8000, metadata={"help": "Problems of starter and few_shot_sums to train on."})
+    test_size: int = field(default=1000, metadata={"help": "Held-out problems of starter and few_shot_sums."})
+    instruction: str = field(default=DEFAULT, metadata={"help": "Text around each problem, with {problem} in it."})
+    max_prompt_length: int | None = field(default=None, metadata={"help": "Leave out longer prompts, in tokens."})
+    reward_funcs: list[str] | None = field(
+        default=None, metadata={"help": "Import paths such as my_package.rewards.my_reward. Default: the data's own."}
+    )
+    soft_punish_cache: int | None = field(
+        default=None, metadata={"help": "Tokens before max_completion_length over which DAPO's punishment sets in."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Print what would happen, and stop."})
+    accelerate_config: str | None = field(default=None, metadata={"help": "Topology of the dry run."})
+    num_processes: int | None = field(default=None, metadata={"help": "Number of processes of the dry run."})
+    gpu_memory: float | None = field(default=None, metadata={"help": "GB of each GPU, for the dry run."})
 
 
 def check_quantization(model_args: ModelConfig):
@@ -80,18 +118,107 @@ def check_quantization(model_args: ModelConfig):
         raise ValueError(f"--{bits} needs bitsandbytes, which is not installed: pip install bitsandbytes")
 
 
-def main(script_args: TrainArguments, training_args: TICGRPOConfig, model_args: ModelConfig):
-    check_quantization(model_args)
-    reward_funcs = [import_function(path) for path in script_args.reward_funcs]
-    if script_args.dataset_name:
-        dataset = load_dataset(
-            script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
+def reward_functions(script_args: TrainArguments, training_args: TICGRPOConfig, train_dataset: Any) -> list[Callable]:
+    """The reward functions that the flags name, or the one that the data's solutions ask for."""
+    functions = [import_function(path, "--reward_funcs") for path in script_args.reward_funcs or []]
+    if not functions:
+        if "solution" not in (train_dataset.column_names or []):
+            raise ValueError("--reward_funcs: the data has no column `solution`; name a reward function of yours.")
+        functions = [choose_reward(train_dataset)]
+    cache = script_args.soft_punish_cache
+    if cache is not None:
+        if not 0 < cache < training_args.max_completion_length:
+            raise ValueError(
+                f"--soft_punish_cache {cache} must lie between 0 and max_completion_length "
+                f"{training_args.max_completion_length}; DAPO's is a fifth of it."
+            )
+        functions.append(get_soft_overlong_punishment(training_args.max_completion_length, cache))
+    return functions
+
+
+def load_data(script_args: TrainArguments, training_args: TICGRPOConfig) -> tuple[Any, Any]:
+    """The training data, and the evaluation data where `eval_strategy` is on."""
+    name, evaluates = script_args.dataset_name, training_args.eval_strategy != "no"
+    sets = [part.partition("@")[0].strip() for part in name.split("+")]
+    if held_out := [part for part in sets if part in EVALUATION_SETS]:
+        raise ValueError(f"--dataset_name {name}: {', '.join(held_out)} is for evaluation, not for training.")
+    made = name in GENERATED_SETS
+    ours = made or any(part in NAMED_SETS for part in sets)
+    eval_dataset = None
+    if evaluates and script_args.eval_dataset_name:
+        eval_dataset = load_problems(
+            script_args.eval_dataset_name, "test", instruction=script_args.instruction, size=script_args.test_size
         )
-        train_dataset = dataset[script_args.dataset_train_split]
-        eval_dataset = dataset[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None
-    else:
-        train_dataset = make_dataset("train", script_args.starter_train_size, seed=training_args.seed)
-        eval_dataset = make_dataset("test", script_args.starter_test_size)
+    elif evaluates and made:
+        eval_dataset = load_problems(name, "test", size=script_args.test_size)
+    elif evaluates and ours:
+        raise ValueError(f"--eval_strategy: {name} has nothing held out; add --eval_dataset_name, such as aime24.")
+
+    if ours or script_args.dataset_columns:
+        pairs = [column.partition("=") for column in script_args.dataset_columns or []]
+        problems = partial(
+            load_problems,
+            name,
+            instruction=script_args.instruction,
+            columns={ours: theirs for ours, _, theirs in pairs} or None,
+            config=script_args.dataset_config,
+        )
+        if evaluates and eval_dataset is None:
+            eval_dataset = problems(script_args.dataset_test_split)
+        split = "train" if ours else script_args.dataset_train_split
+        return problems(split, size=script_args.train_size, seed=training_args.seed), eval_dataset
+
+    # As in TRL's scripts: every column reaches the reward functions.
+    dataset = load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
+    if evaluates and eval_dataset is None:
+        eval_dataset = dataset[script_args.dataset_test_split]
+    return dataset[script_args.dataset_train_split], eval_dataset
+
+
+def print_plan(script_args: TrainArguments, training_args: Any, model_args: ModelConfig):
+    """`--dry_run`: what the run will do and need."""
+    name = model_args.model_name_or_path or STARTER_MODEL
+    config, note = load_model_config(name)
+    problems: dict[str, Any] = {"longest_prompt": script_args.max_prompt_length}
+    shown = []
+    try:
+        train_dataset, eval_dataset = load_data(script_args, training_args)
+        problems |= {"num_prompts": len(train_dataset), "eval_prompts": eval_dataset and len(eval_dataset)}
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if script_args.max_prompt_length:
+            train_dataset = drop_long_prompts(train_dataset, tokenizer, script_args.max_prompt_length)
+            problems["num_prompts"] = len(train_dataset)
+        else:
+            problems["longest_prompt"] = max(prompt_lengths(train_dataset, tokenizer))
+    except OSError as error:  # no hub: the rest can still be said
+        shown.append(("data", f"not read: {str(error).splitlines()[0]}"))
+    memory = script_args.gpu_memory
+    if memory is None and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory / GB
+    dtype = getattr(torch, model_args.dtype or "float32", torch.bfloat16)  # "auto" is bfloat16 in today's checkpoints
+    plan = Plan(
+        training_args, config, note, get_peft_config(model_args), dtype, gpu_memory=memory and memory * GB, **problems
+    )
+    print("Dry run: no weights were loaded, nothing was computed.")
+    for label, text in [*shown, *plan.lines()]:
+        print(f"  {label:<17}{text}")
+
+
+def main(script_args: TrainArguments, training_args: TICGRPOConfig, model_args: ModelConfig):
+    for path in script_args.reward_funcs or []:
+        import_function(path, "--reward_funcs")  # a mistake shows before anything is fetched
+    if script_args.dry_run:
+        if not isinstance(training_args, PlannedConfig):
+            raise ValueError("dry_run in a YAML comes too late: give it as a flag, --dry_run.")
+        print_plan(script_args, training_args, model_args)
+        return
+    check_quantization(model_args)
+    model_name = model_args.model_name_or_path or STARTER_MODEL
+    train_dataset, eval_dataset = load_data(script_args, training_args)
+    reward_funcs = reward_functions(script_args, training_args, train_dataset)
+    if script_args.max_prompt_length:
+        tokenizer = AutoTokenizer.from_pretrained(model_name, revision=model_args.model_revision)
+        train_dataset = drop_long_prompts(train_dataset, tokenizer, script_args.max_prompt_length)
 
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -99,7 +226,7 @@ def main(script_args: TrainArguments, training_args: TICGRPOConfig, model_args: 
         "dtype": model_args.dtype,
     } | (training_args.model_init_kwargs or {})
     trainer = TICGRPOTrainer(
-        model=model_args.model_name_or_path or STARTER_MODEL,
+        model=model_name,
         reward_funcs=reward_funcs,
         args=training_args,
         train_dataset=train_dataset,
@@ -130,4 +257,10 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("tic_grpo_trl").setLevel(logging.INFO)
-    main(*TrlParser((TrainArguments, TICGRPOConfig, ModelConfig)).parse_args_and_config())
+    if "--dry_run" not in sys.argv:
+        main(*TrlParser((TrainArguments, TICGRPOConfig, ModelConfig)).parse_args_and_config())
+    elif (config_class := plan_for(sys.argv[1:], os.environ)) is not None:
+        try:
+            main(*TrlParser((TrainArguments, config_class, ModelConfig)).parse_args_and_config())
+        except ValueError as error:
+            sys.exit(f"Dry run: refused. {error}")

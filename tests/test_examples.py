@@ -11,9 +11,7 @@ from transformers import AutoModelForCausalLM
 from tic_grpo_trl.starter import STARTER_MODEL
 
 
-QUICK = (
-    "--per_device_train_batch_size 16 --steps_per_generation 4 --starter_train_size 64 --starter_test_size 16".split()
-)
+QUICK = "--per_device_train_batch_size 16 --steps_per_generation 4 --train_size 64 --test_size 16".split()
 QUICK += "--per_device_eval_batch_size 16 --max_steps 8 --eval_steps 8".split()
 
 
