@@ -26,6 +26,7 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from tic_grpo_trl import ARMS, TICGRPOConfig, TICGRPOTrainer
+from tic_grpo_trl.version import __version__
 
 
 LENGTHS = (5, 2, 6, 1, 4, 6, 3, 6)
@@ -605,10 +606,12 @@ def test_settings_in_force_are_logged_once(tmp_path, caplog):
     assert caplog.records[-1].getMessage().endswith("K = 4 updates per rollout")
 
 
-def test_model_card_has_tags_and_citation(tmp_path):
-    trainer = make_trainer(tmp_path)
-    trainer.create_model_card(model_name="tiny")
+def test_model_card_has_tags_citation_settings_and_results(tmp_path):
+    trainer = make_trainer(tmp_path, steps_per_generation=4, gradient_accumulation_steps=2, seed=7)
+    trainer.train()
+    trainer.create_model_card(model_name="tiny", dataset_name="dapo_math_17k+aime_1983_2022")
     card = (tmp_path / "README.md").read_text()
+    reward = trainer.reward_func_names[0]
     for part in (
         "- tic-grpo",
         "- trl",
@@ -616,8 +619,25 @@ def test_model_card_has_tags_and_citation(tmp_path):
         "2508.02833",
         "Lei Pang and Ruinan Jin",
         "| `epsilon_high` | 0.28 |",
+        f"| `learning_rate` | {trainer.args.learning_rate} |",
+        "| `seed` | 7 |",
+        "| updates per rollout (K) | 2 |",
+        f"| responses per update | {trainer.args.per_device_train_batch_size * 2} |",
+        f"| updates | {trainer.state.global_step} |",
+        "| processes | 1 |",
+        f"| reward functions | {reward} |",
+        "| training data | dapo_math_17k+aime_1983_2022 |",
+        f"- tic-grpo-trl: {__version__}",
+        f'model="{tmp_path.name}"',
     ):
-        assert part in card
+        assert part in card, part
+    assert "datasets/dapo_math" not in card  # it is no hub id
+    assert str(tmp_path.parent) not in card
+    trainer.state.log_history += [{"step": n, f"eval_rewards/{reward}/mean": v} for n, v in ((0, 0.25), (2, 0.75))]
+    trainer.create_model_card(dataset_name="org/data")
+    card = (tmp_path / "README.md").read_text()
+    assert f"| held-out {reward}, before and after | 0.250, 0.750 |" in card
+    assert "[org/data](https://huggingface.co/datasets/org/data)" in card
     model = tiny_model()
     model.config._name_or_path = str(tmp_path)  # a model from a local folder
     make_trainer(tmp_path, model).create_model_card()

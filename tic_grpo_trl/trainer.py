@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import get_config_model_id
 
 from .batching import loss_mask
+from .card import complete_card
 from .config import TICGRPOConfig
+from .data.sources import is_hub_id
 from .diagnostics import mean_sampler_ratio, merge_steps, ratio_rows
 from .objective import anchored_old_logps, clip_log_weight, log_importance_weight, token_log_ratio
 from .progress import DISPLAYS
@@ -269,17 +271,21 @@ class TICGRPOTrainer(UpdatePhaseTrainer):
                 del metrics[name]
         super().log(logs, start_time)
 
-    def create_model_card(self, model_name: str | None = None, **kwargs) -> None:  # type: ignore[override]
+    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, **kwargs) -> None:  # type: ignore[override]
         folder = Path(str(self.args.output_dir))
-        super().create_model_card(model_name or folder.name, **kwargs)
+        on_hub = dataset_name if dataset_name and is_hub_id(dataset_name) else None
+        super().create_model_card(model_name or folder.name, on_hub, **kwargs)
         if not self.is_world_process_zero():
             return
         path = folder / "README.md"
-        in_force = {name: value for name, value in self.args.resolved_arm.items() if value is not None}
-        settings = "".join(f"| `{name}` | {value} |\n" for name, value in in_force.items())
-        heading = "### Framework versions"
-        card = path.read_text().replace(heading, f"| setting | value |\n|---|---|\n{settings}\n{heading}")
-        # TRL writes "None" for a base model that is a local folder.
-        base_model = "/".join(Path(get_config_model_id(self.model.config)).parts[-2:]) or "unnamed"
-        card = card.replace("[None](https://huggingface.co/None)", f"`{base_model}`")
-        path.write_text(card.replace('model="None"', f'model="{folder}"'))
+        card = complete_card(
+            path.read_text(),
+            self.args,
+            self.state.log_history,
+            self.accelerator.num_processes,
+            self.reward_func_names,
+            dataset_name,
+            base_model="/".join(Path(get_config_model_id(self.model.config)).parts[-2:]) or "unnamed",
+            model=folder.name,
+        )
+        path.write_text(card)
