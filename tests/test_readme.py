@@ -1,6 +1,5 @@
 """The README's commands and arithmetic: accelerate and the script know every flag, and every batch is the papers'."""
 
-import math
 import re
 import runpy
 import shlex
@@ -10,7 +9,8 @@ from accelerate.commands.launch import launch_command_parser
 from launching import ROOT
 from trl import ModelConfig, TrlParser
 
-from tic_grpo_trl import TICGRPOConfig
+from tic_grpo_trl.arithmetic import Batches
+from tic_grpo_trl.plan import plan_for
 
 
 README = (ROOT / "README.md").read_text()
@@ -31,13 +31,16 @@ LAUNCHED = [line for line in commands() if "CONFIG" not in line]
 
 
 def parsed(line):
-    """accelerate's arguments and the script's, the latter as on a machine without a GPU."""
+    """accelerate's arguments and the script's, the latter as its dry run reads them: no GPU is needed."""
     words = shlex.split(line, comments=True)
     words = words[words.index("launch") + 1 :]
     at = words.index(SCRIPT)
-    parser = TrlParser((runpy.run_path(str(ROOT / SCRIPT))["TrainArguments"], TICGRPOConfig, ModelConfig))
-    flags = [*words[at + 1 :], "--use_cpu", "--bf16", "false"]
-    return launch_command_parser().parse_args(words[: at + 1]), parser.parse_args_and_config(flags)
+    launch = launch_command_parser().parse_args(words[: at + 1])
+    topology = ["--accelerate_config", launch.config_file]
+    topology += ["--num_processes", str(launch.num_processes)] if launch.num_processes else []
+    flags = [*words[at + 1 :], *topology]
+    classes = (runpy.run_path(str(ROOT / SCRIPT))["TrainArguments"], plan_for(flags, {}), ModelConfig)
+    return launch, TrlParser(classes).parse_args_and_config(flags)
 
 
 def test_there_are_commands_for_every_scale():
@@ -69,10 +72,18 @@ def test_batches_are_the_papers():
         assert share % 16 == 0  # whole groups
 
 
-@pytest.mark.parametrize("line", [line for line in LAUNCHED if "--config examples" not in line])
+PAPERS = [line for line in LAUNCHED if "recipes/qwen3_1.7b_h200" in line or "recipes/qwen3_8b_2nodes" in line]
+
+
+@pytest.mark.parametrize("line", PAPERS)
 def test_commands_for_gpus_have_the_papers_batches(line, monkeypatch):
     monkeypatch.chdir(ROOT)
-    launch, (_, training, _) = parsed(line)
-    gpus = launch.num_processes or 16  # of the file for two nodes
-    share = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    assert (share * gpus, math.gcd(share, 16)) == (512, 16)
+    _, (_, training, _) = parsed(line)
+    batches = Batches.of(training, training.topology.processes)
+    assert (batches.update_responses, batches.prompts, batches.updates) == (512, 128, 4)
+    assert batches.update_responses // batches.processes % 16 == 0  # a process's share holds whole groups
+    assert (training.max_completion_length, training.learning_rate, training.num_train_epochs) == (18_000, 1e-6, 1)
+
+
+def test_the_papers_run_is_shown_at_every_scale():
+    assert {parsed(line)[1][1].topology.processes for line in PAPERS} == {1, 4, 8, 16}

@@ -1,0 +1,47 @@
+"""Settings of the documentation's site: `sphinx-build -W --keep-going -n docs docs/_build/html`.
+
+Nothing is fetched while it is built or read: equations become MathML here, style sheets and scripts are copied in, and
+notebooks keep the outputs that they were committed with.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from tic_grpo_trl.version import __version__
+
+
+project = "tic-grpo-trl"
+author = "the authors of tic-grpo-trl"
+version = release = __version__
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "site_extension"]
+exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
+
+html_theme = "furo"
+html_title = f"TIC-GRPO for TRL {release}"
+html_show_copyright = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_math_renderer = "mathml"
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 4  # GitHub's own anchors, so that a link works in both places
+nb_execution_mode = "off"
+suppress_warnings = ["mystnb.unknown_mime_type"]
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+default_role = "code"
+# What other libraries define is named, not linked: their inventories would have to be downloaded.
+nitpick_ignore_regex = [(r"py:class", r".*"), (r"py:obj", r"(typing|trl|transformers|torch|datasets|accelerate)\..*")]
+
+linkcheck_timeout = 20
+linkcheck_ignore = [r"http://localhost.*"]
