@@ -169,6 +169,6 @@ def _choose_split(name: str, splits: dict[str, Dataset], split: str) -> Dataset:
 def _generate(name: str, split: str, size: int | None, seed: int) -> Dataset:
     module = importlib.import_module(GENERATED_SETS[name])  # only when asked for: it may bring a model's libraries
     made = module.make_dataset(split, GENERATED_SIZES.get(split, 1) if size is None else size, seed)
-    made = made.select_columns(["prompt", "solution"]).add_column("source", [name] * len(made))
     report(f"{name}: {len(made):,} problems made")
-    return made.cast(FEATURES)
+    columns = {"prompt": made["prompt"][:], "solution": made["solution"][:], "source": [name] * len(made)}
+    return Dataset.from_dict(columns, features=FEATURES)
