@@ -5,6 +5,7 @@ import inspect
 import os
 import pydoc
 import re
+import shutil
 from pathlib import Path
 
 from docutils import nodes
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 PACKAGE = ROOT / "tic_grpo_trl"
+NOTEBOOKS = ROOT / "examples" / "notebooks"
 
 # Pages whose text is a file of the repository's root.
 PAGES_OF_ROOT = {"overview": "README.md", "changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md"}
@@ -38,7 +40,7 @@ def target_on_site(path: Path, anchor: str) -> str | None:
     for page, name in PAGES_OF_ROOT.items():
         if path == ROOT / name:
             return f"/{page}.md{anchor}"
-    if path.is_relative_to(ROOT / "examples" / "notebooks"):
+    if path.is_relative_to(NOTEBOOKS):
         return f"/notebooks/{path.name}{anchor}"
     if path.is_relative_to(PACKAGE) and (path.suffix == ".py" or path.is_dir()):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -54,6 +56,8 @@ def read_source(app: Sphinx, docname: str, content: list[str]) -> None:
     if docname in PAGES_OF_ROOT:
         source = ROOT / PAGES_OF_ROOT[docname]
         content[0] = source.read_text(encoding="utf-8")
+    elif source.parent == DOCS / "notebooks":
+        source = NOTEBOOKS / source.name
 
     def rewritten(match: re.Match) -> str:
         path = (source.parent / match[1]).resolve()
@@ -181,7 +185,12 @@ def read_docstring(app: Sphinx, what: str, name: str, obj, options, lines: list[
 
 
 def setup(app: Sphinx) -> dict:
-    """Register everything above."""
+    """Register everything above, and bring the notebooks to where Sphinx reads pages: it follows no links."""
+    folder = DOCS / "notebooks"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for notebook in NOTEBOOKS.glob("*.ipynb"):
+        shutil.copy2(notebook, folder)
     app.connect("source-read", read_source)
     app.connect("autodoc-process-docstring", read_docstring, priority=400)
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
