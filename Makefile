@@ -33,7 +33,7 @@ train: install ## train the embedded starter on this CPU: accuracy before and af
 eval: install ## evaluate the starter, or what ARGS names: Avg@k with intervals, every sample, a table
 	$(BIN)/python examples/evaluate.py $(ARGS)
 
-smollm2: install ## train SmolLM2-135M-Instruct, from a package, with LoRA on sums: a quarter of an hour of one core
+smollm2: install ## train SmolLM2-135M-Instruct, from a package, with LoRA on sums: 20 minutes of one core
 	$(BIN)/python -m tic_grpo_trl.smollm2 --output_dir runs/smollm2-135m
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml examples/train_tic_grpo.py \
 		--config examples/recipes/smollm2_135m.yaml $(ARGS)
