@@ -654,6 +654,31 @@ def test_evaluation_logs_its_own_ratios(tmp_path):
     assert not any("inner_" in name for name in logged)
 
 
+def test_passes_of_an_evaluation_are_no_larger_than_those_of_training(tmp_path):
+    """So that an engine can be given a whole evaluation set at once."""
+
+    def evaluate(rows):
+        trainer = make_trainer(tmp_path, per_device_train_batch_size=rows, per_device_eval_batch_size=16)
+        passes = []
+
+        def note(module, args, kwargs):
+            if kwargs.get("fused_lm_head"):
+                passes.append(kwargs["input_ids"].numel())
+
+        trainer.model.register_forward_pre_hook(note, with_kwargs=True)
+        trainer._way_to_pack()  # makes passes of its own
+        passes.clear()
+        torch.manual_seed(3)
+        metrics = trainer.evaluate() | trainer.state.log_history[-1]
+        return passes, {name: value for name, value in metrics.items() if "runtime" not in name and "per_s" not in name}
+
+    small, expected = evaluate(4)
+    large, metrics = evaluate(16)
+    assert len(small) > len(large) == 1  # 16 responses, packed, in passes of 4 and of 16 full rows
+    assert max(small) < large[0]
+    assert metrics == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
 def test_ratio_metrics_read_nothing_from_the_device_in_the_loss_path(tmp_path, monkeypatch):
     """One gather per optimizer step, and no tensor is turned into a number before the log."""
     trainer = make_trainer(tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=4)
