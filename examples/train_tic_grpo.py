@@ -143,29 +143,36 @@ def load_data(script_args: TrainArguments, training_args: TICGRPOConfig) -> tupl
     if held_out := [part for part in sets if part in EVALUATION_SETS]:
         raise ValueError(f"--dataset_name {name}: {', '.join(held_out)} is for evaluation, not for training.")
     made = name in GENERATED_SETS
-    ours = made or any(part in NAMED_SETS for part in sets)
-    eval_dataset = None
-    if evaluates and script_args.eval_dataset_name:
+    named = made or any(part in NAMED_SETS for part in sets)
+    pairs = [column.partition("=") for column in script_args.dataset_columns or []]
+    columns = {ours: theirs for ours, _, theirs in pairs} or None
+
+    eval_dataset, held_out_name = None, script_args.eval_dataset_name
+    if evaluates and held_out_name:
+        known = held_out_name.partition("@")[0] in (*EVALUATION_SETS, *GENERATED_SETS)
         eval_dataset = load_problems(
-            script_args.eval_dataset_name, "test", instruction=script_args.instruction, size=script_args.test_size
+            held_out_name,
+            "train" if Path(held_out_name).is_file() else script_args.dataset_test_split,
+            instruction=script_args.instruction,
+            columns=None if known else columns,
+            size=script_args.test_size,
         )
     elif evaluates and made:
         eval_dataset = load_problems(name, "test", size=script_args.test_size)
-    elif evaluates and ours:
+    elif evaluates and named:
         raise ValueError(f"--eval_strategy: {name} has nothing held out; add --eval_dataset_name, such as aime24.")
 
-    if ours or script_args.dataset_columns:
-        pairs = [column.partition("=") for column in script_args.dataset_columns or []]
+    if named or columns:
         problems = partial(
             load_problems,
             name,
             instruction=script_args.instruction,
-            columns={ours: theirs for ours, _, theirs in pairs} or None,
+            columns=columns,
             config=script_args.dataset_config,
         )
         if evaluates and eval_dataset is None:
             eval_dataset = problems(script_args.dataset_test_split)
-        split = "train" if ours else script_args.dataset_train_split
+        split = "train" if named else script_args.dataset_train_split
         return problems(split, size=script_args.train_size, seed=training_args.seed), eval_dataset
 
     # As in TRL's scripts: every column reaches the reward functions.
@@ -182,6 +189,8 @@ def print_plan(script_args: TrainArguments, training_args: Any, model_args: Mode
     problems: dict[str, Any] = {"longest_prompt": script_args.max_prompt_length}
     shown = []
     try:
+        if script_args.dataset_streaming:
+            raise OSError("it is streamed, and has no length")
         train_dataset, eval_dataset = load_data(script_args, training_args)
         problems |= {"num_prompts": len(train_dataset), "eval_prompts": eval_dataset and len(eval_dataset)}
         tokenizer = AutoTokenizer.from_pretrained(name)

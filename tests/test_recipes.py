@@ -124,6 +124,15 @@ def test_data_that_cannot_be_meant_is_refused(tmp_path):
     assert (len(dataset), len(evaluation)) == (2, 3)
 
 
+def test_own_files_with_own_columns_train_and_evaluate(tmp_path):
+    train = write(tmp_path / "train.csv", [{"question": f"{n}+1", "answer": n + 1} for n in range(4)])
+    held_out = write(tmp_path / "held_out.csv", [{"question": "9+1", "answer": 10}])
+    steps = "--eval_strategy steps --eval_steps 1 --num_generations_eval 1".split()
+    columns = ("--dataset_columns", "prompt=question", "solution=answer")
+    dataset, evaluation, _ = load("--dataset_name", train, "--eval_dataset_name", held_out, *columns, *steps)
+    assert (dataset["solution"][:], evaluation["solution"][:]) == (["1", "2", "3", "4"], ["10"])
+
+
 def test_starter_evaluates_on_its_own_held_out_sums(caplog):
     with caplog.at_level(logging.INFO):
         dataset, evaluation, _ = load(
