@@ -8,40 +8,20 @@ import zlib
 
 import datasets
 import pytest
+from data_files import STDIN, packed
+from data_files import livecodebench_row as row
 from datasets import Dataset
 
 from tic_grpo_trl.data import CODE_INSTRUCTION, load_problems
 from tic_grpo_trl.data.code import decode_tests
 
 
-STDIN = [{"input": "1 2\n", "output": "3\n", "testtype": "stdin"}]
 FUNCTIONAL = [{"input": '[1, 2]\n"x"', "output": "3", "testtype": "functional"}]
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-def packed(value) -> str:
-    """As the set stores private tests: base64 of zlib of a pickle."""
-    return base64.b64encode(zlib.compress(pickle.dumps(value))).decode()
-
-
-def row(**changes):
-    return {
-        "question_title": "Sum",
-        "question_content": "Add {two} numbers.\n",
-        "platform": "atcoder",
-        "question_id": "abc300_a",
-        "contest_id": "abc300",
-        "contest_date": "2023-05-01T00:00:00",
-        "starter_code": "",
-        "difficulty": "easy",
-        "public_test_cases": json.dumps(STDIN),
-        "private_test_cases": packed(json.dumps(STDIN * 2)),
-        "metadata": "{}",
-    } | changes
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CPU
+from data_files import EVALUATION_ROWS, livecodebench_row, write
 from datasets import Dataset
 from launching import ROOT, finish, started
 from peft import LoraConfig, get_peft_model
@@ -311,3 +312,31 @@ def test_each_set_is_scored_by_what_its_solutions_are():
         problems = Dataset.from_dict({"prompt": prompts, "solution": [solution] * 2, "source": [source] * 2})
         columns = {"solution": problems["solution"][:], "source": problems["source"][:]}
         assert score(choose_reward(problems), prompts, texts, columns)[0] == [1.0, 0.0]
+
+
+def test_the_papers_table_from_copies_of_its_sets(tmp_path):
+    """All four columns: 32 samples of AIME's problems, greedy ones of the others, programs in the sandbox."""
+    model = tmp_path / "TIC-GRPO"
+    shutil.copytree(STARTER_MODEL, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    sets = []
+    for name, rows in EVALUATION_ROWS.items():
+        sets.append(f"{name}@{write(tmp_path / f'{name}.parquet', rows[:2])}")
+    sets.append(f"livecodebench@{write(tmp_path / 'livecodebench.jsonl', [livecodebench_row()])}")
+    folder = tmp_path / "run"
+    result = evaluate(EvaluationConfig(str(model), sets, max_completion_length=8, output_dir=str(folder)))
+    found = {name: (one["metric"], one["problems"], one["average"]) for name, one in result["sets"].items()}
+    assert found == {
+        "aime24": ("Avg@32", 2, 0),
+        "aime25": ("Avg@32", 2, 0),
+        "math500": ("Avg@1", 2, 0),
+        "livecodebench": ("Avg@1", 1, 0),
+    }
+    samples = samples_of(folder)
+    assert len(samples) == 2 * 32 + 2 * 32 + 2 + 1
+    assert samples[-1]["code_verdict"] == "no code"
+    assert "Answer: $Answer" in samples[0]["prompt"][0]["content"]
+    lines = (folder / "table.md").read_text().splitlines()
+    assert lines[0] == "| Method | AIME24 | AIME25 | MATH500 | LiveCodeBench |"
+    assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == ["TIC-GRPO", "0.00", "0.00", "0.00", "0.00"]
