@@ -70,7 +70,7 @@ $(LIGHTEVAL_INSTALLED): constraints-lighteval.txt
 	$(PYTHON) -m venv $(LIGHTEVAL_VENV)
 	$(LIGHTEVAL_VENV)/bin/python -m pip install -q -c constraints-lighteval.txt torch
 	$(LIGHTEVAL_VENV)/bin/python -m pip install -q --no-deps -r constraints-lighteval.txt
-	@touch $(LIGHTEVAL_VENV)/lib/python3*/site-packages/lighteval/tasks/tasks/tinyBenchmarks.pkl
+	@touch $$($(LIGHTEVAL_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lighteval/tasks/tasks/tinyBenchmarks.pkl
 	@touch $@
 
 test-lighteval: install $(LIGHTEVAL_INSTALLED) ## evaluation through lighteval, in .venv-lighteval
