@@ -621,6 +621,7 @@ def test_model_card_has_tags_citation_settings_and_results(tmp_path):
         "| `epsilon_high` | 0.28 |",
         f"| `learning_rate` | {trainer.args.learning_rate} |",
         "| `seed` | 7 |",
+        "| `lr_scheduler_type` | linear |",
         "| updates per rollout (K) | 2 |",
         f"| responses per update | {trainer.args.per_device_train_batch_size * 2} |",
         f"| updates | {trainer.state.global_step} |",

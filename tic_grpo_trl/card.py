@@ -46,7 +46,8 @@ def complete_card(
     updates = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
     responses = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     rows = {name: value for name, value in args.resolved_arm.items() if value is not None}
-    rows |= {name: getattr(args, name) for name in SHOWN}
+    values = {name: getattr(args, name) for name in SHOWN}
+    rows |= {name: getattr(value, "value", value) for name, value in values.items()}  # of enums
     rows |= {
         "updates per rollout (K)": f"{updates:g}",
         "responses per update": responses,
