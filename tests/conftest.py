@@ -10,7 +10,9 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import copy
 import gc
 import itertools
+import logging
 
+import datasets
 import pytest
 import torch
 from datasets import Dataset
@@ -233,3 +235,16 @@ def relative_error(actual: dict, expected: dict) -> float:
     assert actual.keys() == expected.keys()
     difference = sum((actual[n].double() - expected[n].double()).square().sum() for n in expected)
     return float((difference / sum(g.double().square().sum() for g in expected.values())).sqrt())
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory, monkeypatch):
+    """What `datasets` caches of a test's files goes away with them."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def messages(caplog):
+    """A function that returns what the package has logged so far."""
+    caplog.set_level(logging.INFO, logger="tic_grpo_trl")
+    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("tic_grpo_trl")]

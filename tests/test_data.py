@@ -1,8 +1,5 @@
 """The named sets, from small files of their schemas through NAME@LOCATION, and mixtures; nothing is downloaded."""
 
-import logging
-
-import datasets
 import pytest
 from data_files import (
     DAPO_AFTER,
@@ -20,16 +17,7 @@ from datasets import Dataset, DatasetDict
 from tic_grpo_trl.data import load_problems
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """What `datasets` caches of these files goes away with them."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture
-def messages(caplog):
-    caplog.set_level(logging.INFO, logger="tic_grpo_trl")
-    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("tic_grpo_trl")]
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # DAPO-Math-17k

@@ -6,7 +6,6 @@ import os
 import pickle
 import zlib
 
-import datasets
 import pytest
 from data_files import STDIN, packed
 from data_files import livecodebench_row as row
@@ -19,9 +18,7 @@ from tic_grpo_trl.data.code import decode_tests
 FUNCTIONAL = [{"input": '[1, 2]\n"x"', "output": "3", "testtype": "functional"}]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])

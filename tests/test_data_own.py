@@ -1,8 +1,5 @@
 """Own data, answers, instructions, lengths, and everything that can be wrong with a name, a file or the hub."""
 
-import logging
-
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,16 +10,7 @@ from datasets import Dataset, DatasetDict
 from tic_grpo_trl.data import NAMED_SETS, drop_long_prompts, load_problems, normalize_answer, prompt_lengths
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """What `datasets` caches of these files goes away with them."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture
-def messages(caplog):
-    caplog.set_level(logging.INFO, logger="tic_grpo_trl")
-    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("tic_grpo_trl")]
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def own(path, **arguments):

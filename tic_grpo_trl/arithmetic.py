@@ -19,6 +19,11 @@ def nearest_divisors(value: int, of: int, least: int = 2) -> list[int]:
     return [*below[-1:], *above[:1]]
 
 
+def least_factor(value: int, of: int) -> int:
+    """The smallest n for which n x `value` is a multiple of `of`."""
+    return of // math.gcd(of, value)
+
+
 @dataclass(frozen=True)
 class Batches:
     """How many responses go where; the names are those of `TICGRPOConfig`.
@@ -110,9 +115,9 @@ def check_batches(args: Any, processes: int) -> Batches:
         raise ValueError(f"num_generations {group}: an advantage needs a group. Nearest: num_generations 2.")
     if batches.responses % group:
         steps = batches.steps_per_generation
-        rows_step = group // math.gcd(group, processes * steps)
+        rows_step = least_factor(processes * steps, of=group)
         whole_updates = batches.gradient_accumulation_steps if batches.updates.is_integer() else 1
-        steps_step = math.lcm(group // math.gcd(group, processes * rows), whole_updates)
+        steps_step = math.lcm(least_factor(processes * rows, of=group), whole_updates)
         raise ValueError(
             f"per_device_train_batch_size {rows} x steps_per_generation {steps} x {processes} processes = "
             f"{batches.responses} responses per rollout, which is no multiple of num_generations {group}. Nearest: "
@@ -123,7 +128,7 @@ def check_batches(args: Any, processes: int) -> Batches:
     eval_group = args.num_generations_eval or group
     eval_rows = args.per_device_eval_batch_size
     if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no" and eval_rows * processes % eval_group:
-        step = eval_group // math.gcd(eval_group, processes)
+        step = least_factor(processes, of=eval_group)
         raise ValueError(
             f"per_device_eval_batch_size {eval_rows} x {processes} processes = {eval_rows * processes} responses, "
             f"which is no multiple of num_generations_eval {eval_group}. Nearest: per_device_eval_batch_size "
@@ -164,12 +169,8 @@ def check_prompts(batches: Batches, num_prompts: int):
     if num_prompts >= batches.prompts:
         return
     window = batches.gradient_accumulation_steps if batches.steps_per_generation > 1 else 1
-    step = math.lcm(
-        window,
-        batches.num_generations
-        // math.gcd(batches.num_generations, batches.processes * batches.per_device_train_batch_size),
-    )
     rows = batches.processes * batches.per_device_train_batch_size
+    step = math.lcm(window, least_factor(rows, of=batches.num_generations))
     fits = num_prompts * batches.num_generations // rows // step * step
     nearest = f"steps_per_generation {fits}" if fits else "a smaller per_device_train_batch_size"
     raise ValueError(

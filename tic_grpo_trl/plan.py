@@ -154,6 +154,13 @@ class Plan:
         """Tokens of a prompt and a response of full length."""
         return (self.longest_prompt or 0) + self.args.max_completion_length
 
+    @property
+    def states(self) -> dict[str, float]:
+        """Bytes of weights, gradients and Adam's states of one process: on its GPU, or with offload beside it."""
+        args = self.args
+        reference = bool(args.beta) and self.peft_config is None
+        return state_bytes(self.size, args.topology, self.weight_dtype.itemsize, args.planned_bf16, reference)
+
     def memory(self, rows: int | None = None) -> dict[str, float]:
         """Bytes of one process while it updates, by what they are for.
 
@@ -161,10 +168,8 @@ class Plan:
             rows: `per_device_train_batch_size`, the setting's where it is left out.
         """
         args = self.args
-        reference = bool(args.beta) and self.peft_config is None
-        states = state_bytes(self.size, args.topology, self.weight_dtype.itemsize, args.planned_bf16, reference)
         tokens = (rows or self.batches.per_device_train_batch_size) * self.longest_row
-        parts = {} if args.topology.offload else dict(states)
+        parts = {} if args.topology.offload else self.states
         checkpointing = bool(args.gradient_checkpointing)
         parts["activations"] = float(activation_bytes(self.size, tokens, checkpointing, self.autocast))
         if self.has_engine and self.gpu_memory and not args.vllm_enable_sleep_mode:
@@ -276,9 +281,7 @@ class Plan:
             engine = f"{args.vllm_gpu_memory_utilization:g} of the GPU{when}  {self._engine_line()}".rstrip()
             shown.append(("vLLM", engine))
         if args.topology.offload:
-            reference = bool(args.beta) and self.peft_config is None
-            states = state_bytes(self.size, args.topology, self.weight_dtype.itemsize, args.planned_bf16, reference)
-            shown.append(("machine", f"{_gb(sum(states.values()))}  of the machine's memory for each process"))
+            shown.append(("machine", f"{_gb(sum(self.states.values()))}  of the machine's memory for each process"))
         return shown
 
     def _cache_tokens(self) -> tuple[float, int, float]:

@@ -5,8 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tic_grpo_trl.report import table
-
+from ..report import table
 from .statistics import Z, paired_difference
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from .answers import completion_text
 from .isolation import HOLDS, sandbox_report
-from .mathematics import default_workers
+from .mathematics import check_workers, default_workers
 from .sandbox import DEFAULT_LIMITS, Limits, Result, run_program
 
 
@@ -145,8 +145,7 @@ class CodeReward:
         partial: bool = False,
         require_isolation: bool = True,
     ):
-        if workers is not None and workers < 1:
-            raise ValueError(f"workers is {workers}: pass 1 or more, or None for this process' share of the cores.")
+        check_workers(workers)
         self.__name__ = "code_reward"
         self.limits, self.workers, self.partial = limits, workers, partial
         self.require_isolation = require_isolation

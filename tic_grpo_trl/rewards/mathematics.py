@@ -18,6 +18,12 @@ def default_workers() -> int:
     return max(1, min(MAX_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
+def check_workers(workers: int | None):
+    """Refuses a number of workers below 1; `None` stands for `default_workers`."""
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers is {workers}: pass 1 or more, or None for this process' share of the cores.")
+
+
 class MathReward:
     r"""
     Rewards completions whose final answer equals the column `solution`, in TRL's reward-function signature.
@@ -38,8 +44,7 @@ class MathReward:
     def __init__(self, timeout: float = 10.0, workers: int | None = None):
         if timeout <= 0:
             raise ValueError(f"timeout is {timeout}: pass the seconds that one comparison may take, such as 10.0.")
-        if workers is not None and workers < 1:
-            raise ValueError(f"workers is {workers}: pass 1 or more, or None for this process' share of the cores.")
+        check_workers(workers)
         self.__name__ = "math_reward"
         self.timeout, self.workers = timeout, workers
         self._pool: MathPool | None = None
