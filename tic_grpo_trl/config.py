@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
-from .arms import ANCHORED_LOSS_TYPES, ARM_FIELDS, ARMS, BOUNDS, BOUNDS_READ, OTHER_LOSS_TYPES
-from .objective import CLIP_MODES, LEVELS, Clip
+from .arms import ARM_FIELDS, ARMS, BOUNDS, BOUNDS_READ
+from .checks import check_axes, check_bounds, check_guards
+from .objective import CLIP_MODES, Clip
 
 
 _VLLM_MODES = ("sequence_mask", "sequence_truncate", "token_mask", "token_truncate")
@@ -73,6 +74,14 @@ class TICGRPOConfig(GRPOConfig):
             update of a rollout, or `"sampler"`, whose log-probabilities vLLM (or a `rollout_func`) returns with the
             samples. With `"sampler"` the trajectory ratio is that of what was really sampled, nothing is scored, and
             TRL's vLLM correction is off because the ratio contains it.
+        min_ess (`float`, *optional*):
+            Effective sample size, as a share of a mini-batch's responses, below which its update and the remaining ones
+            of the rollout are skipped, and counted. Off by default.
+        max_non_finite_steps (`int`, *optional*, defaults to `3`):
+            Training stops when so many updates in a row had to be skipped because of NaN or infinite numbers.
+        reward_timeout (`float`, *optional*):
+            Seconds that one call of a reward function may take; a run whose reward function takes longer ends on every
+            process. No limit by default.
         vllm_importance_sampling_correction (`bool`, *optional*):
             As in TRL `True` where unset, but `False` with `behaviour_policy="sampler"`. At level `"trajectory"` only
             the sequence modes of `vllm_importance_sampling_mode` are taken: the weight of a response is then the arm's
@@ -157,6 +166,19 @@ class TICGRPOConfig(GRPOConfig):
             "(those that vLLM or a rollout_func returned)."
         },
     )
+    min_ess: float | None = field(
+        default=None,
+        metadata={
+            "help": "Skip the rest of a rollout's updates when the effective sample size (0 to 1) is below this."
+        },
+    )
+    max_non_finite_steps: int = field(
+        default=3,
+        metadata={"help": "Stop when so many updates in a row were skipped because of NaN or infinite numbers."},
+    )
+    reward_timeout: float | None = field(
+        default=None, metadata={"help": "Seconds that one call of a reward function may take. Default: no limit."}
+    )
     vllm_importance_sampling_correction: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
@@ -172,8 +194,9 @@ class TICGRPOConfig(GRPOConfig):
         if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
             self.bf16 = False
         self._resolve_arm()
-        self._check_axes()
-        self._check_bounds()
+        check_axes(self)
+        check_bounds(self)
+        check_guards(self)
         self._resolve_behaviour_policy()
         # A saved config holds both of these, which TRL refuses although one follows from the other.
         generation_batch_size = self.generation_batch_size
@@ -271,51 +294,6 @@ class TICGRPOConfig(GRPOConfig):
                 f"vllm_importance_sampling_mode={mode!r} gives every token its own factor, which does not go with one "
                 "weight per trajectory: their product is no ratio of trajectories. Choose 'sequence_mask' or "
                 "'sequence_truncate', behaviour_policy='sampler', or importance_sampling_level='token'."
-            )
-
-    def _check_axes(self):
-        level, mode = self.importance_sampling_level, self.clip_mode
-        if level not in LEVELS:
-            raise ValueError(f"Unknown importance_sampling_level {level!r}: choose one of {', '.join(LEVELS)}.")
-        if (level == "none") != (mode == "none"):
-            raise ValueError(
-                f"importance_sampling_level={level!r} does not go with clip_mode={mode!r}: without importance sampling "
-                "the weight is 1 and nothing can be clipped. Remove clip_mode, or change the level."
-            )
-        if self.scale_rewards not in ("none", "group", "batch"):
-            raise ValueError(f"Unknown scale_rewards {self.scale_rewards!r}: choose 'none', 'group' or 'batch'.")
-        if self.loss_type not in ANCHORED_LOSS_TYPES + OTHER_LOSS_TYPES:
-            raise ValueError(f"Unknown loss_type {self.loss_type!r}: choose one of {', '.join(ANCHORED_LOSS_TYPES)}.")
-        if self.is_anchored and self.loss_type in OTHER_LOSS_TYPES:
-            raise ValueError(
-                f"loss_type={self.loss_type!r} defines its own importance weight, so it does not go with "
-                f"importance_sampling_level={level!r} and clip_mode={mode!r}: choose a loss_type of "
-                f"{', '.join(ANCHORED_LOSS_TYPES)}, or importance_sampling_level='token' with clip_mode='two_sided'."
-            )
-        if self.loss_type == "dr_grpo" and self.max_completion_length is None:
-            raise ValueError(
-                "loss_type='dr_grpo' divides by the constant T = max_completion_length, which is None: set "
-                "max_completion_length, or choose another loss_type."
-            )
-        if self.length_scaled_cap and level != "trajectory":
-            raise ValueError(
-                f"length_scaled_cap={self.length_scaled_cap} bounds a trajectory ratio and means nothing at "
-                f"importance_sampling_level={level!r}: remove it, or set importance_sampling_level='trajectory'."
-            )
-
-    def _check_bounds(self):
-        if self.epsilon_high is not None and not (0 < self.epsilon_high < math.inf):
-            raise ValueError(f"epsilon_high={self.epsilon_high} must be a positive number, such as 0.28.")
-        if self.epsilon is not None and not (0 < self.epsilon <= 1):
-            raise ValueError(
-                f"epsilon={self.epsilon} must lie in (0, 1], such as 0.2: the weight is bounded below by 0."
-            )
-        if self.length_scaled_cap is not None and not (0 <= self.length_scaled_cap < math.inf):
-            raise ValueError(f"length_scaled_cap={self.length_scaled_cap} must be a positive number, such as 0.01.")
-        if self.delta is not None and not self.delta > 1 + (self.epsilon_high or 0):
-            raise ValueError(
-                f"delta={self.delta} must be greater than 1 + epsilon_high = {1 + (self.epsilon_high or 0)}: it is the "
-                "looser upper bound for negative advantages. Raise delta, or remove it."
             )
 
     @property
