@@ -41,8 +41,8 @@ smollm2: install ## train SmolLM2-135M-Instruct, from a package, with LoRA on su
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml examples/train_tic_grpo.py \
 		--config examples/recipes/smollm2_135m.yaml $(ARGS)
 
-test: lint ## lint, type check and every test but those of the next four
-	$(BIN)/python -m pytest $(ARGS)
+test: lint ## lint, type check and every test but those of the next four, in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: install ## the notebooks from top to bottom, and training of a real pretrained model
 	$(BIN)/python -m pytest -m slow $(ARGS)

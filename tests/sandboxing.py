@@ -52,11 +52,11 @@ def report_for(name, without):
 
 
 def runs_left() -> list[psutil.Process]:
-    """Processes of the sandbox, whoever their parent is by now."""
-    found = []
+    """Processes of this test's runs, whoever their parent is by now."""
+    found, start = [], sandbox.START.format(sandbox.HERE)
     for process in psutil.process_iter(["cmdline", "status"]):
         command = " ".join(process.info["cmdline"] or ())
-        if "runner.guard" in command and str(sandbox.HERE) in command and process.info["status"] != "zombie":
+        if start in command and process.info["status"] != "zombie":
             found.append(process)
     return found
 
@@ -64,6 +64,7 @@ def runs_left() -> list[psutil.Process]:
 @pytest.fixture(autouse=True)
 def nothing_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sandbox, "START", f"{sandbox.START}  # {tmp_path}")  # tells its runs from other tests'
     before = set(psutil.Process().children(recursive=True))  # other tests' processes that compare answers
     yield
     assert not list(tmp_path.glob("sandbox-*"))
