@@ -48,7 +48,7 @@ def test_configuration_of_a_run():
     assert (args.arm, args.epsilon_high, args.clip_mode) == ("tic_grpo", 1.0, "up_only")
     assert args.learning_rate == 3e-4  # the arm's own setting is the narrower one
     assert (args.steps_per_generation, args.max_steps, args.seed) == (16, 64, 7)
-    assert args.save_steps % 16 == 0  # a checkpoint inside a rollout would generate it again
+    assert args.save_steps % 16 == 0  # at the end of a rollout, where a checkpoint has no rollout in it
     assert args.max_completion_length == 48
     assert Run("gspo", 0, task="long").config("unused").max_completion_length == 72
 

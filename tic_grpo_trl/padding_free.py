@@ -5,18 +5,18 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from transformers import PreTrainedModel
-from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from .batching import plan_forwards
 from .config import TICGRPOConfig
 from .packing import attention_arguments, keeps_apart, pack, used_columns, ways_to_pack
+from .resume import ResumableTrainer
 
 
 logger = get_logger(__name__)
 
 
-class PaddingFreeTrainer(GRPOTrainer):
+class PaddingFreeTrainer(ResumableTrainer):
     """
     [`~trl.GRPOTrainer`] whose forward passes (training, old policy, reference policy, evaluation) see no padding, with
     `padding_free=True` in its [`TICGRPOConfig`].
@@ -147,7 +147,9 @@ class PaddingFreeTrainer(GRPOTrainer):
     def _way_to_pack(self) -> str:
         """How several responses share a row (see [`~tic_grpo_trl.packing`]); empty if they can't."""
         if self._way is None:
-            self._way = next((way for way in ways_to_pack(self.model.config) if self._works(way)), "")
+            device = self.accelerator.device
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):  # where dropout is active
+                self._way = next((way for way in ways_to_pack(self.model.config) if self._works(way)), "")
             how = f"packed ({self._way})" if self._way else "sorted by length and trimmed: the model can't share rows"
             logger.info(f"padding_free: responses are {how}.")
         return self._way

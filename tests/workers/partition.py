@@ -72,7 +72,7 @@ def run(name, config):
         return rollout
 
     def noted_loss(model, inputs):
-        window.extend(rows_of(inputs, trainer.generating_model))
+        window.extend(rows_of(inputs, getattr(trainer, "generating_model", None)))
         for part in ("prompt", "completion"):
             padding.update(inputs[f"{part}_ids"][inputs[f"{part}_mask"] == 0].tolist())
         if trainer.accelerator.sync_gradients:
