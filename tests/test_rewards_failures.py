@@ -13,6 +13,7 @@ from transformers import Qwen3ForSequenceClassification
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
+from tic_grpo_trl.non_finite import NonFiniteError
 from tic_grpo_trl.rewards import RewardError, checked
 from tic_grpo_trl.rewards.failures import raise_failures
 
@@ -245,5 +246,7 @@ def test_a_reward_model_that_gives_nan(tmp_path, value):
         reward_processing_classes=[None, tokenizer],
     )
     trainer.reward_funcs[1].score.bias.data.fill_(value)
-    with pytest.raises(RewardError, match=f"'judge' gave {value}.\nSample 0 of 4\n  prompt: '"):
+    with pytest.raises(
+        NonFiniteError, match=rf"reward of 'judge' {value}: its group is dropped\.\nSample 0 of 4\n  prompt"
+    ):
         trainer.train()

@@ -1,5 +1,5 @@
-"""A reward function that fails on one of two processes ends both, with one message, long before any collective times
-out."""
+"""A reward function that fails or hangs on one of two processes ends both, with one message, long before any collective
+times out."""
 
 import json
 import time
@@ -13,15 +13,19 @@ pytestmark = pytest.mark.distributed
 SECONDS = 60  # from the failure; torch's own time-out is half an hour
 
 
-@pytest.fixture(params=["raise", "nan"])
+def launched(folder, how: str):
+    """Status, time of the end and log of two processes whose reward function fails."""
+    config = [CONFIGS / "multi_gpu.yaml", *ON_CPU, "--main_process_port", free_port()]
+    log = folder / "log.txt"
+    with started([*launch_command(*config), ROOT / "tests/workers/reward_failure.py", folder, how], log) as process:
+        status = process.wait(300)
+        return status, time.time(), log
+
+
+@pytest.fixture(params=["raise", "nan", "hang"])
 def failed(request, tmp_path):
     """What both processes noted."""
-    config = [CONFIGS / "multi_gpu.yaml", *ON_CPU, "--main_process_port", free_port()]
-    log = tmp_path / "log.txt"
-    command = [*launch_command(*config), ROOT / "tests/workers/reward_failure.py", tmp_path, request.param]
-    with started(command, log) as process:
-        status = process.wait(300)
-        ended = time.time()
+    status, ended, log = launched(tmp_path, request.param)
     notes = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(2)]
     assert status != 0, log.read_text()
     for note in notes:
@@ -43,8 +47,22 @@ def test_both_processes_end_with_one_message(failed):
         assert "On process 1 of 2: Reward function 'fragile' raised ZeroDivisionError: a judge divided" in message
         assert "On process 0" not in message
         assert (first["cause"], second["cause"]) == ("NoneType", "ZeroDivisionError")
+    elif how == "hang":
+        assert "On process 1 of 2: Reward function 'fragile' did not return within reward_timeout = 20 s" in message
+        assert "On process 0" not in message
+        assert "time.sleep(3600)" in message
     else:
         assert "On process 0 of 2: Reward function 'fragile' returned nan" in message
         assert "On process 1 of 2: Reward function 'fragile' returned nan" in message
         assert "Sample 7 of 8\n  prompt: '" in message
         assert "Sample 0 of 8\n  prompt: '" in message
+
+
+def test_a_process_that_nothing_can_interrupt_ends_both(tmp_path):
+    status, ended, log = launched(tmp_path, "hang in C")
+    assert status != 0
+    assert ended - float((tmp_path / "failed_at").read_text()) < SECONDS + 30  # which the launcher gives the other one
+    text = log.read_text()
+    assert "Reward function 'fragile' did not return within reward_timeout = 20 s" in text
+    assert "libc.pthread_mutex_lock(lock)" in text
+    assert "Nothing could interrupt it: this process ends." in text

@@ -1,5 +1,6 @@
-"""Started in two processes by test_rewards_processes.py: a reward function that fails in its second step."""
+"""Started in two processes by test_rewards_processes.py: a reward function that fails, or hangs, in its second step."""
 
+import ctypes
 import json
 import sys
 import time
@@ -9,7 +10,7 @@ import conftest
 import torch.distributed as dist
 from conftest import count_a, make_trainer
 
-from tic_grpo_trl.rewards import RewardError
+from tic_grpo_trl.rewards import RewardError, deadline
 
 
 folder, how = Path(sys.argv[1]), sys.argv[2]
@@ -17,12 +18,20 @@ failed_at = None
 
 
 def fragile(prompts, completions, log_metric, **kwargs):
-    """Process 1 raises; both return NaN, but process 0 only for its last sample."""
+    """Process 1 raises or hangs; both return NaN, but process 0 only for its last sample."""
     global failed_at
     fragile.calls += 1
     if fragile.calls == 2 and how == "raise" and dist.get_rank() == 1:
         failed_at = time.time()
         raise ZeroDivisionError("a judge divided by zero")
+    if fragile.calls == 2 and how in ("hang", "hang in C") and dist.get_rank() == 1:
+        failed_at = time.time()
+        (folder / "failed_at").write_text(str(failed_at))
+        if how == "hang":
+            time.sleep(3600)
+        libc, lock = ctypes.CDLL(None), ctypes.create_string_buffer(128)
+        for _ in range(2):  # no signal ends the second
+            libc.pthread_mutex_lock(lock)
     rewards = count_a(completions)
     if fragile.calls >= 2 and how == "nan":
         failed_at = time.time()
@@ -32,7 +41,8 @@ def fragile(prompts, completions, log_metric, **kwargs):
 
 fragile.calls = 0
 conftest.count_a = fragile
-trainer = make_trainer(folder / "run")
+deadline.GRACE = 2.0
+trainer = make_trainer(folder / "run", reward_timeout=20.0)
 try:
     trainer.train()
 except RewardError as error:

@@ -6,6 +6,7 @@ allows no function to return otherwise. They reach every process with the reward
 every process raises the same error.
 """
 
+import asyncio
 import math
 import time
 import traceback
@@ -17,6 +18,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
 from trl.trainer.utils import get_callable_name, is_async_callable
+
+from .deadline import Deadline, OutOfTime
 
 
 SHOWN = 400  # characters of a text in an error
@@ -34,30 +37,54 @@ class CheckedReward:
 
     Args:
         reward_func: function in TRL's reward-function signature.
+        timeout: seconds that a call may take; `None`: no limit.
 
     Attributes:
         failure: what went wrong in the last call, if anything: a text, and the exception if there was one.
     """
 
-    def __init__(self, reward_func: Callable):
+    def __init__(self, reward_func: Callable, timeout: float | None = None):
         self.reward_func = reward_func
+        self.timeout = timeout
         self.__name__ = get_callable_name(reward_func)
         self.failure: tuple[str, BaseException | None] | None = None
 
     def __call__(self, **columns: Any) -> list[float | None]:
+        deadline = self._deadline(columns)
         try:
-            output = self.reward_func(**columns)
-        except Exception as error:
-            found = None
-            for sample, alone in _one_by_one(columns):
-                try:
-                    self.reward_func(**alone)
-                except Exception as again:
-                    if type(again) is type(error):
-                        found = sample
-                        break
-            return self._raised(error, found, columns)
-        return self._values(output, columns)
+            with deadline:
+                output = self._all(self.reward_func(**columns))
+        except OutOfTime:
+            output = None
+        except (Exception, SystemExit) as error:
+            return self._raised(error, self._find(type(error), columns), columns)
+        return self._hung(deadline.stack, columns) if deadline.passed else self._values(output, columns)
+
+    def _deadline(self, columns: dict[str, Any], raises: bool = True) -> Deadline:
+        def describe(stack: str) -> str:
+            self._hung(stack, columns)
+            assert self.failure
+            return f"{self.failure[0]}\nNothing could interrupt it: this process ends."
+
+        return Deadline(self.timeout, describe, raises)
+
+    @staticmethod
+    def _all(output: Any) -> Any:
+        """A generator has computed nothing yet."""
+        return list(output) if isinstance(output, Iterator) else output
+
+    def _find(self, kind: type[BaseException], columns: dict[str, Any]) -> int | None:
+        """The sample that raises such an error alone, if there is time to find one."""
+        for sample, alone in _one_by_one(columns):
+            try:
+                with self._deadline(alone):
+                    self._all(self.reward_func(**alone))
+            except OutOfTime:
+                return None
+            except (Exception, SystemExit) as error:
+                if type(error) is kind:
+                    return sample
+        return None
 
     def _values(self, output: Any, columns: dict[str, Any]) -> list[float | None]:
         """What the function returned as Python numbers, or infinities."""
@@ -79,11 +106,16 @@ class CheckedReward:
                 return self._fail(f"returned {_shown(value)}, {error}", sample, columns)
         return rewards
 
-    def _raised(self, error: Exception, sample: int | None, columns: dict[str, Any]) -> list[float | None]:
+    def _raised(self, error: BaseException, sample: int | None, columns: dict[str, Any]) -> list[float | None]:
         trace = "".join(traceback.format_exception(error)).rstrip()
         return self._fail(f"raised {type(error).__name__}: {error}", sample, columns, trace, error)
 
-    def _fail(self, what, sample, columns, trace: str = "", error: Exception | None = None) -> list[float | None]:
+    def _hung(self, stack: str, columns: dict[str, Any]) -> list[float | None]:
+        what = f"did not return within reward_timeout = {self.timeout:g} s"
+        where = f"Where it was then (most recent call last):\n{stack}" if stack else ""
+        return self._fail(what, None, columns, where)
+
+    def _fail(self, what, sample, columns, trace: str = "", error: BaseException | None = None) -> list[float | None]:
         texts = _texts(sample, columns["prompts"], columns["completions"])
         self.failure = "\n".join(filter(None, [f"Reward function {self.__name__!r} {what}.", texts, trace])), error
         return [math.inf] * len(columns["prompts"])
@@ -93,38 +125,52 @@ class AsyncCheckedReward(CheckedReward):
     """The same for an `async` function, which stays one."""
 
     async def __call__(self, **columns: Any) -> list[float | None]:  # type: ignore[override]
+        # An exception at the limit would hit whichever coroutine is running, so the time-out is asyncio's; the deadline
+        # ends the process if its event loop is blocked, or the function goes on when it is cancelled.
+        deadline = self._deadline(columns, raises=False)
         try:
-            output = await self.reward_func(**columns)
-        except Exception as error:
-            found = None
-            for sample, alone in _one_by_one(columns):
-                try:
-                    await self.reward_func(**alone)
-                except Exception as again:
-                    if type(again) is type(error):
-                        found = sample
-                        break
-            return self._raised(error, found, columns)
-        return self._values(output, columns)
+            with deadline:
+                async with asyncio.timeout(self.timeout) as limit:
+                    output = self._all(await self.reward_func(**columns))
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            if limit.expired():
+                stack = "".join(traceback.format_exception(error.__cause__ or error)).rstrip()
+                return self._hung(stack, columns)
+            return self._raised(error, await self._find(type(error), columns), columns)
+        return self._hung(deadline.stack, columns) if deadline.passed else self._values(output, columns)
+
+    async def _find(self, kind: type[BaseException], columns: dict[str, Any]) -> int | None:  # type: ignore[override]
+        for sample, alone in _one_by_one(columns):
+            try:
+                with self._deadline(alone, raises=False):
+                    async with asyncio.timeout(self.timeout):
+                        self._all(await self.reward_func(**alone))
+            except (Exception, SystemExit, asyncio.CancelledError) as error:
+                if type(error) is kind:
+                    return sample
+        return None
 
 
-def checked(reward_func: Any) -> Any:
+def checked(reward_func: Any, timeout: float | None = None) -> Any:
     """Wrap a reward function so that [`raise_failures`] can end the run on every process.
 
-    A failure is an exception, a result that is not one reward per completion, or a reward that is neither `None` nor a
-    finite number. Which sample an exception belongs to is found by calling the function again, with one sample at a
-    time, without `log_extra` and `log_metric`, and for 30 s at most: the run is ending, and only side effects of the
-    function's own happen twice.
+    A failure is an exception, a call that takes too long, a result that is not one reward per completion, or a reward
+    that is neither `None` nor a finite number. A call that nothing can interrupt ends the process (see
+    [`~tic_grpo_trl.rewards.deadline`]). Which sample an exception belongs to is found by calling the function again,
+    with one sample at a time, without `log_extra` and `log_metric`, and for 30 s at most: the run is ending, and only
+    side effects of the function's own happen twice.
 
     Args:
         reward_func: function in TRL's reward-function signature, `async` or not, or a reward model.
+        timeout: seconds that a call of a function may take; `None`: no limit.
 
     Returns:
         A callable of the same name and kind, which does not raise; a reward model as it is.
     """
     if isinstance(reward_func, nn.Module | CheckedReward):
         return reward_func
-    return AsyncCheckedReward(reward_func) if is_async_callable(reward_func) else CheckedReward(reward_func)
+    kind = AsyncCheckedReward if is_async_callable(reward_func) else CheckedReward
+    return kind(reward_func, timeout)
 
 
 def raise_failures(reward_funcs: list, names: list[str], rewards: torch.Tensor, prompts: list, completions: list):
@@ -140,8 +186,6 @@ def raise_failures(reward_funcs: list, names: list[str], rewards: torch.Tensor, 
         RewardError: naming the function, the sample and its texts, and the process.
     """
     wrong = rewards.isinf()
-    models = [column for column, function in enumerate(reward_funcs) if isinstance(function, nn.Module)]
-    wrong[:, models] |= rewards[:, models].isnan()
     if not wrong.any():
         return
     state = PartialState()
