@@ -16,6 +16,9 @@ What a run will do and need, before anything is loaded, on any machine:
     python examples/train_tic_grpo.py --config examples/recipes/qwen3_1.7b_h200.yaml \
         --dry_run --accelerate_config accelerate_configs/zero2.yaml --num_processes 8
 
+A run that may be killed at any time: the same command with `--save_strategy steps --save_steps 1` and
+`--resume_from_checkpoint true`, again and again until it ends. It starts where there is no checkpoint yet.
+
 `--dataset_name` takes the named sets of `tic_grpo_trl.data` and mixtures of them (`dapo_math_17k+aime_1983_2022`), or
 data of your own: columns `prompt` and whatever your reward functions read. Every field of TICGRPOConfig and of TRL's
 ModelConfig is a flag and a key of the YAML that `--config` names.
@@ -40,6 +43,8 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 from trl.rewards import get_soft_overlong_punishment
 
 from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
+from tic_grpo_trl.checkpoints import newest_if_any
+from tic_grpo_trl.credentials import hide_credentials
 from tic_grpo_trl.data import (
     DEFAULT,
     EVALUATION_SETS,
@@ -185,7 +190,7 @@ def load_data(script_args: TrainArguments, training_args: TICGRPOConfig) -> tupl
 def print_plan(script_args: TrainArguments, training_args: Any, model_args: ModelConfig):
     """`--dry_run`: what the run will do and need."""
     name = model_args.model_name_or_path or STARTER_MODEL
-    config, note = load_model_config(name)
+    config, note = load_model_config(name, training_args.trust_remote_code)
     problems: dict[str, Any] = {"longest_prompt": script_args.max_prompt_length}
     shown = []
     try:
@@ -193,7 +198,7 @@ def print_plan(script_args: TrainArguments, training_args: Any, model_args: Mode
             raise OSError("it is streamed, and has no length")
         train_dataset, eval_dataset = load_data(script_args, training_args)
         problems |= {"num_prompts": len(train_dataset), "eval_prompts": eval_dataset and len(eval_dataset)}
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=training_args.trust_remote_code)
         if script_args.max_prompt_length:
             train_dataset = drop_long_prompts(train_dataset, tokenizer, script_args.max_prompt_length)
             problems["num_prompts"] = len(train_dataset)
@@ -222,11 +227,14 @@ def main(script_args: TrainArguments, training_args: TICGRPOConfig, model_args: 
         print_plan(script_args, training_args, model_args)
         return
     check_quantization(model_args)
+    sys.argv[1:] = hide_credentials(sys.argv[1:], training_args)  # wandb keeps the command line
     model_name = model_args.model_name_or_path or STARTER_MODEL
     train_dataset, eval_dataset = load_data(script_args, training_args)
     reward_funcs = reward_functions(script_args, training_args, train_dataset)
     if script_args.max_prompt_length:
-        tokenizer = AutoTokenizer.from_pretrained(model_name, revision=model_args.model_revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
+        )
         train_dataset = drop_long_prompts(train_dataset, tokenizer, script_args.max_prompt_length)
 
     training_args.model_init_kwargs = {
@@ -243,7 +251,7 @@ def main(script_args: TrainArguments, training_args: TICGRPOConfig, model_args: 
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(newest_if_any(training_args.resume_from_checkpoint, Path(training_args.output_dir)))
 
     trainer.save_model()
     trainer.save_state()

@@ -1,23 +1,24 @@
 """TICGRPOConfig: GRPOConfig plus the three axes of the family, and the named arms that set them."""
 
 import math
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from trl import GRPOConfig
 
+from .arithmetic import check_batches
 from .arms import ARM_FIELDS, ARMS, BOUNDS, BOUNDS_READ
-from .checks import check_axes, check_bounds, check_guards
+from .checks import check_axes, check_bounds, check_guards, check_ranges, settle_types
+from .credentials import WithoutCredentials
 from .objective import CLIP_MODES, Clip
 
 
 _VLLM_MODES = ("sequence_mask", "sequence_truncate", "token_mask", "token_truncate")
 
 
-@dataclass
-class TICGRPOConfig(GRPOConfig):
+@dataclass(repr=False)
+class TICGRPOConfig(WithoutCredentials, GRPOConfig):
     r"""
     Configuration class for the [`TICGRPOTrainer`].
 
@@ -82,6 +83,9 @@ class TICGRPOConfig(GRPOConfig):
         reward_timeout (`float`, *optional*):
             Seconds that one call of a reward function may take; a run whose reward function takes longer ends on every
             process. No limit by default.
+        completions_total_limit (`int`, *optional*):
+            Keep the newest so many tables of `log_completions` (`completions/*.parquet`, one per entry of the log), as
+            `save_total_limit` does with checkpoints. All by default.
         vllm_importance_sampling_correction (`bool`, *optional*):
             As in TRL `True` where unset, but `False` with `behaviour_policy="sampler"`. At level `"trajectory"` only
             the sequence modes of `vllm_importance_sampling_mode` are taken: the weight of a response is then the arm's
@@ -179,6 +183,9 @@ class TICGRPOConfig(GRPOConfig):
     reward_timeout: float | None = field(
         default=None, metadata={"help": "Seconds that one call of a reward function may take. Default: no limit."}
     )
+    completions_total_limit: int | None = field(
+        default=None, metadata={"help": "Keep the newest so many tables of log_completions. Default: all."}
+    )
     vllm_importance_sampling_correction: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
@@ -191,24 +198,30 @@ class TICGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self):
+        settle_types(self)
         if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
             self.bf16 = False
         self._resolve_arm()
         check_axes(self)
         check_bounds(self)
         check_guards(self)
+        check_ranges(self)
         self._resolve_behaviour_policy()
         # A saved config holds both of these, which TRL refuses although one follows from the other.
         generation_batch_size = self.generation_batch_size
         if self.steps_per_generation is not None:
             self.generation_batch_size = None
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if "divisible by" in str(error):  # of sizes that may follow from others
+                check_batches(self, self.world_size)
+            raise
         if generation_batch_size not in (None, self.generation_batch_size):
             raise ValueError(
                 f"generation_batch_size={generation_batch_size} contradicts steps_per_generation="
                 f"{self.steps_per_generation}, which makes {self.generation_batch_size}: remove one of them."
             )
-        self._warn_if_sampler_is_another_policy()
 
     @property
     def resolved_arm(self) -> dict[str, Any]:
@@ -297,20 +310,10 @@ class TICGRPOConfig(GRPOConfig):
             )
 
     @property
-    def changed_sampling(self) -> list[str]:
-        """Settings that make the sampler another policy than the one whose log-probabilities are computed."""
+    def changed_sampling(self) -> dict[str, Any]:
+        """Settings, by name, that make the sampler another policy than the one whose log-probabilities are computed."""
         sampler = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
-        neutral = {"top_p": (1.0,), "top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
+        neutral = {"top_p": (1.0,), "top_k": (0, -1), "min_p": (0.0,), "repetition_penalty": (1.0,)}
         kwargs = self.generation_kwargs if isinstance(self.generation_kwargs, dict) else {}
         sampler |= {name: value for name, value in kwargs.items() if name in neutral}
-        return [f"{name}={value}" for name, value in sampler.items() if value not in neutral[name]]
-
-    def _warn_if_sampler_is_another_policy(self):
-        if self.changed_sampling and self.importance_sampling_level == "trajectory":
-            warnings.warn(
-                f"With {', '.join(self.changed_sampling)} the sampler is a different policy from the one whose "
-                "log-probabilities are computed, so P_θ/P_old is not the ratio of anything that was sampled and the "
-                "gradient is biased. Set top_p=1.0, top_k=0, min_p=None and repetition_penalty=1.0 for an exact ratio.",
-                UserWarning,
-                stacklevel=4,
-            )
+        return {name: value for name, value in sampler.items() if value is not None and value not in neutral[name]}

@@ -75,17 +75,19 @@ def plan_for(argv: Sequence[str], environ: MutableMapping[str, str]) -> type[Pla
     return type("PlannedTopology", (PlannedConfig,), {"topology": topology}) if speaks else None
 
 
-def load_model_config(name: str) -> tuple[PretrainedConfig, str]:
+def load_model_config(name: str, trust_remote_code: bool = False) -> tuple[PretrainedConfig, str]:
     """A model's configuration, and where it is from.
 
     Args:
         name: folder or hub id.
+        trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        ValueError: if there is no such model, or no hub can be reached and it is none of `KNOWN_MODELS`.
+        ValueError: if there is no such model, it needs code that may not run, or no hub can be reached and it is none
+            of `KNOWN_MODELS`.
     """
     try:
-        return AutoConfig.from_pretrained(name), ""
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code), ""
     except OSError as error:
         if name not in KNOWN_MODELS:
             reason = str(error).splitlines()[0]

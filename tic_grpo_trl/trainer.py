@@ -6,6 +6,7 @@ log-probabilities are *anchored*, so that the parent's token-level ratio of ever
 that the arm asks for (see `objective.anchored_old_logps`). Added: metrics of the trajectory ratio.
 """
 
+import inspect
 import math
 import textwrap
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from torch import nn
 from transformers import PreTrainedModel
+from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .batching import loss_mask
@@ -22,20 +23,20 @@ from .card import complete_card
 from .config import TICGRPOConfig
 from .data.sources import is_hub_id
 from .diagnostics import mean_sampler_ratio, merge_steps, ratio_rows
+from .guards import RatioGuards, settle_dropout
 from .objective import anchored_old_logps, clip_log_weight, log_importance_weight, token_log_ratio
+from .preflight import check_ids, check_inputs, check_kinds, check_loaded, checked_rollout
 from .progress import DISPLAYS
 from .rewards.failures import checked, raise_failures
-from .update_phase import UpdatePhaseTrainer
+from .safe_update import SafeUpdateTrainer
 
 
 logger = get_logger(__name__)
 
 METRIC_PREFIX = "trajectory_ratio"
-# Beyond 1 % per token the sampler is another policy: a response of 1,000 tokens then has a ratio of about e^-10.
-STALE_LOG_RATIO = 0.01
 
 
-class TICGRPOTrainer(UpdatePhaseTrainer):
+class TICGRPOTrainer(SafeUpdateTrainer):
     """
     Trainer for TIC-GRPO (arXiv 2508.02833) and the papers' baselines and ablations, a drop-in for
     [`~trl.GRPOTrainer`].
@@ -56,6 +57,9 @@ class TICGRPOTrainer(UpdatePhaseTrainer):
     the geometric mean of P_old/P_sampler per token, measured on what is trained on; 1 % away from 1 a warning says that
     the engine's weights are stale. With `log_completions` the table has a column `trajectory_ratio`: w' of each
     response as of its latest update, empty before and for those left out.
+
+    Settings that make the ratio meaningless are warned of once in a run, each with what it does measured on the first
+    rollout, see [`~tic_grpo_trl.guards.RatioGuards`].
 
     A reward function that raises, or returns anything but one finite number or `None` per completion, ends training on
     every process with a [`~tic_grpo_trl.rewards.RewardError`] that names it, the sample and its texts.
@@ -92,9 +96,20 @@ class TICGRPOTrainer(UpdatePhaseTrainer):
                 f"args must be a TICGRPOConfig, got {type(args).__name__}: replace GRPOConfig(...) by "
                 "TICGRPOConfig(...); it takes the same fields."
             )
+        given = inspect.signature(GRPOTrainer).bind(model, reward_funcs, args, *positional, **kwargs).arguments
+        check_inputs(**given)
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
-        self.reward_funcs = [checked(function) for function in self.reward_funcs]
-        self._settle_dropout()
+        check_loaded(self)
+        self.rollout_func = checked_rollout(self.rollout_func)
+        self.reward_funcs = [checked(function, args.reward_timeout) for function in self.reward_funcs]
+        dropout = settle_dropout(self.model, args.disable_dropout)
+        if dropout and args.importance_sampling_level == "trajectory":
+            raise ValueError(
+                f"Dropout is active in {len(dropout)} modules (first: {dropout[0]}), which makes the trajectory ratio "
+                "noise that grows with the response length: set disable_dropout=True (the default), or lora_dropout=0 "
+                "and the model's own dropout to 0."
+            )
+        self._guards = RatioGuards(self, dropout)
 
         self._level = str(args.importance_sampling_level)
         self._clip = args.clip
@@ -117,25 +132,21 @@ class TICGRPOTrainer(UpdatePhaseTrainer):
         on_policy = " (on-policy: every ratio is 1; raise steps_per_generation for more)" if updates == 1 else ""
         logger.info(f"TIC-GRPO settings in force: {settings}; K = {updates} updates per rollout{on_policy}")
 
-    def _settle_dropout(self):
-        """Dropout makes R noise that grows with √T (two passes drop different units): switch off what TRL misses."""
-        active = [name for name, m in self.model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
-        for name, module in self.model.named_modules():
-            # Attention dropout is an argument of a function, not a module.
-            if isinstance(getattr(module, "attention_dropout", None), float) and module.attention_dropout > 0:
-                if self.args.disable_dropout:
-                    module.attention_dropout = 0.0
-                else:
-                    active.append(f"{name}.attention_dropout")
-        if active and self.args.importance_sampling_level == "trajectory":
-            raise ValueError(
-                f"Dropout is active in {len(active)} modules (first: {active[0]}), which makes the trajectory ratio "
-                "noise that grows with the response length: set disable_dropout=True (the default), or lora_dropout=0 "
-                "and the model's own dropout to 0."
-            )
+    def _tokenize_prompts(self, prompts):
+        check_kinds("a batch", prompts)
+        tokenized = super()._tokenize_prompts(prompts)
+        check_ids(self, tokenized[0], prompts.__getitem__)
+        return tokenized
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        completion_ids, logps = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        check_ids(self, completion_ids, lambda index: self._tokenizer.decode(prompt_ids[index]), "response")
+        return completion_ids, logps
 
     def _generate_and_score_completions(self, inputs):
         rollout = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            self._guards.check_rollout(rollout)
         if self.log_completions:
             sizes = self._of_all([len(inputs)]).flatten()
             first = self._samples + int(sizes[: self.accelerator.process_index].sum())
@@ -231,6 +242,7 @@ class TICGRPOTrainer(UpdatePhaseTrainer):
             self._ratio_steps["eval"].append((None, rows))
             return
         window = self.current_gradient_accumulation_steps
+        self._heed_ess(rows)
         k = self._step % self._rollout_steps // window + 1 if self._rollout_steps > window else None
         self._ratio_steps["train"].append((k, rows))
 
@@ -257,12 +269,7 @@ class TICGRPOTrainer(UpdatePhaseTrainer):
         steps = self._ratio_steps[mode]
         if steps and (ratio := mean_sampler_ratio(steps)) is not None:
             metrics["sampling/mean_ratio"].append(ratio)
-            if abs(math.log(ratio)) > STALE_LOG_RATIO and not self.args.changed_sampling:
-                logger.warning(
-                    f"The sampler's weights look stale: the policy gives its tokens {ratio:.3f} times the probability "
-                    "that the sampler gave them (geometric mean; 1 with equal weights). Check that the weights reach "
-                    "the engine, its precision, and that its log-probabilities are those after temperature."
-                )
+            self._guards.check_sampler(ratio)
         for name, value in merge_steps(steps).items():
             metrics[f"{METRIC_PREFIX}/{name}"].append(value)
         steps.clear()
@@ -270,6 +277,18 @@ class TICGRPOTrainer(UpdatePhaseTrainer):
             for name in [name for name in metrics if name.startswith("clip_ratio/")]:
                 del metrics[name]
         super().log(logs, start_time)
+        if self.log_completions and self.accelerator.is_main_process:
+            self._rotate_tables()
+
+    def _rotate_tables(self):
+        """Delete the oldest tables of `log_completions`; those that a resumed run will write again do not count."""
+        limit = self.args.completions_total_limit
+        if limit is None:
+            return
+        folder = Path(str(self.args.output_dir), "completions")
+        tables = {int(path.stem.split("_")[1]): path for path in folder.glob("completions_*.parquet")}
+        for step in sorted(step for step in tables if step <= self.state.global_step)[:-limit]:
+            tables[step].unlink()
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, **kwargs) -> None:  # type: ignore[override]
         folder = Path(str(self.args.output_dir))

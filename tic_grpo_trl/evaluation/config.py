@@ -45,6 +45,7 @@ class EvaluationConfig:
         batch_size (`int`): samples between two writes to disk; 0 for 64, with vLLM 1024.
         seed (`int`): decides all samples.
         dtype (`str`): of the weights; `auto` for the checkpoint's.
+        trust_remote_code (`bool`): whether code that comes with the model may run.
         enable_thinking (`bool`, *optional*): passed on to the chat template, where it knows it (Qwen3).
         output_dir (`str`): run folder; `runs/evaluation/NAME` by default.
         vllm_gpu_memory_utilization, vllm_tensor_parallel_size, vllm_max_model_len: of the engine.
@@ -73,6 +74,7 @@ class EvaluationConfig:
     batch_size: int = field(default=0, metadata={"help": "Samples between two writes to disk. 0: 64, with vllm 1024."})
     seed: int = field(default=0, metadata={"help": "Decides all samples."})
     dtype: str = field(default="auto", metadata={"help": "bfloat16, float32, ... auto: the checkpoint's."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
     enable_thinking: bool | None = field(
         default=None, metadata={"help": "Passed to the chat template, for models such as Qwen3."}
     )

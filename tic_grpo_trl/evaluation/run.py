@@ -60,7 +60,7 @@ def evaluate(config: EvaluationConfig) -> Result:
     Raises:
         ValueError: settings that make no sense, prompts that are too long, a folder with another run.
     """
-    tokenizer = load_tokenizer(config.model_name_or_path)
+    tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
     sets = [load_set(dataset, config, tokenizer) for dataset in config.datasets]
     check_positions(config, sets)
     batches = [
@@ -115,7 +115,8 @@ def check_positions(config: EvaluationConfig, sets: list[ProblemSet]) -> None:
     Raises:
         ValueError: with the set's longest prompt and the length that fits.
     """
-    limits = [getattr(text_config(config.model_name_or_path), "max_position_embeddings", None)]
+    model_config = text_config(config.model_name_or_path, config.trust_remote_code)
+    limits = [getattr(model_config, "max_position_embeddings", None)]
     limits.append(config.vllm_max_model_len if config.backend == "vllm" else None)
     positions = min((limit for limit in limits if limit), default=None)
     for one in sets:
@@ -177,11 +178,12 @@ def weights_digest(model: str) -> str | None:
 def make_sampler(config: EvaluationConfig, tokenizer: Any) -> Sampler:
     """The back end of the settings."""
     if config.backend == "transformers":
-        return transformers_sampler(config.model_name_or_path, tokenizer, config.dtype)
+        return transformers_sampler(config.model_name_or_path, tokenizer, config.dtype, config.trust_remote_code)
     return vllm_sampler(
         config.model_name_or_path,
         tokenizer,
         config.dtype,
+        trust_remote_code=config.trust_remote_code,
         seed=config.seed,
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,
         tensor_parallel_size=config.vllm_tensor_parallel_size,

@@ -40,33 +40,37 @@ def adapter_base(model: str) -> str | None:
     return json.loads(path.read_text())["base_model_name_or_path"] if path.is_file() else None
 
 
-def load_tokenizer(model: str) -> Any:
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model, of an adapter (its base's where the folder has none), padding on the left.
 
     Raises:
-        ValueError: where it has no chat template, which the prompts need.
+        ValueError: where it has no chat template, which the prompts need, or needs code that may not run.
     """
     base = adapter_base(model)
     own = base is None or Path(model, "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(model if own else base, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(
+        model if own else base, padding_side="left", trust_remote_code=trust_remote_code
+    )
     if tokenizer.chat_template is None:
         raise ValueError(f"{model} has no chat template: save one with its tokenizer (tokenizer.chat_template = ...)")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
 
-def load_model(model: str, dtype: str) -> PreTrainedModel:
+def load_model(model: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """A model with its weights; an adapter is merged into its base. On the GPUs where there are any."""
-    settings: dict[str, Any] = {"dtype": dtype, "device_map": "auto" if torch.cuda.is_available() else None}
+    settings: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    settings["device_map"] = "auto" if torch.cuda.is_available() else None
     base = adapter_base(model)
     if base is None:
         return AutoModelForCausalLM.from_pretrained(model, **settings).eval()
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **settings), model).merge_and_unload()
 
 
-def text_config(model: str) -> Any:
+def text_config(model: str, trust_remote_code: bool = False) -> Any:
     """The configuration of the model (of an adapter's base) that knows its number of positions."""
-    return AutoConfig.from_pretrained(adapter_base(model) or model).get_text_config()
+    config = AutoConfig.from_pretrained(adapter_base(model) or model, trust_remote_code=trust_remote_code)
+    return config.get_text_config()
 
 
 def end_tokens(model: str, tokenizer: Any) -> list[int]:
@@ -86,7 +90,7 @@ def to_answer(ids: list[int], tokenizer: Any, ends: list[int]) -> Answer:
     return Answer(text, len(ids) if length is None else length, truncated=length is None)
 
 
-def transformers_sampler(model: str, tokenizer: Any, dtype: str = "auto") -> Sampler:
+def transformers_sampler(model: str, tokenizer: Any, dtype: str = "auto", trust_remote_code: bool = False) -> Sampler:
     """Answers by `generate`, in batches padded on the left.
 
     A batch is drawn from one seed, its first row's: the answers depend on how rows are put into batches.
@@ -95,8 +99,9 @@ def transformers_sampler(model: str, tokenizer: Any, dtype: str = "auto") -> Sam
         model: folder, hub id or adapter folder.
         tokenizer: of `load_tokenizer`.
         dtype: of the weights; `auto` for the checkpoint's.
+        trust_remote_code: whether code that comes with the model may run.
     """
-    policy: Any = load_model(model, dtype)
+    policy: Any = load_model(model, dtype, trust_remote_code)
     ends = end_tokens(model, tokenizer)
     # The model's own would fill in what is not given, such as Qwen3's top_k = 20.
     policy.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
@@ -118,13 +123,16 @@ def transformers_sampler(model: str, tokenizer: Any, dtype: str = "auto") -> Sam
     return sample
 
 
-def vllm_sampler(model: str, tokenizer: Any, dtype: str = "auto", **engine: Any) -> Sampler:
+def vllm_sampler(
+    model: str, tokenizer: Any, dtype: str = "auto", trust_remote_code: bool = False, **engine: Any
+) -> Sampler:
     """Answers by a vLLM engine in this process. Each row is drawn from its own seed, whatever else is in the batch.
 
     Args:
         model: folder, hub id or adapter folder (merged into a temporary copy of its base).
         tokenizer: of `load_tokenizer`.
         dtype: of the weights; `auto` for the checkpoint's.
+        trust_remote_code: whether code that comes with the model may run.
         engine: settings of `vllm.LLM`.
 
     Raises:
@@ -136,16 +144,16 @@ def vllm_sampler(model: str, tokenizer: Any, dtype: str = "auto", **engine: Any)
         raise ValueError("--backend vllm: vLLM is not installed: pip install 'tic-grpo-trl[vllm]'") from error
 
     if dtype == "auto":  # vLLM's own "auto" would halve float32
-        dtype = str(text_config(model).dtype or "bfloat16").removeprefix("torch.")
+        dtype = str(text_config(model, trust_remote_code).dtype or "bfloat16").removeprefix("torch.")
     ends = end_tokens(model, tokenizer)
     with tempfile.TemporaryDirectory(prefix="merged-") as merged:
         folder = model
         if adapter_base(model):
             folder = merged
-            load_model(model, dtype).save_pretrained(folder)
+            load_model(model, dtype, trust_remote_code).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             torch.cuda.empty_cache()  # the engine wants the memory
-        llm = LLM(model=folder, dtype=dtype, generation_config="vllm", **engine)
+        llm = LLM(model=folder, dtype=dtype, generation_config="vllm", trust_remote_code=trust_remote_code, **engine)
 
     def sample(prompts, seeds, sampling):
         params = [

@@ -1,0 +1,52 @@
+"""Credentials among a run's settings stay out of what it writes: `training_args.bin`, trackers, printed settings.
+
+transformers masks `hub_token` for trackers only: `training_args.bin`, which is pushed to the hub with the model, holds
+it in plain text, and nothing masks a token in `model_init_kwargs`. wandb also keeps the command line.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+NAMES = frozenset({"token", "hub_token", "hf_token", "auth_token", "access_token", "api_key", "password", "secret"})
+
+
+def without_credentials(value: Any) -> Any:
+    """A copy of nested dictionaries and lists with `None` for every value whose key is one of `NAMES`."""
+    if type(value) is dict:
+        return {key: None if key in NAMES else without_credentials(inner) for key, inner in value.items()}
+    return [without_credentials(inner) for inner in value] if type(value) is list else value
+
+
+def credentials_in(value: Any) -> set[str]:
+    """The texts that `without_credentials` leaves out."""
+    if type(value) is dict:
+        own = {inner for key, inner in value.items() if key in NAMES and isinstance(inner, str) and inner}
+        return own.union(*map(credentials_in, value.values()))
+    return set().union(*map(credentials_in, value)) if type(value) is list else set()
+
+
+def hide_credentials(arguments: Sequence[str], config: Any) -> list[str]:
+    """A command line without the credentials that a configuration was given."""
+    hidden = list(arguments)
+    for credential in credentials_in(vars(config)):
+        hidden = [argument.replace(credential, "<hidden>") for argument in hidden]
+    return hidden
+
+
+class WithoutCredentials:
+    """Training arguments that keep their credentials to themselves.
+
+    The object has them; a dictionary, a text, a pickle or a copy of it (`copy.deepcopy`) has `None` instead.
+    """
+
+    def to_dict(self) -> dict[str, Any]:
+        return without_credentials(super().to_dict())  # type: ignore[misc]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return without_credentials(self.__dict__)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+
+    __str__ = __repr__
