@@ -44,8 +44,8 @@ smollm2: install ## train SmolLM2-135M-Instruct, from a package, with LoRA on su
 test: lint ## lint, type check and every test but those of the next four, in two processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-slow: install ## the notebooks from top to bottom, and training of a real pretrained model
-	$(BIN)/python -m pytest -m slow $(ARGS)
+test-slow: install ## notebooks, a real pretrained model, runs that are killed, 2,000 steps, a search of settings
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(ARGS)
 
 test-distributed: install ## DDP, DeepSpeed ZeRO-2 and -3, FSDP2 and two nodes, each in real processes
 	$(BIN)/python -m pytest -m distributed $(ARGS)
@@ -75,6 +75,14 @@ $(LIGHTEVAL_INSTALLED): constraints-lighteval.txt
 
 test-lighteval: install $(LIGHTEVAL_INSTALLED) ## evaluation through lighteval, in .venv-lighteval
 	$(BIN)/python -m pytest tests/test_evaluate_lighteval.py $(ARGS)
+
+coverage: install ## the share of the package's lines that `make test` runs, 95 % at least
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-fail-under=95 $(ARGS)
+
+mutation: install ## do the tests notice every change to objective.py and batching.py? half an hour
+	$(BIN)/python -m pip install -q -c constraints.txt mutmut
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 2
+	$(BIN)/mutmut results
 
 lint: install ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
@@ -117,5 +125,5 @@ docs-links: install ## the documentation's links to other sites (needs a network
 clean: ## remove the environments, runs and caches
 	rm -rf $(VENV) $(VLLM_VENV) $(LIGHTEVAL_VENV) runs docs/_build build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
-.PHONY: help install environments train eval smollm2 test test-slow test-distributed test-vllm test-lighteval lint starter study \
+.PHONY: help install environments train eval smollm2 test test-slow test-distributed test-vllm test-lighteval coverage mutation lint starter study \
 	study-quick study-tuned bench bench-vllm bench-math theory notebooks docs docs-links clean

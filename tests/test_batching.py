@@ -43,6 +43,11 @@ def test_rows_move_in_unison_and_groups_stay_whole():
     assert shuffled["ref_per_token_logps"] is None
 
 
+def test_rows_of_prompts_are_where_the_prompts_are():
+    assert rows_of_prompts(torch.tensor([2, 0]), 3).tolist() == [6, 7, 8, 0, 1, 2]
+    assert rows_of_prompts(torch.arange(2, device="meta"), 3).device.type == "meta"
+
+
 def test_every_order_of_prompts_is_equally_likely():
     torch.manual_seed(0)
     rows = {"advantages": torch.arange(6)}
@@ -99,6 +104,28 @@ def test_keys_that_cannot_be_exchanged_are_found():
     # what one process alone has, or has as another type, would leave the others waiting
     assert fixed_keys([kinds, row_kinds(rows | {"num_images": [1] * 4})]) == ["num_images"]
     assert fixed_keys([row_kinds(rows | {"advantages": torch.zeros(4).double()}), kinds]) == ["advantages"]
+
+
+def test_kinds_of_values_by_hand():
+    """Processes compare these words, so that every difference has to show."""
+    rows = {
+        "prompt_ids": torch.zeros(4, 3, dtype=torch.long),
+        "advantages": torch.zeros(4),
+        "pixel_values": torch.zeros(4, 3),
+        "tags": ["a"] * 4,
+        "num_items_in_batch": torch.tensor(8),
+        "temperature": 0.5,
+        "ref_per_token_logps": None,
+    }
+    assert row_kinds(rows) == {
+        "prompt_ids": "torch.int64 2",
+        "advantages": "torch.float32 1",
+        "pixel_values": "",
+        "tags": "list",
+        "num_items_in_batch": "torch.int64",
+        "temperature": "float",
+        "ref_per_token_logps": "NoneType",
+    }
 
 
 # Forward passes

@@ -148,6 +148,8 @@ def test_bfloat16_log_probabilities_are_summed_in_float32():
 def test_float64_stays_float64():
     one = torch.zeros(1, 2, dtype=torch.float64)
     assert token_log_ratio(one, one, torch.ones(1, 2)).dtype == torch.float64
+    assert token_log_ratio(one.float(), one, torch.ones(1, 2)).dtype == torch.float32  # the policy's decides
+    assert token_log_ratio(one, one.float(), torch.ones(1, 2)).dtype == torch.float64
 
 
 def test_levels_by_hand():
