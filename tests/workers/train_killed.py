@@ -1,0 +1,137 @@
+"""Started by killing.py with a folder: imports everything once, then forks a training process, which is there to be
+killed, for every job that it finds in that folder. A job is the example script's flags."""
+
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+from launching import ROOT
+from on_cpu import describe, prepare, split_every_parameter
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig, TrlParser
+
+from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
+from tic_grpo_trl.starter import STARTER_MODEL
+
+
+sys.path.insert(0, str(ROOT / "examples"))
+import train_tic_grpo
+
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+class WatchedTrainer(TICGRPOTrainer):
+    """Keeps a small file that says what it is doing: `STEP PHASE`, with the optimizer steps that are over; `last` is
+    the one that `main` has made."""
+
+    last: "WatchedTrainer"
+
+    def __init__(self, *args, **kwargs):
+        WatchedTrainer.last = self
+        self.times = []  # (steps that are over, phase, seconds since the process was forked)
+        self._phases = ["start"]
+        super().__init__(*args, **kwargs)
+
+    @contextmanager
+    def _phase(self, name):
+        self._phases.append(name)
+        self._show()
+        try:
+            yield
+        finally:
+            self._phases.pop()
+            self._show()
+
+    def _show(self):
+        step, name = self.state.global_step, self._phases[-1]
+        self.times.append((step, name, time.monotonic() - forked))
+        os.pwrite(phase_file, f"{step} {name:<20}".encode(), 0)
+
+    @property
+    def is_saving(self) -> bool:
+        return self._phases[-1] == "saving"
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self._phases[0] = "between"
+        window = self.args.gradient_accumulation_steps
+        with self._phase(f"update_{self._step % self._rollout_steps // window + 1}"):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def _generate_and_score_completions(self, inputs):
+        with self._phase("generation" if self.model.training else self._phases[-1]):
+            return super()._generate_and_score_completions(inputs)
+
+    def _evaluate(self, *args, **kwargs):
+        with self._phase("evaluation"):
+            return super()._evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args, **kwargs):
+        with self._phase("saving"):
+            super()._save_checkpoint(*args, **kwargs)
+
+    def train(self, *args, **kwargs):
+        self._phases[0] = "loading"
+        self._show()
+        return super().train(*args, **kwargs)
+
+    def end(self):
+        """Afterwards: how it ran."""
+        described = describe(self) if dist.is_initialized() else {}
+        if RANK == 0:
+            (job / "ended.json").write_text(json.dumps(described | {"times": self.times}))
+        super().end()
+
+
+def die_at_rename(number):
+    """Before the so-many-th time that a save gives a file or folder another name."""
+    names = itertools.count(1)
+
+    def watch(event, args):
+        if event == "os.rename" and WatchedTrainer.last.is_saving and next(names) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def train(flags):
+    """What a training process does, from its first line on."""
+    log = os.open(job / f"log-{RANK}.txt", os.O_WRONLY | os.O_CREAT)
+    for output in (1, 2):
+        os.dup2(log, output)
+    prepare()
+    train_tic_grpo.TICGRPOTrainer = WatchedTrainer
+    parser = TrlParser((train_tic_grpo.TrainArguments, TICGRPOConfig, ModelConfig))
+    parsed = parser.parse_args_and_config(flags)
+    split_every_parameter(parsed[1])
+    if "DIE_AT_RENAME" in os.environ:
+        die_at_rename(int(os.environ["DIE_AT_RENAME"]))
+    train_tic_grpo.main(*parsed)
+
+
+folder = Path(sys.argv[1])
+AutoModelForCausalLM.from_pretrained(STARTER_MODEL)  # what every process would otherwise read and look up first
+for job in (folder / f"job-{number}" for number in itertools.count()):
+    while not (job / "job.json").exists():
+        time.sleep(0.01)
+    wanted = json.loads((job / "job.json").read_text())
+    if wanted is None:
+        break
+    forked = time.monotonic()
+    phase_file = os.open(job / f"phase-{RANK}", os.O_WRONLY | os.O_CREAT)
+    os.pwrite(phase_file, b"0 start", 0)
+    child = os.fork()
+    if child == 0:
+        os.environ |= wanted["environment"]
+        train(wanted["flags"])
+        sys.exit()
+    os.close(phase_file)
+    (job / f"pid-{RANK}").write_text(str(child))
+    _, status = os.waitpid(child, 0)
+    (job / f"status-{RANK}").write_text(str(status))
