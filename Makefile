@@ -79,7 +79,7 @@ test-lighteval: install $(LIGHTEVAL_INSTALLED) ## evaluation through lighteval, 
 coverage: install ## the share of the package's lines that `make test` runs, 95 % at least
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-fail-under=95 $(ARGS)
 
-mutation: install ## do the tests notice every change to objective.py and batching.py? half an hour
+mutation: install ## do the tests notice every change to objective.py and batching.py? a quarter of an hour
 	$(BIN)/python -m pip install -q -c constraints.txt mutmut
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 2
 	$(BIN)/mutmut results

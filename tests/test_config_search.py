@@ -165,7 +165,7 @@ def test_a_configuration_is_refused_by_name_or_trains(fields):
 
 
 @pytest.mark.slow
-@settings(max_examples=150, **COMMON)
+@settings(max_examples=150, derandomize=True, **COMMON)
 @given(configurations)
 def test_many_configurations_are_refused_by_name_or_train(fields):
     check(fields)
@@ -195,7 +195,10 @@ FOUND = [
     ({"arm": ["grpo"]}, r"arm=\['grpo'\] must be a text"),
     ({"top_k": -1}, "top_k=-1 is vLLM's value for no limit, .*set top_k=0"),
     ({"max_steps": 0}, "max_steps=0 must be at least 1, or -1"),
-    ({"num_train_epochs": 0, "max_steps": -1}, "num_train_epochs=0 must be positive"),
+    ({"num_train_epochs": 0, "max_steps": -1}, "num_train_epochs=0.0 must be positive"),
+    ({"generation_kwargs": "nonsense"}, "generation_kwargs='nonsense' must be a dictionary"),
+    ({"generation_kwargs": "{"}, "generation_kwargs='{' must be a dictionary"),
+    ({"adam_epsilon": 0}, r"adam_epsilon=0.0 must lie in \(0, inf\), such as 1e-08"),
     ({"reward_weights": [NAN]}, r"reward_weights=\[nan\] must be a list of finite numbers"),
 ]
 

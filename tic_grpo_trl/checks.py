@@ -1,10 +1,12 @@
 """Checks of a configuration that need nothing but its values; every error names the option and the fix."""
 
+import json
 import math
 import numbers
 import os
 import types
 import typing
+from contextlib import suppress
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +58,7 @@ _RANGES = {
     "max_grad_norm": ("[", 0, math.inf, "]", 1.0),
     "adam_beta1": ("[", 0, 1, ")", 0.9),
     "adam_beta2": ("[", 0, 1, ")", 0.999),
-    "adam_epsilon": ("[", 0, math.inf, ")", 1e-8),
+    "adam_epsilon": ("(", 0, math.inf, ")", 1e-8),
     "warmup_steps": _NOT_NEGATIVE,
     "logging_steps": _POSITIVE,
     "save_steps": _POSITIVE,
@@ -69,6 +71,15 @@ _CHOICES = {
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "vllm_mode": ("server", "colocate"),
 }
+# without those that may be the name of a file
+_DICTIONARIES = (
+    "model_init_kwargs",
+    "generation_kwargs",
+    "chat_template_kwargs",
+    "lr_scheduler_kwargs",
+    "activation_checkpointing_kwargs",
+    "gradient_checkpointing_kwargs",
+)
 
 
 def _kinds(config: "TICGRPOConfig") -> dict[str, set[type]]:
@@ -132,7 +143,7 @@ def _settled(name: str, kinds: set[type], value: Any) -> Any:
             raise TypeError(f"{name}={value!r} must be a number.")
         number = float(number)
     if float in kinds:
-        return number
+        return number if int in kinds else float(number)  # torch's Adam wants both betas of one type
     if not float(number).is_integer():
         raise ValueError(f"{name}={value!r} must be a whole number.")
     return int(number)
@@ -161,12 +172,22 @@ def check_ranges(config: "TICGRPOConfig"):
         raise ValueError(f"max_steps={config.max_steps} must be at least 1, or -1 for num_train_epochs to decide.")
     if config.max_steps == -1 and not config.num_train_epochs > 0:
         raise ValueError(f"num_train_epochs={config.num_train_epochs} must be positive, or set max_steps.")
+    for name in _DICTIONARIES:
+        _check_dictionary(name, getattr(config, name, None))
     weights = config.reward_weights
     if weights is not None and not (
         isinstance(weights, list | tuple)
         and all(isinstance(w, numbers.Real) and not isinstance(w, bool) and math.isfinite(w) for w in weights)
     ):
         raise ValueError(f"reward_weights={weights!r} must be a list of finite numbers, one for each reward function.")
+
+
+def _check_dictionary(name: str, value: Any):
+    if isinstance(value, str):  # a flag gives JSON
+        with suppress(ValueError):
+            value = json.loads(value)
+    if not (value is None or isinstance(value, dict)):
+        raise ValueError(f"{name}={value!r} must be a dictionary, as a flag in JSON.")
 
 
 def check_axes(config: "TICGRPOConfig"):

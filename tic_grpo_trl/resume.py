@@ -109,6 +109,7 @@ class ResumableTrainer(CheckpointTrainer):
     # Resuming
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """As in transformers; what it takes and raises is said at [`~tic_grpo_trl.saving.CheckpointTrainer`]."""
         self._resumed = None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

@@ -107,6 +107,7 @@ class CheckpointTrainer(GRPOTrainer):
     # Choosing a checkpoint
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """As in transformers; what it takes and raises in addition is said at the class."""
         wanted: Any = resume_from_checkpoint
         if isinstance(wanted, str) and wanted.lower() in ("true", "false") and not os.path.isdir(wanted):
             wanted = wanted.lower() == "true"  # as a flag gives it
