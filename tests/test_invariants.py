@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
+from operator import itemgetter
 
 import pytest
 import torch
@@ -209,7 +211,7 @@ def test_a_positive_factor_of_the_advantages_scales_the_gradient_alone(batch, ru
 def test_micro_batches_add_up_to_the_mini_batch(batch, rule, loss_type, data):
     rows = len(batch.mask)
     cuts = sorted(data.draw(st.sets(st.integers(1, rows - 1))) if rows > 1 else [])
-    parts = [batch.map(lambda value: value[a:b]) for a, b in zip([0, *cuts], [*cuts, rows], strict=True)]  # noqa: B023
+    parts = [batch.map(itemgetter(slice(*ends))) for ends in pairwise([0, *cuts, rows])]
     loss, gradient = loss_of(batch, *rule, loss_type)
     of_all = rows, int(batch.mask.sum())
     losses, gradients = zip(*(loss_of(part, *rule, loss_type, of_all) for part in parts), strict=True)
