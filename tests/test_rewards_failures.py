@@ -64,6 +64,42 @@ def test_rewards_pass(output):
     assert expected is None or values == expected
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(
+    "output",
+    [{0: 0.25, 1: 0.5, 2: 1.0}, {0.25, 0.5, 1.0}, frozenset({1, 2, 3}), {1: 2, 3: 4, 5: 6}.keys(), b"abc", "123"],
+)
+def test_collections_without_the_order_of_the_completions(output, is_async):
+    """A dictionary's keys would be taken for the rewards, a set's elements in any order."""
+
+    async def later(**kwargs):
+        return output
+
+    later.__name__ = "my_reward"
+    with pytest.raises(
+        RewardError, match=r"'my_reward' returned a \w+, .*, instead of a list of 3 rewards in the order"
+    ):
+        score(later if is_async else returning(output), batch())
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_reward_that_is_given_environments_alone(is_async):
+    """TRL calls an environment's own reward with nothing else."""
+
+    async def later(environments, **kwargs):
+        return [float(environment) for environment in environments]
+
+    def now(environments, **kwargs):
+        return [float(environment) for environment in environments]
+
+    function = checked(later if is_async else now)
+    values = asyncio.run(function(environments=[1, 2])) if is_async else function(environments=[1, 2])
+    assert values == [1.0, 2.0]
+    function = checked(returning([1.0]))
+    assert function(environments=[1, 2]) == [float("inf")] * 2
+    assert "returned 1 rewards instead of 2" in function.failure[0]
+
+
 @pytest.mark.parametrize(
     ("output", "message"),
     [

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import zoo
 from conftest import CPU, TINY_PROMPTS, WORDS, count_a, tiny_model
 from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -241,6 +242,13 @@ def test_prompts_over_what_the_model_was_made_for(tmp_path):
     assert len([w for w in caught if "drop_long_prompts" in str(w.message)]) == 1
 
 
+def test_learned_positions_of_another_modality(tmp_path):
+    """This model's audio tower has a table of positions, its language model has rotary ones and a smaller limit."""
+    model = zoo.tiny_model("moss_transcribe_diarize", max_position_embeddings=16)
+    with pytest.warns(UserWarning, match=r"14 tokens of a prompt .* more than the 16 positions"):
+        assert trained(tmp_path, model=model, train_dataset=prompts(["a " * 14] * 8), max_steps=1)[1]
+
+
 # Trained on
 
 
@@ -345,6 +353,17 @@ def test_a_tokenizer_without_padding(tmp_path):
 def test_a_tokenizer_that_knows_more_than_the_model(tmp_path):
     """As long as it makes none of these tokens, which no prompt of the data holds."""
     assert trained(tmp_path, processing_class=tokenizer(4))[1]
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_a_stream_with_half_a_surrogate_pair(tmp_path, conversational):
+    """As JSON can hold one; no encoding has it."""
+    texts = ["a b", "c \ud83d d", "b a"] * 8
+    values = [[{"role": "user", "content": text}] if conversational else text for text in texts]
+    reader = tokenizer()
+    reader.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"The tokenizer cannot take prompt \d+ of a batch, .*c \\ud83d d.*correct it"):
+        trained(tmp_path, train_dataset=stream(values), processing_class=reader)
 
 
 def test_an_evaluation_set_smaller_than_a_batch(tmp_path):

@@ -2,7 +2,8 @@
 
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -171,6 +172,32 @@ def check_kinds(name: str, prompts: list):
             )
 
 
+@contextmanager
+def naming_refused_prompt(tokenize: Callable[[list], Any], prompts: list) -> Iterator[None]:
+    """Name the prompt that a tokenizer cannot take, such as a text with half a surrogate pair.
+
+    Args:
+        tokenize: what the block does with all prompts at once.
+        prompts: of a batch.
+
+    Raises:
+        ValueError: instead of the tokenizer's own error, if one of the prompts alone raises one, too.
+    """
+    try:
+        yield
+    except Exception as error:
+        for index, prompt in enumerate(prompts):
+            try:
+                tokenize([prompt])
+            except type(error) as alone:
+                reason = str(alone).splitlines()[0] if str(alone) else type(alone).__name__
+                raise ValueError(
+                    f"The tokenizer cannot take prompt {index} of a batch, {_shortened(prompt)} ({reason}): correct it "
+                    "in the data, or drop it."
+                ) from error
+        raise
+
+
 def check_loaded(trainer: Any):
     """What needs the model and the tokenizer that the trainer loaded, before it computes anything.
 
@@ -260,10 +287,10 @@ def _check_room(trainer: Any, length: int, prompt: Any):
     if limit is None or longest <= limit:
         return
     what = f"{length} tokens of a prompt + max_completion_length={args.max_completion_length} are {longest}"
-    # A table of learned positions ends there; OPT's has two more
+    # A table of learned positions ends there; OPT's has two more, and one of another size is another modality's
     names = ("wpe", "embed_positions", "position_embeddings")
     tables = (m for n, m in trainer.model.named_modules() if n.rpartition(".")[2] in names)
-    if any(isinstance(module, nn.Embedding) for module in tables):
+    if any(isinstance(m, nn.Embedding) and limit <= m.num_embeddings <= limit + 2 for m in tables):
         raise ValueError(f"{what}, but the model has {limit} learned positions: {fix}. {where}")
     if not getattr(trainer, "_warned_of_length", False):
         trainer._warned_of_length = True

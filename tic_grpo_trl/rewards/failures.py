@@ -10,7 +10,7 @@ import asyncio
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -89,7 +89,10 @@ class CheckedReward:
     def _values(self, output: Any, columns: dict[str, Any]) -> list[float | None]:
         """What the function returned as Python numbers, or infinities."""
         self.failure = None
-        size = len(columns["prompts"])
+        size = _size(columns)
+        if isinstance(output, Mapping | Set | str | bytes):
+            what = f"returned a {type(output).__name__}, {_shown(output)}, instead of a list of {size} rewards in the "
+            return self._fail(what + "order of the completions", None, columns)
         try:
             values = list(output)
         except TypeError:
@@ -116,9 +119,9 @@ class CheckedReward:
         return self._fail(what, None, columns, where)
 
     def _fail(self, what, sample, columns, trace: str = "", error: BaseException | None = None) -> list[float | None]:
-        texts = _texts(sample, columns["prompts"], columns["completions"])
+        texts = _texts(sample, columns["prompts"], columns["completions"]) if "prompts" in columns else ""
         self.failure = "\n".join(filter(None, [f"Reward function {self.__name__!r} {what}.", texts, trace])), error
-        return [math.inf] * len(columns["prompts"])
+        return [math.inf] * _size(columns)
 
 
 class AsyncCheckedReward(CheckedReward):
@@ -216,9 +219,14 @@ def _number(value: Any) -> float:
     return number
 
 
+def _size(columns: dict[str, Any]) -> int:
+    """How many completions a call is about; an environment's own reward may be given the environments alone."""
+    return len(columns["prompts"] if "prompts" in columns else columns["environments"])
+
+
 def _one_by_one(columns: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
     """The arguments of a call for each sample alone, until the time is up."""
-    size = len(columns["prompts"])
+    size = _size(columns)
     silent = {name: lambda *ignored: None for name in ("log_extra", "log_metric") if name in columns}
     until = time.monotonic() + SEARCH_SECONDS
     for sample in range(size):
