@@ -114,6 +114,14 @@ def test_a_save_killed_before_each_of_its_renames(jobs, whole, tmp_path):
     assert_same_run(folder, expected)
 
 
+def test_a_process_killed_while_it_draws_a_bar_takes_no_lock_along(jobs, whole, tmp_path):
+    expected, _ = whole("full")
+    killed = jobs.start(*resuming(tmp_path / "run", *flags_of("full")), DIE_WITH_LOCK="1")
+    assert killed.wait() == [signal.SIGKILL]
+    jobs.run(*resuming(tmp_path / "run", *flags_of("full")))
+    assert_same_run(tmp_path / "run", expected)
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "tic_grpo_state_0.pt"])
 def test_a_checkpoint_that_was_cut_is_refused(jobs, whole, tmp_path, name):
     """By its name, with the one to take instead; with `true` it is passed over."""

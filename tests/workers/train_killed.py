@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 from launching import ROOT
 from on_cpu import describe, prepare, split_every_parameter
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
@@ -105,6 +107,11 @@ def train(flags):
     log = os.open(job / f"log-{RANK}.txt", os.O_WRONLY | os.O_CREAT)
     for output in (1, 2):
         os.dup2(log, output)
+    # The default lock is one semaphore for all that were forked from here: whoever is killed with it keeps it for ever.
+    tqdm.set_lock(threading.RLock())
+    if "DIE_WITH_LOCK" in os.environ:
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
     prepare()
     train_tic_grpo.TICGRPOTrainer = WatchedTrainer
     parser = TrlParser((train_tic_grpo.TrainArguments, TICGRPOConfig, ModelConfig))
