@@ -397,6 +397,43 @@ def test_settings_that_shape_a_rollout(run_dir, messages):
     assert "per_device_train_batch_size = 8 (was 4)." in warning
 
 
+def test_another_algorithm_inside_a_rollout(run_dir, messages):
+    """Refused before anything is generated; with the rollout given up, or between two rollouts, only named."""
+    inside, between = (str(run_dir / f"checkpoint-{step}") for step in (1, 2))
+
+    def resumed(checkpoint, **config):
+        trainer = trainer_in(run_dir, max_steps=5, save_strategy="no", **config)
+        steps = generations(trainer)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return steps
+
+    with pytest.raises(ValueError, match=r"lies inside a rollout of another .*clip_mode = two_sided \(was up_only\)"):
+        resumed(inside, arm="grpo")
+    with pytest.raises(ValueError, match=r"epsilon_high = 0.5 \(was 0.28\)"):
+        resumed(inside, epsilon_high=0.5)
+    assert not [text for text in messages() if "Settings have changed" in text]
+    assert resumed(inside, arm="grpo", discard_rollout_on_resume=True) == [1, 3]
+    assert resumed(between, arm="grpo") == [2, 4]
+    warnings = [text for text in messages() if "Settings have changed" in text]
+    assert len(warnings) == 2
+    for warning in warnings:
+        assert "and act from here on: importance_sampling_level = token (was trajectory)" in warning
+
+
+def test_changed_settings_of_updates_are_named(run_dir, messages):
+    """transformers restores the learning rate with the optimizer, whatever the new settings say."""
+    trainer = trainer_in(run_dir, max_steps=5, save_strategy="no", learning_rate=0.5, temperature=0.9, warmup_steps=1)
+    steps = generations(trainer)
+    trainer.train(resume_from_checkpoint=str(run_dir / "checkpoint-1"))
+    assert steps == [2, 4]
+    acting, ignored = (text for text in messages() if "Settings have changed" in text)
+    assert "act from here on: warmup_steps = 1.0 (was 0.0), temperature = 0.9 (was " in acting
+    assert "without effect" in ignored
+    assert "learning_rate = 0.5 (was " in ignored
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert max(rates) < 0.5
+
+
 def test_same_settings_make_no_new_rollout(run_dir, messages):
     trainer = trainer_in(run_dir, max_steps=5)
     steps = generations(trainer)

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from trl.trainer.utils import strip_images_from_messages
 
 from . import checkpoints
-from .saving import CheckpointTrainer
+from .saving import OF_ALGORITHM, OF_BATCHES, OF_OPTIMIZER, OF_UPDATES, CheckpointTrainer
 
 
 logger = get_logger(__name__)
@@ -129,19 +129,40 @@ class ResumableTrainer(CheckpointTrainer):
     def _read_state(self, checkpoint: Path) -> dict[str, Any]:
         """What the checkpoint keeps of this process, as far as it suits the settings."""
         then, now = checkpoints.read_manifest(checkpoint)["settings"], self._settings()
-        changed = [name for name in now if then.get(name, now[name]) != now[name]]
-        anew = "What was left of its rollout is generated anew, and the run is not the same bit for bit."
-        if changed:
-            settings = ", ".join(f"{name} = {now[name]} (was {then[name]})" for name in changed)
-            logger.warning(f"Settings have changed since {checkpoint}: {settings}. {anew}")
+        changed = {name for name in now if then.get(name, now[name]) != now[name]}
         path = checkpoint / self._state_name()
-        if "number of processes" in changed:
+        state = None
+        if "number of processes" not in changed and all(gather_object([path.exists()])):
+            state = checkpoints.load_state(path, self.accelerator.device)
+
+        def differences(names) -> str:
+            return ", ".join(f"{name} = {now[name]} (was {then[name]})" for name in names if name in changed)
+
+        discards = self.args.discard_rollout_on_resume
+        inside = state is not None and state.get("_buffered_inputs") is not None
+        if (algorithm := differences(OF_ALGORITHM)) and inside and not discards:
+            raise ValueError(
+                f"{checkpoint} lies inside a rollout of another algorithm, whose rest has its advantages and ratios: "
+                f"{algorithm}. Resume with the old settings or from a checkpoint at the end of a rollout, or set "
+                "discard_rollout_on_resume=True, which generates a new rollout."
+            )
+        if others := differences((*OF_ALGORITHM, *OF_UPDATES)):
+            logger.warning(f"Settings have changed since {checkpoint} and act from here on: {others}.")
+        if ignored := differences(OF_OPTIMIZER):
+            logger.warning(
+                f"Settings have changed since {checkpoint} without effect, as its optimizer and schedule go on with "
+                f"their own: {ignored}. To train with new ones, start a run from the checkpoint's weights."
+            )
+        anew = "What was left of its rollout is generated anew, and the run is not the same bit for bit."
+        batches = differences((*OF_BATCHES, "number of processes", "number of prompts"))
+        if batches:
+            logger.warning(f"Settings have changed since {checkpoint}: {batches}. {anew}")
+        if state is None:
+            if "number of processes" not in changed:
+                logger.warning(f"{checkpoint} has no {path.name}. {anew}")
             return {}
-        if not all(gather_object([path.exists()])):
-            logger.warning(f"{checkpoint} has no {path.name}. {anew}")
-            return {}
-        state = checkpoints.load_state(path, self.accelerator.device)
-        return {name: value for name, value in state.items() if not changed or name not in ROLLOUT + POSITION}
+        anew_names = ROLLOUT + POSITION if batches or discards else ()
+        return {name: value for name, value in state.items() if name not in anew_names}
 
     def _get_train_sampler(self, dataset=None):
         self._train_sampler = super()._get_train_sampler(dataset)

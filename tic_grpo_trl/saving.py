@@ -1,5 +1,6 @@
 """Checkpoints that are complete as soon as they can be seen, and a clear word about those that cannot be resumed."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from . import checkpoints
+from .arms import ARM_FIELDS
 from .config import TICGRPOConfig
 
 
 logger = get_logger(__name__)
 
-# Settings that shape a rollout or the place in the data; a checkpoint's manifest holds them.
-SHAPING = (
+# Settings that a checkpoint's manifest holds, by what it means for a resumed run that they have changed.
+# The rest of the rollout does not fit into the new batches: it is generated anew.
+OF_BATCHES = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "steps_per_generation",
@@ -27,7 +30,41 @@ SHAPING = (
     "beta",
     "use_vllm",
     "vllm_importance_sampling_correction",
-    "behaviour_policy",
+)
+# The rest of the rollout has advantages and ratios of another algorithm: refused unless the user gives it up.
+OF_ALGORITHM = (*ARM_FIELDS, "behaviour_policy")
+# transformers restores them with the optimizer: the new value has no effect.
+OF_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+# The new value acts from the next update on.
+OF_UPDATES = (
+    "optim",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "max_grad_norm",
+    "max_completion_length",
+    "mask_truncated_completions",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "reward_weights",
+    "multi_objective_aggregation",
+    "partition_by_prompt",
+    "use_bias_correction_kl",
+    "off_policy_mask_threshold",
+    "top_entropy_quantile",
+    "entropy_coef",
+    "sapo_temperature_neg",
+    "sapo_temperature_pos",
+    "vespo_k_pos",
+    "vespo_lambda_pos",
+    "vespo_k_neg",
+    "vespo_lambda_neg",
+    "vllm_importance_sampling_mode",
+    "vllm_importance_sampling_clip_min",
+    "vllm_importance_sampling_clip_max",
 )
 
 
@@ -58,7 +95,9 @@ class CheckpointTrainer(GRPOTrainer):
         """Add to a checkpoint what only a subclass knows."""
 
     def _settings(self) -> dict[str, Any]:
-        settings = {name: getattr(self.args, name) for name in SHAPING if hasattr(self.args, name)}
+        values = self.args.to_dict()
+        settings = {name: values[name] for name in (*OF_BATCHES, *OF_ALGORITHM, *OF_OPTIMIZER, *OF_UPDATES)}
+        settings = json.loads(json.dumps(settings))  # as the manifest gives them back
         dataset: Any = self.train_dataset
         prompts = len(dataset) if hasattr(dataset, "__len__") else None  # unknown of a stream
         return settings | {"number of processes": self.accelerator.num_processes, "number of prompts": prompts}
