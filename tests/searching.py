@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from tic_grpo_trl import ARMS
+from tic_grpo_trl.arms import FAMILY
 from tic_grpo_trl.diagnostics import ratio_metrics, ratio_rows
 from tic_grpo_trl.objective import (
     CLIP_MODES,
@@ -85,7 +85,7 @@ def batches(draw, per_token: bool | None = None, width: int = 64) -> Batch:
     return Batch(logps, logps - drift, advantages, mask)
 
 
-ARM_RULES = {name: package_arm(name) for name in ARMS}
+ARM_RULES = {name: package_arm(name) for name in FAMILY}
 CLIPS = st.builds(
     Clip,
     st.sampled_from(CLIP_MODES),

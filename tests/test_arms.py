@@ -1,8 +1,8 @@
 """Every arm through the trainer, loss and gradient, against its formula written out in float64.
 
 A formula takes the token log-ratios r_{i,t} of one response (only the tokens that the policy chose) and A_i, and gives
-per token the objective's value and the coefficient of ∇log π_θ(o_{i,t}) in its gradient. Nothing here comes from
-objective.py; the log-probabilities are those of plain logits.
+per token the objective's value (`None`: the coefficient times the log-probability) and the coefficient of
+∇log π_θ(o_{i,t}) in its gradient. Nothing here comes from objective.py; log-probabilities are those of plain logits.
 """
 
 import functools
@@ -75,12 +75,34 @@ def grpo_no_is(r, a):  # v2 Fig. 1: A·∇log π_θ
     return [(a, a)] * len(r)
 
 
+def cispo(r, a):  # ScaleRL: min(exp r_t, 5)·A·log π, the weight without gradient
+    return [(None, min(math.exp(x), 5.0) * a) for x in r]
+
+
+def sapo(r, a):  # SAPO Eq. 5: 4/τ·σ(τ(w − 1))·A with a τ for either sign of A
+    tau = 1.0 if a > 0 else 1.05
+    gates = [1 / (1 + math.exp(-tau * (math.exp(x) - 1))) for x in r]
+    return [(4 / tau * g * a, 4 * g * (1 - g) * math.exp(x) * a) for g, x in zip(gates, r, strict=True)]
+
+
+def luspo(r, a):  # GSPO's weight of the response times its length, §5.1's bounds
+    s = math.prod(math.exp(x) for x in r) ** (1 / max(len(r), 1))
+    return [ppo(s, a, 1 - 2e-3, 1 + 2.5e-3)] * len(r)
+
+
+def vespo(r, a):  # φ(w) = e^λ·w^k·e^(−λw) without gradient, w the response's ratio; (k, λ) by the sign of A
+    k, lam = (2, 3) if a >= 0 else (3, 2)
+    w = math.prod(math.exp(x) for x in r)
+    return [(None, math.exp(lam) * w**k * math.exp(-lam * w) * a)] * len(r)
+
+
 # What a token of a response is divided by: 1/|o_i| and the mean over responses (v2 Eq. 5 and 9), the constant T and the
-# mean (v5 Eq. 8 and 14), all tokens of the batch (DAPO).
+# mean (v5 Eq. 8 and 14), all tokens of the batch (DAPO), the number of responses (LUSPO).
 NORMALISERS = {
     "per response": lambda lengths, i: len(lengths) * max(lengths[i], 1),
     "constant": lambda lengths, i: len(lengths) * T,
     "all tokens": lambda lengths, i: sum(lengths),
+    "responses": lambda lengths, i: len(lengths),
 }
 FORMULAS = {
     "tic_grpo": (tic_grpo, "constant"),
@@ -94,6 +116,10 @@ FORMULAS = {
     "grpo_traj_is": (grpo_traj_is, "all tokens"),
     "gspo": (gspo, "per response"),
     "grpo_no_is": (grpo_no_is, "all tokens"),
+    "cispo": (cispo, "all tokens"),
+    "sapo": (sapo, "per response"),
+    "luspo": (luspo, "responses"),
+    "vespo": (vespo, "all tokens"),
 }
 TRAJECTORY_ARMS = [name for name, arm in ARMS.items() if arm["importance_sampling_level"] == "trajectory"]
 
@@ -136,9 +162,11 @@ def written_out(arm, inputs, **cap):
         high = {"high": math.exp(cap["sigma"] * math.sqrt(len(r)))} if cap else {}
         terms = formula(r, inputs["advantages"][i].double().item(), **high)
         by = NORMALISERS[normaliser](lengths, i)
-        loss -= sum(value for value, _ in terms) / by
+        chosen = logp[i][chosen_tokens(inputs)[i]].double()
+        values = [c * p if v is None else v for (v, c), p in zip(terms, chosen.tolist(), strict=True)]
+        loss -= sum(values) / by
         coefficients = torch.tensor([coefficient for _, coefficient in terms], dtype=torch.float64)
-        surrogate = surrogate - (coefficients * logp[i][chosen_tokens(inputs)[i]].double()).sum() / by
+        surrogate = surrogate - (coefficients * chosen).sum() / by
     surrogate.backward()
     return loss, {name: parameter.grad for name, parameter in model.named_parameters()}
 

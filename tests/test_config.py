@@ -29,6 +29,10 @@ TABLE = {
     "grpo_ub_clip": ("token", "up_only", "dr_grpo", "none", None, 0.28, None, None),
     "grpo_traj_is": ("trajectory", "two_sided", "dapo", "none", 0.2, 0.28, None, None),
     "gspo": ("sequence", "two_sided", "grpo", "group", 3e-4, 4e-4, None, None),
+    "cispo": ("token", "two_sided", "cispo", "batch", None, 5.0, None, None),
+    "sapo": ("token", "two_sided", "sapo", "group", None, None, None, None),
+    "luspo": ("sequence", "two_sided", "luspo", "group", 2e-3, 2.5e-3, None, None),
+    "vespo": ("token", "two_sided", "vespo", "group", None, None, None, None),
     "grpo_no_is": ("none", "none", "dapo", "none", None, None, None, None),
 }
 
@@ -40,7 +44,7 @@ def test_arms_resolve_to_the_table(arm):
     names += ("epsilon", "epsilon_high", "delta", "length_scaled_cap")
     assert tuple(getattr(args, name) for name in names) == TABLE[arm]
     assert args.resolved_arm == {"arm": arm} | dict(zip(names, TABLE[arm], strict=True))
-    assert args.is_anchored == (arm not in ("grpo", "gspo"))
+    assert args.is_anchored == (arm not in ("grpo", "gspo", "cispo", "sapo", "luspo", "vespo"))
     assert args.beta == 0.0
 
 
@@ -96,12 +100,8 @@ REFUSED = [
     ({"clip_mode": "upper"}, r"Unknown clip_mode 'upper': choose one of up_only"),
     ({"loss_type": "drgrpo"}, r"Unknown loss_type 'drgrpo'"),
     ({"scale_rewards": "std"}, r"Unknown scale_rewards 'std'"),
-    (
-        {"epsilon": 0.2},
-        r"epsilon=0.2 has no effect with clip_mode='up_only': remove epsilon, or set clip_mode to one of",
-    ),
-    ({"arm": "tic_grpo_truncated", "delta": 3.0}, r"delta=3.0 has no effect with clip_mode='truncated'"),
-    ({"arm": "grpo_no_is", "epsilon_high": 0.2}, r"epsilon_high=0.2 has no effect with clip_mode='none'"),
+    ({"arm": "grpo_no_is", "length_scaled_cap": 0.1}, r"length_scaled_cap=0.1 has no effect with clip_mode='none'"),
+    ({"loss_type": "vespo", "length_scaled_cap": 0.1}, r"length_scaled_cap=0.1 has no effect with loss_type='vespo'"),
     ({"arm": "grpo_no_is", "clip_mode": "up_only"}, r"importance_sampling_level='none' does not go with clip_mode"),
     ({"clip_mode": "none"}, r"importance_sampling_level='trajectory' does not go with clip_mode='none'"),
     ({"epsilon_high": 0.2, "length_scaled_cap": 0.01}, r"both set the upper bound of the weight: remove one"),
@@ -113,10 +113,13 @@ REFUSED = [
     ({"arm": "grpo", "epsilon": 1.5}, r"epsilon=1.5 must lie in \(0, 1\]"),
     ({"delta": 1.1}, r"delta=1.1 must be greater than 1 \+ epsilon_high = 1.28"),
     *[
-        ({"loss_type": loss_type}, rf"loss_type='{loss_type}' defines its own importance weight.*choose a loss_type of")
+        (
+            {"loss_type": loss_type, "importance_sampling_level": "trajectory"},
+            rf"loss_type='{loss_type}' defines its own importance weight.*choose a loss_type of",
+        )
         for loss_type in ("cispo", "sapo", "luspo", "vespo")
     ],
-    ({"arm": "grpo2", "loss_type": "cispo"}, r"loss_type='cispo' defines its own importance weight"),
+    ({"clip_mode": "up_only", "loss_type": "cispo"}, r"loss_type='cispo' defines its own importance weight"),
     (
         {"generation_batch_size": 32, "steps_per_generation": 2},
         r"generation_batch_size=32 contradicts steps_per_generation=2, which makes 16",
@@ -151,9 +154,58 @@ def test_vllm_corrections_by_token_go_with_weights_by_token(tmp_path):
     TICGRPOConfig(str(tmp_path), **CPU, vllm_importance_sampling_mode="token_mask")  # without vLLM it is not read
 
 
-@pytest.mark.parametrize("loss_type", ["cispo", "sapo", "vespo"])
-def test_trl_loss_types_stay_available_where_trl_computes_the_weight(loss_type):
-    assert config(arm="grpo", loss_type=loss_type).loss_type == loss_type
+@pytest.mark.parametrize("arm", ["tic_grpo", "grpo", "grpo2", "gspo"])
+@pytest.mark.parametrize("loss_type", ["cispo", "sapo", "luspo", "vespo"])
+def test_an_explicit_loss_type_of_trl_brings_its_weight(arm, loss_type):
+    args = config(arm=arm, loss_type=loss_type)
+    assert (args.importance_sampling_level, args.clip_mode) == ("token", "two_sided")
+    assert args.loss_type == loss_type
+    assert not args.is_anchored
+    bounds = {"cispo": (None, 5.0), "luspo": (0.2, 0.28)}.get(loss_type, (None, None))
+    assert (args.epsilon, args.epsilon_high, args.delta) == (*bounds, None)
+    assert args.notes == [
+        f"loss_type='{loss_type}' brings its own weight: importance_sampling_level='token', clip_mode='two_sided' "
+        "instead of the arm's."
+    ]
+
+
+def test_a_loss_type_of_the_family_has_its_own_bounds_in_an_arm_of_another():
+    assert (config(arm="cispo", loss_type="dapo").epsilon, config(arm="cispo", loss_type="dapo").epsilon_high) == (
+        0.2,
+        0.28,
+    )
+    assert config(arm="luspo", loss_type="grpo").epsilon_high == 0.28
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected", "note"),
+    [
+        ({"epsilon": 0.2}, None, "epsilon=0.2 has no effect with clip_mode='up_only'."),
+        ({"arm": "grpo_no_is", "epsilon_high": 0.2}, None, "epsilon_high=0.2 has no effect with clip_mode='none'."),
+        ({"arm": "tic_grpo_truncated", "delta": 3.0}, None, "delta=3.0 has no effect with clip_mode='truncated'."),
+        ({"loss_type": "sapo", "epsilon": 0.2}, None, "epsilon=0.2 has no effect with loss_type='sapo'."),
+        (
+            {"arm": "grpo", "epsilon": 0.1},
+            0.1,
+            "epsilon=0.1 is the lower bound; the upper one is epsilon_high=0.28, where TRL takes epsilon for both.",
+        ),
+    ],
+)
+def test_a_bound_carried_over_from_trl_is_taken_or_said_to_be_unused(fields, expected, note):
+    args = config(**fields)
+    assert getattr(args, list(fields)[-1]) == expected
+    assert note in args.notes
+    assert config(arm="grpo", epsilon=0.1, epsilon_high=0.1).notes == []
+
+
+def test_a_cap_below_one_for_cispo_warns():
+    with pytest.warns(UserWarning, match=r"the cap is epsilon_high=0.28 itself, .* Set epsilon_high=5.0"):
+        args = config(loss_type="cispo", epsilon_high=0.28)
+    assert args.epsilon_high == 0.28
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        config(loss_type="cispo", epsilon_high=1.5)
+        config(arm="cispo")
 
 
 @pytest.mark.parametrize(
@@ -203,8 +255,9 @@ def test_yaml_and_flags(tmp_path):
     assert args.importance_sampling_level == "token"
     assert (args.epsilon_high, args.scale_rewards) == (0.5, "group")  # a flag beats YAML, YAML beats the arm
 
-    with pytest.raises(ValueError, match="has no effect with clip_mode"):
-        parse(tmp_path, "arm: tic_grpo\n", "--epsilon", "0.1")
+    assert parse(tmp_path, "arm: tic_grpo\n", "--epsilon", "0.1").notes == [
+        "epsilon=0.1 has no effect with clip_mode='up_only'."
+    ]
 
 
 def test_help_renders(capsys):

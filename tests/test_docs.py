@@ -132,7 +132,7 @@ def test_arms_in_the_docs_exist_and_all_are_in_the_table():
     for page in PAGES:
         named = {span for span in spans_of(page) if re.fullmatch(r"(tic_)?grpo(_\w+|2)?|gspo", span)} - {"tic_grpo_trl"}
         assert named <= known, (page, named - known)
-    table = text_of("docs/arms.md").partition("## Every arm")[2].partition("\n## ")[0]
+    table = text_of("docs/arms.md").partition("## Every arm")[2].partition("## The settings")[0]
     assert set(re.findall(r"`(\w+)`(?= \||(?: = `\w+`)? \|)", table)) | {"grpo2"} >= set(ARMS)
 
 

@@ -7,11 +7,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from searching import ARM_RULES, NORMALISERS, Batch, T, lies_on_a_bound, searched, tensors, written_out
 
-from tic_grpo_trl import ARMS
+from tic_grpo_trl.arms import FAMILY
 
 
 PROMPT = 3
-UNLIKE = [name for name in ARMS if name != "grpo_ub_clip"]  # which is grpo2
+UNLIKE = [name for name in FAMILY if name != "grpo_ub_clip"]  # which is grpo2
 
 
 @pytest.fixture(scope="module")

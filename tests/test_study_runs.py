@@ -63,8 +63,8 @@ def test_folders_tell_runs_apart():
 def test_bad_settings_are_refused_before_anything_runs(tmp_path):
     with pytest.raises(ValueError, match="Unknown arm 'tic_gspo'"):
         execute_all([small(), small("tic_gspo")], tmp_path / "study")
-    with pytest.raises(ValueError, match=r"epsilon=0\.1 has no effect"):
-        execute_all([small(), small("tic_grpo:epsilon=0.1")], tmp_path / "study")
+    with pytest.raises(ValueError, match=r"epsilon_high=-0\.1 must be a positive number"):
+        execute_all([small(), small("tic_grpo:epsilon_high=-0.1")], tmp_path / "study")
     with pytest.raises(ValueError, match="seed is not a setting of an arm or of all runs: use --seeds"):
         execute_all([small("tic_grpo:seed=3")], tmp_path / "study")
     with pytest.raises(ValueError, match=r"max_steps .* use --steps"):

@@ -6,7 +6,8 @@ from dataclasses import asdict
 import matplotlib.pyplot as plt
 import pytest
 
-from tic_grpo_trl.config import ARMS, TICGRPOConfig
+from tic_grpo_trl.arms import FAMILY
+from tic_grpo_trl.config import TICGRPOConfig
 from tic_grpo_trl.study.figures import plot_causes, plot_comparison, plot_inner_steps, plot_published
 from tic_grpo_trl.study.report import report_comparison, report_tuned, verdicts
 from tic_grpo_trl.study.runs import Run
@@ -107,7 +108,7 @@ def test_runs_are_loaded_by_arm_in_the_order_of_their_seeds(tmp_path):
 
 def test_every_arm_is_in_the_grid_with_valid_settings():
     assert {arm.split(":")[0] for arm in CAPS} == {
-        TICGRPOConfig("unused", arm=arm, use_cpu=True).arm for arm in ARMS
+        TICGRPOConfig("unused", arm=arm, use_cpu=True).arm for arm in FAMILY
     } - {"grpo_ub_clip"}
     for regime in REGIMES.values():
         sizes = set()

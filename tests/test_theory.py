@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tic_grpo_trl.config import ARMS
+from tic_grpo_trl.arms import FAMILY
 from tic_grpo_trl.objective import anchored_old_logps, clip_log_weight, log_importance_weight, token_log_ratio
 from tic_grpo_trl.theory import estimators
 from tic_grpo_trl.theory.__main__ import main
@@ -187,7 +187,7 @@ def test_the_clip_biases_tic(large):
     assert bias_of_arm(large, theta, package_arm("tic_grpo")).direction_error > 0.1
 
 
-@pytest.mark.parametrize("name", list(ARMS))
+@pytest.mark.parametrize("name", FAMILY)
 def test_coefficients_are_the_gradient_of_the_anchored_loss(small, name):
     """The same update through `anchored_old_logps` and autograd, as the trainer's loss computes it."""
     arm, responses = package_arm(name), small.responses
@@ -412,7 +412,7 @@ def test_command_writes_figures_and_report(tmp_path, capsys, monkeypatch, quick_
     assert {path.name for path in tmp_path.iterdir()} == {"theory.md", *FIGURES}
     report = (tmp_path / "theory.md").read_text()
     assert all(f"]({name})" in report for name in FIGURES)
-    assert all(f"`{name}`" in report for name in ARMS if name != "grpo_ub_clip")
+    assert all(f"`{name}`" in report for name in FAMILY if name != "grpo_ub_clip")
     assert "| **no** |" not in report
     assert "nan" not in report
 

@@ -209,7 +209,9 @@ def test_on_policy_rollouts_have_ratio_one(tmp_path, arm):
     reference = tiny_model()
     mask, logp = inputs["completion_mask"], logps(reference, inputs)
     lengths = mask.sum(1, keepdim=True)
-    normaliser = {"dr_grpo": 8 * 6, "grpo": 8 * lengths, "dapo": mask.sum()}[trainer.loss_type]
+    by_response = {"grpo": 8 * lengths, "sapo": 8 * lengths, "luspo": 8}
+    by_loss_type = {"dr_grpo": 8 * 6} | by_response | dict.fromkeys(("dapo", "cispo", "vespo"), mask.sum())
+    normaliser = by_loss_type[trainer.loss_type]
     (-(inputs["advantages"].unsqueeze(1) * logp * mask) / normaliser).sum().backward()
     assert relative_error(gradients, {name: p.grad for name, p in reference.named_parameters()}) < 1e-5
     trainer.log({})
@@ -593,18 +595,31 @@ def test_active_dropout_is_switched_off_or_refused(tmp_path):
     make_trainer(tmp_path, tiny_model(attention_dropout=0.1), disable_dropout=False, arm="grpo")
 
 
-def test_settings_in_force_are_logged_once(tmp_path, caplog):
-    with caplog.at_level("INFO", logger="tic_grpo_trl"):
-        make_trainer(tmp_path, arm="tic_grpo_v2", epsilon_high=0.03, max_steps=1).train()
-    lines = [record.getMessage() for record in caplog.records if "settings in force" in record.getMessage()]
-    assert len(lines) == 1
-    assert "arm=tic_grpo_v2" in lines[0]
-    assert "epsilon_high=0.03" in lines[0]
-    assert "loss_type=grpo" in lines[0]
-    assert "K = 1 updates per rollout (on-policy: every ratio is 1" in lines[0]
-    with caplog.at_level("INFO", logger="tic_grpo_trl"):
-        make_trainer(tmp_path, steps_per_generation=8, gradient_accumulation_steps=4, num_iterations=2)
-    assert caplog.records[-1].getMessage().endswith("K = 4 updates per rollout")
+@pytest.mark.parametrize("disable_tqdm", [False, True])
+def test_settings_in_force_are_shown_once(tmp_path, capsys, disable_tqdm):
+    """On the screen of a script that sets up no logging."""
+    config = {"arm": "tic_grpo_v2", "epsilon_high": 0.03, "epsilon": 0.2, "disable_tqdm": disable_tqdm}
+    batches = {"steps_per_generation": 8, "gradient_accumulation_steps": 4, "num_iterations": 2}
+    make_trainer(tmp_path, max_steps=1, **config, **batches).train()
+    lines = capsys.readouterr().out.splitlines()
+    (start,) = [index for index, line in enumerate(lines) if "settings in force" in line]
+    assert "arm=tic_grpo_v2" in lines[start]
+    assert "epsilon_high=0.03" in lines[start]
+    assert "loss_type=grpo" in lines[start]
+    assert lines[start].endswith("K = 4 updates per rollout")
+    assert lines[start + 1] == "epsilon=0.2 has no effect with clip_mode='up_only'."
+
+
+def test_a_default_without_an_inner_loop_says_how_to_have_one(tmp_path, messages):
+    make_trainer(tmp_path, gradient_accumulation_steps=2)
+    (warning,) = messages()
+    assert "K = 1" in warning
+    assert "steps_per_generation=8 " in warning
+    assert "num_iterations=4 " in warning
+    for k_is_4 in ({"steps_per_generation": 8}, {"num_iterations": 4}):
+        make_trainer(tmp_path, gradient_accumulation_steps=2, **k_is_4)
+    make_trainer(tmp_path, arm="grpo")  # whose ratio acts on nothing else either, as in TRL
+    assert len(messages()) == 1
 
 
 def test_model_card_has_tags_citation_settings_and_results(tmp_path):
@@ -668,7 +683,7 @@ def test_passes_of_an_evaluation_are_no_larger_than_those_of_training(tmp_path):
                 passes.append(kwargs["input_ids"].numel())
 
         trainer.model.register_forward_pre_hook(note, with_kwargs=True)
-        trainer._way_to_pack()  # makes passes of its own
+        assert trainer.layout  # makes passes of its own
         passes.clear()
         torch.manual_seed(3)
         metrics = trainer.evaluate() | trainer.state.log_history[-1]

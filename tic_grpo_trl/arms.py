@@ -1,4 +1,5 @@
-"""Every algorithm of the two papers, of the code their authors released, and some of our own: data, not branches."""
+"""Every algorithm of the two papers, of the code their authors released, TRL's other losses, and some of our own: data,
+not branches."""
 
 from typing import Any
 
@@ -14,7 +15,7 @@ ARM_FIELDS = (
     "scale_rewards",
 )
 
-# Which bounds a clip rule reads; any other that the user sets would have no effect, so it is refused.
+# Which bounds a clip rule reads; any other has no effect.
 BOUNDS = ("epsilon", "epsilon_high", "delta", "length_scaled_cap")
 BOUNDS_READ = {
     "up_only": {"epsilon_high", "delta", "length_scaled_cap"},
@@ -24,9 +25,18 @@ BOUNDS_READ = {
     "none": set(),
 }
 ANCHORED_LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo")
-OTHER_LOSS_TYPES = ("cispo", "sapo", "luspo", "vespo")
+
+# TRL's losses that define their own weight of a token, and which bounds they read
+OTHER_LOSS_TYPES = {
+    "cispo": {"epsilon_high"},
+    "sapo": set(),
+    "luspo": {"epsilon", "epsilon_high", "delta"},
+    "vespo": set(),
+}
+CISPO_CAP = 5.0  # the weight's cap itself, not 1 + epsilon_high (ScaleRL, arXiv 2510.13786)
 
 _UP_ONLY = {"importance_sampling_level": "trajectory", "clip_mode": "up_only"}
+_BY_TOKEN = {"importance_sampling_level": "token", "clip_mode": "two_sided"}
 _DAPO_CLIP = {"epsilon": 0.2, "epsilon_high": 0.28}
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -49,13 +59,7 @@ ARMS: dict[str, dict[str, Any]] = {
     # v2 Eq. 9 and Algorithm 2
     "tic_grpo_v2": _UP_ONLY | {"epsilon_high": 0.28, "loss_type": "grpo", "scale_rewards": "group"},
     # DAPO's loss, the baseline of both papers
-    "grpo": {
-        "importance_sampling_level": "token",
-        "clip_mode": "two_sided",
-        "loss_type": "dapo",
-        "scale_rewards": "none",
-    }
-    | _DAPO_CLIP,
+    "grpo": _BY_TOKEN | {"loss_type": "dapo", "scale_rewards": "none"} | _DAPO_CLIP,
     # v5 Eq. 14, "GRPO2" in the theory and "GRPO+UB_Clip" in Table 2
     "grpo2": {
         "importance_sampling_level": "token",
@@ -81,6 +85,19 @@ ARMS: dict[str, dict[str, Any]] = {
         "loss_type": "grpo",
         "scale_rewards": "group",
     },
+    # TRL's losses under their own names: ScaleRL's CISPO, SAPO (arXiv 2511.20347), LUSPO (arXiv 2602.05261, §5.1),
+    # VESPO (arXiv 2602.10693)
+    "cispo": _BY_TOKEN | {"epsilon_high": CISPO_CAP, "loss_type": "cispo", "scale_rewards": "batch"},
+    "sapo": _BY_TOKEN | {"loss_type": "sapo", "scale_rewards": "group"},
+    "luspo": _BY_TOKEN
+    | {
+        "importance_sampling_level": "sequence",
+        "epsilon": 2e-3,
+        "epsilon_high": 2.5e-3,
+        "loss_type": "luspo",
+        "scale_rewards": "group",
+    },
+    "vespo": _BY_TOKEN | {"loss_type": "vespo", "scale_rewards": "group"},
     # v2 Fig. 1 and v5 Fig. 1: importance sampling removed
     "grpo_no_is": {
         "importance_sampling_level": "none",
@@ -90,3 +107,6 @@ ARMS: dict[str, dict[str, Any]] = {
     },
 }
 ARMS["grpo_ub_clip"] = ARMS["grpo2"]
+
+# Those whose weight is one of the family's three axes
+FAMILY = [name for name, arm in ARMS.items() if arm["loss_type"] in ANCHORED_LOSS_TYPES]

@@ -202,7 +202,7 @@ def check_axes(config: "TICGRPOConfig"):
         )
     if config.scale_rewards not in ("none", "group", "batch"):
         raise ValueError(f"Unknown scale_rewards {config.scale_rewards!r}: choose 'none', 'group' or 'batch'.")
-    if config.loss_type not in ANCHORED_LOSS_TYPES + OTHER_LOSS_TYPES:
+    if config.loss_type not in (*ANCHORED_LOSS_TYPES, *OTHER_LOSS_TYPES):
         raise ValueError(f"Unknown loss_type {config.loss_type!r}: choose one of {', '.join(ANCHORED_LOSS_TYPES)}.")
     if config.is_anchored and config.loss_type in OTHER_LOSS_TYPES:
         raise ValueError(

@@ -1,6 +1,7 @@
 """TICGRPOConfig: GRPOConfig plus the three axes of the family, and the named arms that set them."""
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,13 +9,10 @@ import torch
 from trl import GRPOConfig
 
 from .arithmetic import check_batches
-from .arms import ARM_FIELDS, ARMS, BOUNDS, BOUNDS_READ
+from .arms import ARM_FIELDS, ARMS, BOUNDS, BOUNDS_READ, CISPO_CAP, OTHER_LOSS_TYPES
 from .checks import check_axes, check_bounds, check_guards, check_ranges, settle_types
 from .credentials import WithoutCredentials
-from .objective import CLIP_MODES, Clip
-
-
-_VLLM_MODES = ("sequence_mask", "sequence_truncate", "token_mask", "token_truncate")
+from .objective import CLIP_MODES, CORRECTION_MODES, Clip
 
 
 @dataclass(repr=False)
@@ -83,6 +81,9 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
         reward_timeout (`float`, *optional*):
             Seconds that one call of a reward function may take; a run whose reward function takes longer ends on every
             process. No limit by default.
+        discard_rollout_on_resume (`bool`, *optional*, defaults to `False`):
+            Resume from a checkpoint inside a rollout by generating a new rollout. Needed where the algorithm has
+            changed since, which is refused otherwise: the rest of the old rollout has its advantages and ratios.
         completions_total_limit (`int`, *optional*):
             Keep the newest so many tables of `log_completions` (`completions/*.parquet`, one per entry of the log), as
             `save_total_limit` does with checkpoints. All by default.
@@ -183,6 +184,10 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
     reward_timeout: float | None = field(
         default=None, metadata={"help": "Seconds that one call of a reward function may take. Default: no limit."}
     )
+    discard_rollout_on_resume: bool = field(
+        default=False,
+        metadata={"help": "Resume inside a rollout by generating a new one, as another algorithm needs."},
+    )
     completions_total_limit: int | None = field(
         default=None, metadata={"help": "Keep the newest so many tables of log_completions. Default: all."}
     )
@@ -245,11 +250,14 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
         return not (self.importance_sampling_level in ("token", "sequence") and self.clip_mode == "two_sided")
 
     def _resolve_arm(self):
-        """Fill what the user left unset from the arm, then from the clip mode."""
+        """Fill what the user left unset from the arm, then from the loss type and the clip mode."""
         if self.arm not in ARMS:
             raise ValueError(f"Unknown arm {self.arm!r}: choose one of {', '.join(ARMS)}.")
-        arm = ARMS[self.arm]
+        arm = dict(ARMS[self.arm])
         explicit = {name for name in ARM_FIELDS if getattr(self, name) is not None}
+        self.notes = []
+        if self.loss_type != arm["loss_type"] and {self.loss_type, arm["loss_type"]} & set(OTHER_LOSS_TYPES):
+            self._follow_loss_type(arm, explicit)
         for name in ARM_FIELDS:
             if name not in explicit:
                 setattr(self, name, arm.get(name))
@@ -261,16 +269,41 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
             self.clip_mode = "up_only" if self.importance_sampling_level == "trajectory" else "two_sided"
         if self.clip_mode not in CLIP_MODES:
             raise ValueError(f"Unknown clip_mode {self.clip_mode!r}: choose one of {', '.join(CLIP_MODES)}.")
+        self._resolve_bounds(explicit)
 
+        # Flags and YAML may give TRL's booleans as text
+        self.scale_rewards = {"true": "group", "false": "none"}.get(str(self.scale_rewards).lower(), self.scale_rewards)
+
+    def _follow_loss_type(self, arm: dict[str, Any], explicit: set[str]):
+        """Let the arm's weight give way to the one that a loss type brings along, or that goes with it."""
+        if self.loss_type is None:
+            return
         for name in BOUNDS:
-            if name not in BOUNDS_READ[self.clip_mode]:
-                if name in explicit:
-                    readers = [mode for mode, names in BOUNDS_READ.items() if name in names]
-                    raise ValueError(
-                        f"{name}={getattr(self, name)} has no effect with clip_mode={self.clip_mode!r}: remove {name}, "
-                        f"or set clip_mode to one of {', '.join(readers)}."
-                    )
-                setattr(self, name, None)
+            arm.pop(name, None)
+        if self.loss_type not in OTHER_LOSS_TYPES:
+            return
+        arm |= {"importance_sampling_level": "token", "clip_mode": "two_sided"}
+        if self.loss_type == "cispo":
+            arm["epsilon_high"] = CISPO_CAP
+        followed = [name for name in ("importance_sampling_level", "clip_mode") if name not in explicit]
+        if followed:
+            values = ", ".join(f"{name}={arm[name]!r}" for name in followed)
+            self.notes.append(f"loss_type={self.loss_type!r} brings its own weight: {values} instead of the arm's.")
+
+    def _resolve_bounds(self, explicit: set[str]):
+        """Keep the bounds that the loss reads, and say which of those that the user set it does not."""
+        of_loss_type = self.loss_type in OTHER_LOSS_TYPES
+        read = OTHER_LOSS_TYPES[str(self.loss_type)] if of_loss_type else BOUNDS_READ[str(self.clip_mode)]
+        for name in BOUNDS:
+            if name in read:
+                continue
+            if name in explicit:
+                reader = f"loss_type={self.loss_type!r}" if of_loss_type else f"clip_mode={self.clip_mode!r}"
+                unused = f"{name}={getattr(self, name)} has no effect with {reader}"
+                if name == "length_scaled_cap" and self.length_scaled_cap:
+                    raise ValueError(f"{unused}: remove {name}.")
+                self.notes.append(f"{unused}.")
+            setattr(self, name, None)
         if self.length_scaled_cap and self.epsilon_high is not None:
             if {"length_scaled_cap", "epsilon_high"} <= explicit:
                 raise ValueError(
@@ -280,13 +313,22 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
             setattr(self, "length_scaled_cap" if "epsilon_high" in explicit else "epsilon_high", None)
         if self.importance_sampling_level != "trajectory" and "length_scaled_cap" not in explicit:
             self.length_scaled_cap = None
-        if self.epsilon_high is None and not self.length_scaled_cap and self.clip_mode != "none":
+        if self.epsilon_high is None and not self.length_scaled_cap and "epsilon_high" in read:
             self.epsilon_high = 0.28
-        if self.epsilon is None and "epsilon" in BOUNDS_READ[self.clip_mode]:
+        if self.epsilon is None and "epsilon" in read:
             self.epsilon = 0.2
-
-        # Flags and YAML may give TRL's booleans as text
-        self.scale_rewards = {"true": "group", "false": "none"}.get(str(self.scale_rewards).lower(), self.scale_rewards)
+        if "epsilon" in explicit & read and "epsilon_high" not in explicit and not self.length_scaled_cap:
+            self.notes.append(
+                f"epsilon={self.epsilon} is the lower bound; the upper one is epsilon_high={self.epsilon_high}, where "
+                "TRL takes epsilon for both."
+            )
+        if self.loss_type == "cispo" and self.epsilon_high is not None and self.epsilon_high < 1:
+            warnings.warn(
+                f"With loss_type='cispo' the cap is epsilon_high={self.epsilon_high} itself, not 1 + epsilon_high: it "
+                f"holds nearly every weight at {self.epsilon_high}. Set epsilon_high={CISPO_CAP}.",
+                UserWarning,
+                stacklevel=5,
+            )
 
     def _resolve_behaviour_policy(self):
         if self.behaviour_policy not in ("trainer", "sampler"):
@@ -300,8 +342,10 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
                 "vllm_importance_sampling_correction=True would correct for once more: remove one of them."
             )
         mode, corrects = self.vllm_importance_sampling_mode, self.vllm_importance_sampling_correction
-        if mode not in _VLLM_MODES:
-            raise ValueError(f"Unknown vllm_importance_sampling_mode {mode!r}: choose one of {', '.join(_VLLM_MODES)}.")
+        if mode not in CORRECTION_MODES:
+            raise ValueError(
+                f"Unknown vllm_importance_sampling_mode {mode!r}: choose one of {', '.join(CORRECTION_MODES)}."
+            )
         if self.use_vllm and corrects and mode.startswith("token_") and self.importance_sampling_level == "trajectory":
             raise ValueError(
                 f"vllm_importance_sampling_mode={mode!r} gives every token its own factor, which does not go with one "

@@ -56,6 +56,24 @@ def shown_values(logs: dict[str, float] | None, measures_noise: bool = False) ->
     return shown
 
 
+class SettingsCallback(TrainerCallback):
+    """Show the settings in force when training starts, in a terminal and in a notebook alike.
+
+    Args:
+        updates: K, per rollout.
+    """
+
+    def __init__(self, updates: int):
+        self._updates = updates
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        settings = ", ".join(f"{name}={value}" for name, value in args.resolved_arm.items())
+        lines = [f"TIC-GRPO settings in force: {settings}; K = {self._updates} updates per rollout", *args.notes]
+        tqdm.write("\n".join(lines))
+
+
 class _Latest:
     """The latest text of everything that is shown, in order."""
 

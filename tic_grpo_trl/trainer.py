@@ -25,8 +25,15 @@ from .data.sources import is_hub_id
 from .diagnostics import mean_sampler_ratio, merge_steps, ratio_rows
 from .guards import RatioGuards, settle_dropout
 from .objective import anchored_old_logps, clip_log_weight, log_importance_weight, token_log_ratio
-from .preflight import check_ids, check_inputs, check_kinds, check_loaded, checked_rollout
-from .progress import DISPLAYS
+from .preflight import (
+    check_ids,
+    check_inputs,
+    check_kinds,
+    check_loaded,
+    checked_rollout,
+    naming_refused_prompt,
+)
+from .progress import DISPLAYS, SettingsCallback
 from .rewards.failures import checked, raise_failures
 from .safe_update import SafeUpdateTrainer
 
@@ -127,14 +134,20 @@ class TICGRPOTrainer(SafeUpdateTrainer):
         for shown in [type(callback) for callback in self.callback_handler.callbacks if type(callback) in DISPLAYS]:
             self.remove_callback(shown)
             self.add_callback(DISPLAYS[shown])
-        settings = ", ".join(f"{name}={value}" for name, value in args.resolved_arm.items())
         updates = max(1, self._rollout_steps // args.gradient_accumulation_steps)  # K
-        on_policy = " (on-policy: every ratio is 1; raise steps_per_generation for more)" if updates == 1 else ""
-        logger.info(f"TIC-GRPO settings in force: {settings}; K = {updates} updates per rollout{on_policy}")
+        self.add_callback(SettingsCallback(updates))
+        if updates == 1 and self._level == "trajectory" and args.behaviour_policy == "trainer":
+            logger.warning(
+                "K = 1: each rollout serves one update, so the policy is the one that sampled, every ratio is 1 and "
+                f"TIC-GRPO has nothing to correct. For K = 4 set steps_per_generation="
+                f"{4 * args.gradient_accumulation_steps} (mini-batches of a larger rollout) or num_iterations=4 (the "
+                "same rollout four times)."
+            )
 
     def _tokenize_prompts(self, prompts):
         check_kinds("a batch", prompts)
-        tokenized = super()._tokenize_prompts(prompts)
+        with naming_refused_prompt(super()._tokenize_prompts, prompts):
+            tokenized = super()._tokenize_prompts(prompts)
         check_ids(self, tokenized[0], prompts.__getitem__)
         return tokenized
 

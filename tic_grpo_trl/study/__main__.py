@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
-from ..config import ARMS
+from ..arms import ARMS, FAMILY
 from .report import report_comparison, report_tuned
 from .runs import TASKS, Run, execute_all, parse_settings
 from .tables import load
 from .tuning import CAPS, REGIMES, REPORT_SEEDS, SELECTION_SEEDS, candidates, choose, make_runs
 
 
-ALL_ARMS = [name for name in ARMS if name != "grpo_ub_clip"]  # an alias
+ALL_ARMS = [name for name in FAMILY if name != "grpo_ub_clip"]  # an alias
 
 
 @dataclass

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..config import ARMS
+from ..arms import FAMILY
 from .ascent import HORIZONS, Ascent, Setting, ascend, starting_point, theorem_arms
 from .decomposition import (
     IDENTITIES,
@@ -98,8 +98,8 @@ class Check:
 
 
 def package_arms() -> dict[str, Arm]:
-    """The package's arms, without the alias `grpo_ub_clip`."""
-    return {name: package_arm(name) for name in ARMS if name != "grpo_ub_clip"}
+    """The package's arms, without the alias `grpo_ub_clip` and TRL's own losses."""
+    return {name: package_arm(name) for name in FAMILY if name != "grpo_ub_clip"}
 
 
 def large_lists(scale: Scale) -> list[Listed]:
