@@ -44,7 +44,7 @@ smollm2: install ## train SmolLM2-135M-Instruct, from a package, with LoRA on su
 test: lint ## lint, type check and every test but those of the next four, in two processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-slow: install ## notebooks, a real pretrained model, runs that are killed, 2,000 steps, a search of settings
+test-slow: install ## notebooks, a real pretrained model, every architecture, runs that are killed, 2,000 steps, a search of settings
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(ARGS)
 
 test-distributed: install ## DDP, DeepSpeed ZeRO-2 and -3, FSDP2 and two nodes, each in real processes
@@ -113,6 +113,9 @@ theory: install ## exact checks of the papers' claims on enumerable policies: re
 bench-math: install ## what scoring a rollout's answers costs, against TRL's reward: table in runs/bench
 	$(BIN)/python benchmarks/math_reward.py $(ARGS)
 
+models: install ## every causal language model through both trainers: the table of docs/models.md, 8 minutes
+	$(BIN)/python tests/zoo_runs.py docs/models.md $(ARGS)
+
 notebooks: install ## execute examples/notebooks in place
 	$(BIN)/python tests/test_notebooks.py
 
@@ -126,4 +129,4 @@ clean: ## remove the environments, runs and caches
 	rm -rf $(VENV) $(VLLM_VENV) $(LIGHTEVAL_VENV) runs docs/_build build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 .PHONY: help install environments train eval smollm2 test test-slow test-distributed test-vllm test-lighteval coverage mutation lint starter study \
-	study-quick study-tuned bench bench-vllm bench-math theory notebooks docs docs-links clean
+	study-quick study-tuned bench bench-vllm bench-math theory models notebooks docs docs-links clean

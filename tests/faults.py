@@ -140,6 +140,19 @@ def edit_rollouts(trainer, edit):
     trainer._generate_and_score_completions = edited
 
 
+def edit_scores(trainer, edit):
+    """Let `edit(logps, marked)` change log-probabilities of the reference; `marked`: (B,) bool."""
+    score = trainer._score
+
+    def edited(inputs, batch_size=None, model=None):
+        logps = score(inputs, batch_size, model)
+        if model is trainer.ref_model:
+            edit(logps, (inputs["completion_ids"] == MARK).any(dim=1))
+        return logps
+
+    trainer._score = edited
+
+
 def without_marked(trainer, masked=False):
     """The same training without the marked rows: their advantages 0, or with `masked` no token of theirs."""
 

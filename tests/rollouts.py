@@ -153,7 +153,7 @@ def count_forwards(trainer) -> list[int]:
     """A list that the number of forward passes is added up in, those of a reference model included."""
     count = [0]
     if isinstance(trainer, TICGRPOTrainer):
-        trainer._way_to_pack()  # which takes a few of its own, once
+        assert trainer.layout  # which takes a few of its own, once
 
     def add(*args):
         count[0] += 1
@@ -223,21 +223,13 @@ def with_advantages_per_token(trainer):
     trainer._generate_and_score_completions = edited
 
 
-def with_vllm_correction(columns):
+def with_vllm_correction(mode, low=None, high=3.0):
     def prepare(trainer):
-        """As if vLLM had sampled: ratios per response or per token, in the rollout and in the loss."""
-        generate = trainer._generate_and_score_completions
-        generator = torch.Generator().manual_seed(1)
-
-        def edited(inputs):
-            trainer.use_vllm = False  # it is not installed
-            rollout = generate(inputs)
-            trainer.use_vllm = True
-            size, width = rollout["completion_mask"].shape
-            ratio = 0.5 + torch.rand(size, columns or width, generator=generator)
-            return rollout | {"importance_sampling_ratio": ratio}
-
-        trainer._generate_and_score_completions = edited
+        """Make TRL correct for the log-probabilities of a `rollout_func`, as it does for those of vLLM."""
+        trainer.use_vllm, trainer._last_loaded_step = True, -1
+        trainer.vllm_generation = SimpleNamespace(sync_weights=lambda: None)
+        trainer.vllm_importance_sampling_mode = mode
+        trainer.vllm_importance_sampling_clip_min, trainer.vllm_importance_sampling_clip_max = low, high
 
     return prepare
 

@@ -226,14 +226,14 @@ def test_measuring_leaves_no_trace(tmp_path, monkeypatch, config):
     model = {"attention_dropout": 0.2} if "disable_dropout" in config else {}
     passes = []
     measured = make_trainer(tmp_path, tiny_model(**model), max_steps=4, steps_per_generation=2, **config)
-    measured._way_to_pack()  # whose probes are passes of the run itself, and draw from dropout where it is active
+    assert measured.layout  # whose probes are passes of the run itself, and draw from dropout where it is active
     noted = RatioGuards._measuring
     monkeypatch.setattr(RatioGuards, "_measuring", lambda self: passes.append(1) or noted(self))
     measured.train()
     assert len(passes) == 1  # of two rollouts
     monkeypatch.setattr(RatioGuards, "check_rollout", lambda self, rollout: None)
     plain = make_trainer(tmp_path, tiny_model(**model), max_steps=4, steps_per_generation=2, **config)
-    plain._way_to_pack()
+    assert plain.layout
     plain.train()
     for mine, theirs in zip(measured.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)

@@ -11,6 +11,7 @@ from tic_grpo_trl.objective import (
     anchored_old_logps,
     clip_log_weight,
     log_importance_weight,
+    sampler_correction,
     token_log_ratio,
 )
 
@@ -253,3 +254,41 @@ def test_against_a_transcription_of_the_formulas(level, clip, drift, per_token_a
     expected_value, expected_gradient = papers_surrogate(logps, old, advantages, mask, level, clip)
     torch.testing.assert_close(objective.detach(), expected_value, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-12)
+
+
+# The correction for the sampler
+
+
+RATIOS = torch.tensor([[0.5, 2.0, 1.25], [1.0, 4.0, 1.0]])  # P_old/P_sampler of each token
+
+
+@pytest.mark.parametrize(
+    ("mode", "low", "high", "expected"),
+    [
+        ("token_truncate", None, None, [[0.5, 2.0, 1.25], [1.0, 4.0, 1.0]]),
+        ("token_truncate", 0.75, 3.0, [[0.75, 2.0, 1.25], [1.0, 3.0, 1.0]]),
+        ("token_mask", 0.75, 3.0, [[0.0, 2.0, 1.25], [1.0, 0.0, 1.0]]),
+        ("sequence_truncate", None, 3.0, [[1.25], [3.0]]),
+        ("sequence_mask", None, 3.0, [[1.25], [0.0]]),
+        ("sequence_mask", 1.5, None, [[0.0], [4.0]]),
+    ],
+)
+def test_sampler_correction_by_hand(mode, low, high, expected):
+    old = torch.full((2, 3), -1.0)
+    ratio = sampler_correction(old, old - RATIOS.log(), torch.ones(2, 3), mode, low, high)
+    torch.testing.assert_close(ratio, torch.tensor(expected))
+
+
+def test_tokens_that_the_sampler_did_not_score_or_choose_are_not_corrected():
+    old = torch.full((2, 3), -1.0)
+    sampler, mask = old - RATIOS.log(), torch.ones(2, 3)
+    sampler[0, 0], mask[1, 1] = math.nan, 0
+    by_token = sampler_correction(old, sampler, mask, "token_truncate", None, 3.0)
+    torch.testing.assert_close(by_token, torch.tensor([[1.0, 2.0, 1.25], [1.0, 1.0, 1.0]]))
+    by_response = sampler_correction(old, sampler, mask, "sequence_mask", None, 3.0)
+    torch.testing.assert_close(by_response, torch.tensor([[2.5], [1.0]]))
+
+
+def test_an_unknown_correction_is_refused():
+    with pytest.raises(ValueError, match="Unknown correction mode 'sequence': choose one of sequence_mask"):
+        sampler_correction(RATIOS, RATIOS, RATIOS, "sequence", None, None)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import zoo
 from conftest import tiny_model
 from transformers import (
     BloomConfig,
@@ -31,11 +32,14 @@ from tic_grpo_trl.packing import (
     attention_arguments,
     attention_by_segment,
     first_fit,
+    ignores_left_padding,
     keeps_apart,
     lay_out,
+    model_inputs,
     pack,
     used_columns,
     ways_to_pack,
+    why_trl_layout,
 )
 
 
@@ -112,18 +116,23 @@ def padded(seed: int, size: int = 7, prompt: int = 5, completion: int = 9, vocab
 
 
 @pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("layout", [{}, {"single_row": True}, {"multiple_of": 8}])
+@pytest.mark.parametrize("multiple_of", [None, 8])
+@pytest.mark.parametrize("layout", ["segments", "rows", "sorted"])
 @pytest.mark.parametrize("linear_width", [0, 1000])
-def test_every_value_comes_back_to_its_token(seed, layout, linear_width):
+def test_every_value_comes_back_to_its_token(seed, layout, multiple_of, linear_width):
     ids, mask = padded(seed)
-    packed = pack(ids, mask, 9, pad_token_id=99, linear_width=linear_width, **layout)
-    assert packed.tokens == mask.sum()
-    assert packed.input_ids.shape == packed.position_ids.shape == packed.labels.shape
-    if layout.get("single_row"):
+    packed = pack(ids, mask, 9, 99, layout, linear_width=linear_width, multiple_of=multiple_of)
+    assert packed.tokens == mask.sum() == packed.attention_mask.sum()
+    assert packed.input_ids.shape == packed.position_ids.shape == packed.labels.shape == packed.attention_mask.shape
+    lengths = [length for length in mask.sum(1).tolist() if length]
+    if layout == "segments":
         assert len(packed.input_ids) == 1
-        assert packed.segments == [length for length in mask.sum(1).tolist() if length]
-    if layout.get("multiple_of"):
-        assert packed.input_ids.size(1) % 8 == 0
+        assert packed.segments[: len(lengths)] == lengths
+        assert sum(packed.segments) == packed.input_ids.size(1)
+    if layout == "sorted":
+        # each from its first column on, so that nothing stands before it
+        assert packed.attention_mask.tolist() == [[1] * n + [0] * (packed.input_ids.size(1) - n) for n in lengths]
+    assert packed.input_ids.size(1) % (multiple_of or 1) == 0
 
     # A model that says of every label which one it is and at which position, and noise where nothing is scored
     said = (1000 * packed.labels + packed.position_ids).double()[:, 1:]
@@ -134,10 +143,11 @@ def test_every_value_comes_back_to_its_token(seed, layout, linear_width):
     assert torch.equal(packed.unpack(said), expected)
 
 
-@pytest.mark.parametrize("layout", [{}, {"single_row": True}, {"multiple_of": 8}])
-def test_the_rows_hold_every_sequence_whole_and_nothing_else(layout):
+@pytest.mark.parametrize("multiple_of", [None, 8])
+@pytest.mark.parametrize("layout", ["segments", "rows", "sorted"])
+def test_the_rows_hold_every_sequence_whole_and_nothing_else(layout, multiple_of):
     ids, mask = padded(seed=3)
-    packed = pack(ids, mask, 9, pad_token_id=99, linear_width=50, **layout)
+    packed = pack(ids, mask, 9, 99, layout, linear_width=50, multiple_of=multiple_of)
     found = []
     for row_ids, row_positions in zip(packed.input_ids.tolist(), packed.position_ids.tolist(), strict=True):
         for token, position in zip(row_ids, row_positions, strict=True):
@@ -151,16 +161,16 @@ def test_the_rows_hold_every_sequence_whole_and_nothing_else(layout):
 
 def test_values_carry_their_gradient_back():
     ids, mask = padded(seed=1)
-    packed = pack(ids, mask, 9, pad_token_id=99, linear_width=50)
+    packed = pack(ids, mask, 9, 99, "rows", linear_width=50)
     said = torch.zeros(packed.labels[:, 1:].shape, requires_grad=True)
     packed.unpack(said).sum().backward()
     assert torch.equal(said.grad, (packed.labels[:, 1:] != IGNORED).float())  # each scored slot once
 
 
-@pytest.mark.parametrize("layout", [{}, {"single_row": True}])
+@pytest.mark.parametrize("layout", ["segments", "rows", "sorted"])
 def test_a_batch_without_tokens_is_two_empty_slots(layout):
     ids, mask = padded(seed=0)
-    packed = pack(ids, mask * 0, 9, pad_token_id=99, linear_width=50, **layout)
+    packed = pack(ids, mask * 0, 9, 99, layout, linear_width=50)
     assert packed.tokens == 0
     assert packed.input_ids.size(1) == 2
     assert (packed.input_ids == 99).all()
@@ -175,7 +185,7 @@ def test_a_batch_without_tokens_is_two_empty_slots(layout):
 @pytest.mark.parametrize("multiple_of", [None, 16])
 def test_flash_attention_reads_the_segments_of_a_single_row(multiple_of):
     ids, mask = padded(seed=5)
-    packed = pack(ids, mask, 9, pad_token_id=99, linear_width=50, single_row=True, multiple_of=multiple_of)
+    packed = pack(ids, mask, 9, 99, "varlen", multiple_of=multiple_of)
     lengths = torch.tensor([length for length in mask.sum(1).tolist() if length])
     empty = packed.input_ids.size(1) - int(lengths.sum())  # each a sequence of its own
     assert empty == -int(lengths.sum()) % (multiple_of or 1)
@@ -196,18 +206,11 @@ def fused(model):
     return lambda **inputs: model(**inputs, fused_lm_head=True).log_probs
 
 
-def packed_log_probs(log_probs, ids, mask, way, **layout):
-    """Of the last 9 columns, from one pass over rows that are kept apart in a way."""
-    packed = pack(ids, mask, 9, pad_token_id=0, linear_width=96, single_row=way == "segments", **layout)
-    assert len(packed.input_ids) < len(ids)
-    return packed.unpack(
-        log_probs(
-            input_ids=packed.input_ids,
-            position_ids=packed.position_ids,
-            labels=packed.labels,
-            **attention_arguments(way, packed.segments, ids.device),
-        )
-    )
+def packed_log_probs(log_probs, ids, mask, layout, multiple_of=None):
+    """Of the last 9 columns, from one pass."""
+    packed = pack(ids, mask, 9, 0, layout, linear_width=96, multiple_of=multiple_of)
+    assert (len(packed.input_ids) < len(ids)) == (layout != "sorted")
+    return packed.unpack(log_probs(input_ids=packed.input_ids, labels=packed.labels, **model_inputs(packed, layout)))
 
 
 def padded_log_probs(log_probs, ids, mask):
@@ -230,12 +233,16 @@ def without_empty_rows(seed):
 
 
 @pytest.mark.parametrize("multiple_of", [None, 16])
-@pytest.mark.parametrize(("attention", "way"), [("eager", "rows"), ("sdpa", "rows"), ("sdpa", "segments")])
+@pytest.mark.parametrize(
+    ("attention", "way"),
+    [("eager", "rows"), ("sdpa", "rows"), ("sdpa", "segments"), ("sdpa", "sorted"), ("eager", "sorted")],
+)
 def test_a_packed_pass_equals_a_padded_one(attention, way, multiple_of):
     ids, mask = without_empty_rows(seed=2)
     model = tiny_model(attn_implementation=attention)
     log_probs = fused(model)
-    assert way in ways_to_pack(model.config)
+    if way not in (*ways_to_pack(model.config), "sorted"):
+        pytest.skip("only scaled-dot-product attention is called by segments")
     expected = padded_log_probs(log_probs, ids, mask)
     expected_gradients = gradients(model, expected)
     actual = packed_log_probs(log_probs, ids, mask, way, multiple_of=multiple_of)
@@ -245,12 +252,12 @@ def test_a_packed_pass_equals_a_padded_one(attention, way, multiple_of):
     assert (actual_gradients - expected_gradients).norm() < 1e-5 * expected_gradients.norm()
 
 
-@pytest.mark.parametrize("way", ["rows", "segments"])
+@pytest.mark.parametrize("way", ["rows", "segments", "sorted"])
 def test_absolute_positions_count_from_each_response(way):
     """What a response has in a row it has alone, without the padding that TRL's default positions would count."""
     torch.manual_seed(0)
     model = gpt2().eval()
-    assert way in ways_to_pack(model.config)
+    assert way in (*ways_to_pack(model.config), "sorted")
     log_probs = fused(model)
     ids, mask = without_empty_rows(seed=2)
     together = packed_log_probs(log_probs, ids, mask, way)
@@ -364,9 +371,9 @@ def mamba():
 def is_kept_apart(model, way):
     log_probs = fused(model)
 
-    def call(input_ids, position_ids, segments):
+    def call(input_ids, segments=None, **positions):
         arguments = attention_arguments(way, segments, input_ids.device)
-        return log_probs(input_ids=input_ids, position_ids=position_ids, labels=input_ids, **arguments)
+        return log_probs(input_ids=input_ids, labels=input_ids, **positions, **arguments)
 
     return keeps_apart(call, "cpu", torch.finfo(model.dtype).eps)
 
@@ -380,6 +387,61 @@ def test_which_models_keep_responses_of_a_row_apart(model, apart):
     model = model().eval()
     for way in ways_to_pack(model.config):
         assert is_kept_apart(model, way) is apart, way
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "glm4_moe", "hunyuan_v1_moe"])
+def test_the_layout_does_not_depend_on_the_random_weights(model_type):
+    """Tokens that are shared out anew among experts move the last bit of log-probabilities of any size."""
+    for seed in range(12):
+        model = zoo.tiny_model(model_type, seed=seed)
+        assert is_kept_apart(model, ways_to_pack(model.config)[0]), seed
+
+
+@pytest.mark.parametrize(
+    ("model_type", "ignores"),
+    [
+        ("llama", True),
+        ("bloom", True),  # ALiBi counts from the attention mask
+        ("mamba", True),  # masks what enters its state
+        ("openai-gpt", True),  # absolute positions, which generation passes
+        ("rwkv", False),  # takes the padding into its state
+        ("bart", False),  # has absolute positions of its own
+    ],
+)
+def test_which_models_ignore_padding_before_a_prompt(model_type, ignores):
+    model = zoo.tiny_model(model_type, "eager")
+    log_probs = fused(model)
+    assert ignores_left_padding(lambda **row: log_probs(labels=row["input_ids"], **row), "cpu", 1e-7) is ignores
+
+
+ROPE = {"rope_theta": 10000.0, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (LlamaConfig(), None),
+        (LlamaConfig(rope_parameters=ROPE | {"rope_type": "linear"}), None),
+        (LlamaConfig(rope_parameters=ROPE | {"rope_type": "dynamic"}), "rope_type='dynamic'"),
+        (LlamaConfig(rope_scaling={"type": "dynamic", "factor": 4.0}), "rope_type='dynamic'"),
+        (zoo.tiny_config("phi3", **zoo.rope_variants("phi3")["longrope"]), "rope_type='longrope'"),
+        # one of the layer types
+        (zoo.tiny_config("gemma3_text", **zoo.rope_variants("gemma3_text")["dynamic"]), "rope_type='dynamic'"),
+        # a model with images
+        (zoo.tiny_config("qwen3_5", **zoo.rope_variants("qwen3_5")["dynamic"]), "rope_type='dynamic'"),
+        (zoo.tiny_config("deepseek_v4"), "'compressed_sparse_attention' divide a row into blocks"),
+        (zoo.tiny_config("minimax_m3_vl_text"), "'minimax_m3_sparse' divide"),
+    ],
+)
+def test_what_only_trl_s_layout_gives(config, reason):
+    found = why_trl_layout(config)
+    assert reason in found if reason else found is None
+
+
+def test_positions_that_a_model_counts_otherwise_are_not_passed():
+    """RoBERTa's start after the padding's id: packed with positions from 0 it would be another model."""
+    model = zoo.tiny_model("roberta")
+    assert not any(is_kept_apart(model, way) for way in ways_to_pack(model.config))
 
 
 @pytest.mark.parametrize("way", ["rows", "segments"])

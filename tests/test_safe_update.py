@@ -13,6 +13,7 @@ from faults import (
     Judge,
     build,
     edit_rollouts,
+    edit_scores,
     in_scoring,
     in_training,
     logged,
@@ -55,11 +56,11 @@ def policy(value):
     return lambda trainer: poison_embedding(trainer.model, value, in_training)
 
 
-def one_token(name, value):
-    def edit(rollout, marked):
-        rollout[name][marked, 0] = value
+def one_token_of_reference(value):
+    def edit(logps, marked):
+        logps[marked, 0] = value
 
-    return lambda trainer: edit_rollouts(trainer, edit)
+    return lambda trainer: edit_scores(trainer, edit)
 
 
 def reference(value):
@@ -84,8 +85,8 @@ FAULTS = {
         {"padding_free": False, "skip_dead_rows": False, "skip_on_policy_logps": False},
     ),
     "reference": (reference(NAN), {"beta": 0.1}),
-    "reference -inf": (one_token("ref_per_token_logps", -INF), {"beta": 0.1}),
-    "reference, exp overflows": (one_token("ref_per_token_logps", 100.0), {"beta": 0.1}),
+    "reference -inf": (one_token_of_reference(-INF), {"beta": 0.1}),
+    "reference, exp overflows": (one_token_of_reference(100.0), {"beta": 0.1}),
     "advantage nan": (set_rows("advantages", NAN), {}),
     "advantage -inf, padded": (set_rows("advantages", -INF), {"padding_free": False}),
     "ratio inf": (add_ratio(INF), {}),

@@ -1,17 +1,21 @@
 """update_phase.py and padding_free.py against TRL: whatever is left out of an update, its gradients stay TRL's."""
 
+import copy
 import random
 from types import SimpleNamespace
 
 import pytest
 import torch
+import zoo
 from conftest import WORDS, drifted, tiny_model, tiny_moe_model
 from peft import LoraConfig, PromptTuningConfig
 from rollouts import (
     SEQUENCE,
     TOKEN,
     assert_same_updates,
+    build,
     own_logprobs,
+    random_rollouts,
     total,
     train,
     trl_and_ours,
@@ -144,7 +148,7 @@ def test_in_float64_the_updates_are_trl_s_to_twelve_digits(tmp_path, settings):
     model = GPT2LMHeadModel(config).double()
     # TRL counts this model's positions from the first column, so that prompts of one length are not padded
     pair = trl_and_ours(tmp_path, settings, model=model, prepare=in_float64, rollouts={"prompt": 3})
-    assert pair[1].trainer._way_to_pack()
+    assert pair[1].trainer.layout == "segments"
     assert pair[1].gradients[0].dtype == torch.float64
     assert_same_updates(*reversed(pair), gradient=1e-12, loss=1e-7)  # the logged loss is float32
 
@@ -163,8 +167,15 @@ OPTIONS = {
     "tool_mask_and_kl": ({"beta": 0.3}, {"tools": True}, None, True),
     "truncated_rows_masked": ({"mask_truncated_completions": True}, {"truncated": 0.4, "dead": 0.0}, None, True),
     "advantages_per_token": ({}, {}, with_advantages_per_token, True),
-    "vllm_correction_per_response": ({}, {}, with_vllm_correction(1), True),
-    "vllm_correction_per_token": ({}, {}, with_vllm_correction(0), True),
+    "vllm_sequence_mask": ({}, {"sampler": own_logprobs(0.1)}, with_vllm_correction("sequence_mask", 0.8, 1.2), True),
+    "vllm_sequence_truncate": ({}, {"sampler": own_logprobs(0.1)}, with_vllm_correction("sequence_truncate"), True),
+    "vllm_token_mask": ({}, {"sampler": own_logprobs(0.1)}, with_vllm_correction("token_mask", high=1.1), True),
+    "vllm_token_truncate": (
+        {"beta": 0.3},
+        {"sampler": own_logprobs(0.1)},
+        with_vllm_correction("token_truncate", 0.9, 1.1),
+        False,
+    ),
     "off_policy_mask": ({"off_policy_mask_threshold": 0.02}, {}, None, True),
     "off_policy_mask_of_a_sampler": (
         {"off_policy_mask_threshold": 0.1},
@@ -199,8 +210,9 @@ def test_every_option_gives_trl_s_updates(tmp_path, option):
     reference, ours = trl_and_ours(tmp_path, settings, rollouts=rollouts, prepare=prepare, model=model)
     assert_same_updates(ours, reference)
     assert (total(ours, "update/rows_skipped") > 0) == dead_rows
-    if "vllm" not in option:  # where the test's trainer does not score although it says that it uses vLLM
-        assert reference.forwards - ours.forwards == total(ours, "update/forwards_saved")
+    assert reference.forwards - ours.forwards == total(ours, "update/forwards_saved")
+    if "vllm" in option:
+        assert "sampling/importance_sampling_ratio/mean" in ours.logs[0]
     if settings.get("beta"):
         assert all(entry["kl"] > 0 for entry in reference.logs)
         # TRL averages over micro-batches, which differ
@@ -218,7 +230,7 @@ def test_packed_rows_are_as_wide_as_pad_to_multiple_of_asks(tmp_path):
             if "position_ids" in kwargs:
                 widths.append(kwargs["input_ids"].size(1))
 
-        trainer._way_to_pack()
+        assert trainer.layout == "segments"
         trainer.model.register_forward_pre_hook(note, with_kwargs=True)
 
     train(tmp_path, prepare=prepare, pad_to_multiple_of=8)
@@ -266,8 +278,79 @@ def test_a_sliding_window_stays_in_its_response(tmp_path, model):
     """Much shorter than the responses."""
     torch.manual_seed(0)
     reference, ours = trl_and_ours(tmp_path, {}, model=model())
-    assert ours.trainer._way_to_pack()
+    assert ours.trainer.layout == "rows"
     assert_same_updates(ours, reference)
+
+
+ROPE = {
+    "rope_theta": 10000.0,
+    "rope_type": "longrope",
+    "factor": 4.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0, 5.0, 6.0, 7.0],
+    "original_max_position_embeddings": 12,
+}
+LONGEST = {"prompt": 3, "longest": 20, "dead": 0.25}
+
+
+def rope_model(rope_type):
+    """Whose original length is crossed by the longest responses alone."""
+    rope = ROPE if rope_type == "longrope" else {"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 4.0}
+    return tiny_model(rope_parameters=rope, max_position_embeddings=48 if rope_type == "longrope" else 12)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+def test_frequencies_that_follow_the_longest_position(tmp_path, messages, rope_type, beta):
+    """Each response's log-probabilities depend on what else is in its pass, so only TRL's own passes give TRL's."""
+    prepare = with_own_reference if beta else None
+    reference, ours = trl_and_ours(
+        tmp_path, {"beta": 0.0}, model=rope_model(rope_type), rollouts=LONGEST, prepare=prepare
+    )
+    assert ours.trainer.layout == "padded"
+    assert_same_updates(ours, reference)
+    (warning,) = [text for text in messages() if "padding_free" in text]
+    assert f"does not apply: with rope_type='{rope_type}'" in warning
+    assert "costs as much as if every response were as long as the longest of the rollout" in warning
+
+
+def with_own_reference(trainer):
+    """Let a copy of the policy be the reference, at beta = 0.1."""
+    trainer.beta, trainer.ref_model = 0.1, copy.deepcopy(trainer.model)
+
+
+def openai_gpt():
+    return zoo.tiny_model("openai-gpt", "eager")
+
+
+def hunyuan():
+    return zoo.tiny_model("hunyuan_v1_moe")
+
+
+@pytest.mark.parametrize("layout", ["sorted", None])
+@pytest.mark.parametrize("model", [openai_gpt, hunyuan, rope_model])
+def test_equal_weights_have_no_divergence(tmp_path, model, layout):
+    """The reference is scored on the very micro-batches that train, where padding stands as it does there."""
+    model = model("dynamic") if model is rope_model else model()
+
+    def prepare(trainer):
+        trainer._layout = layout
+        with_own_reference(trainer)
+
+    settings = {"learning_rate": 0.0, "skip_on_policy_logps": False, "steps_per_generation": 8, "max_steps": 8}
+    still = train(tmp_path, model=model, prepare=prepare, rollouts={"longest": 20, "dead": 0.0}, **settings)
+    for log in still.logs:
+        assert log["kl"] == 0.0
+        assert max(abs(log["trajectory_ratio/log_min"]), abs(log["trajectory_ratio/log_max"])) < 1e-5
+
+
+def test_a_head_that_trl_gets_wrong(tmp_path, messages):
+    """TRL's head takes the hidden states as they are; RoBERTa's own has a layer before it."""
+    assert build(tmp_path, random_rollouts(), model=zoo.tiny_model("roberta")).layout == "sorted"
+    (warning,) = [text for text in messages() if "TRL's head" in text]
+    assert "leaves out a step of this model" in warning
+    assert build(tmp_path, random_rollouts(), model=zoo.tiny_model("gemma3_text")).layout == "rows"
+    assert len([text for text in messages() if "TRL's head" in text]) == 1
 
 
 PROMPT_TUNING = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
@@ -276,7 +359,7 @@ PROMPT_TUNING = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
 def test_virtual_tokens_before_prompts_of_one_length(tmp_path):
     """Prompt tuning takes no positions, so it cannot pack."""
     reference, ours = trl_and_ours(tmp_path, {}, peft_config=PROMPT_TUNING, rollouts={"prompt": 3})
-    assert not ours.trainer._way_to_pack()
+    assert ours.trainer.layout == "padded"
     assert_same_updates(ours, reference)
 
 

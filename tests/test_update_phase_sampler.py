@@ -17,11 +17,14 @@ from rollouts import (
     live_rows,
     own_logprobs,
     random_rollouts,
+    total,
     train,
     trl_and_ours,
+    with_vllm_correction,
 )
 
 from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
+from tic_grpo_trl.objective import CORRECTION_MODES
 
 
 pytestmark = pytest.mark.usefixtures("cheap_garbage_collection")
@@ -98,7 +101,7 @@ def test_a_row_that_the_sampler_left_a_token_out_of_has_ratio_one(tmp_path, swit
     expected[2] = 0.0
     assert_ratios(result.logs[0], expected)
     assert result.logs[0]["sampling/rows_without_logps"] == 1 / 8
-    assert result.forwards == (1 + 1 if not switches else 2 + 2)  # without padding that row alone is scored
+    assert result.forwards == (1 + 1 if not switches else 2 + 1)  # of its micro-batch that response alone is scored
     assert result.gradients[0].isfinite().all()
 
 
@@ -111,6 +114,26 @@ def test_a_sampler_without_log_probabilities_is_refused(tmp_path):
         build(tmp_path, random_rollouts(), vllm_importance_sampling_correction=True, **SAMPLER)
     assert TICGRPOConfig(str(tmp_path), **CPU).vllm_importance_sampling_correction is True
     assert TICGRPOConfig(str(tmp_path), **CPU, behaviour_policy="sampler").vllm_importance_sampling_correction is False
+
+
+# TRL's correction
+
+
+@pytest.mark.parametrize("mode", CORRECTION_MODES)
+def test_metrics_of_the_correction_are_trl_s(tmp_path, mode):
+    """Where every response is trained on, so that both look at the same ones."""
+
+    def prepare(trainer):
+        with_vllm_correction(mode, 0.7, 1.3)(trainer)
+        trainer.args.skip_dead_rows = False
+
+    reference, ours = trl_and_ours(tmp_path, {}, rollouts={"sampler": own_logprobs(0.3)}, prepare=prepare)
+    assert total(ours, "update/rows_skipped") == 0
+    names = [name for log in reference.logs for name in log if name.startswith("sampling/")]
+    assert len(names) == 5 * 2  # in the log of every rollout's first update
+    for mine, theirs in zip(ours.logs, reference.logs, strict=True):
+        for name in names:
+            assert mine.get(name, 0.0) == pytest.approx(theirs.get(name, 0.0), rel=1e-5), name
 
 
 # The engine's weights

@@ -42,6 +42,11 @@ def loss_mask(inputs: dict[str, Any]) -> torch.Tensor:
     return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
 
 
+def lacks_sampler_logps(inputs: dict[str, Any]) -> torch.Tensor:
+    """(n,) bool: the responses of which the sampler left a token's log-probability out."""
+    return (inputs["sampling_per_token_logps"].isnan() & loss_mask(inputs).bool()).any(dim=1)
+
+
 def rows_of_prompts(prompts: torch.Tensor, num_generations: int) -> torch.Tensor:
     """Rows of whole groups.
 

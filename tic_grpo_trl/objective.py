@@ -16,6 +16,7 @@ import torch
 
 LEVELS = ("token", "sequence", "trajectory", "none")
 CLIP_MODES = ("up_only", "capped", "two_sided", "truncated", "none")
+CORRECTION_MODES = ("sequence_mask", "sequence_truncate", "token_mask", "token_truncate")
 
 # Where a rule has no upper bound (PPO's clip at A < 0), the weight is held at e^20 so that no loss or gradient is inf.
 LOG_WEIGHT_BOUND = 20.0
@@ -198,3 +199,40 @@ def anchored_old_logps(
     """
     anchor = torch.where(clipped.keeps_gradient, per_token_logps.detach(), per_token_logps)
     return anchor - clipped.log_weight
+
+
+def sampler_correction(
+    old_per_token_logps: torch.Tensor,  # (B, T)
+    sampling_per_token_logps: torch.Tensor,  # (B, T)
+    mask: torch.Tensor,  # (B, T)
+    mode: str,
+    low: float | None,
+    high: float | None,
+) -> torch.Tensor:
+    """Compute TRL's correction of the mismatch between sampler and trainer: a bounded P_old/P_sampler.
+
+    Args:
+        old_per_token_logps: log-probabilities under the trainer's weights, in nats.
+        sampling_per_token_logps: those under which the tokens were drawn; a NaN leaves its token uncorrected.
+        mask: 1 on the tokens that count.
+        mode: `"token_…"` for a ratio of each token, `"sequence_…"` for that of the response; `"…_truncate"` holds it
+            between the bounds, `"…_mask"` makes it 0 beyond them.
+        low, high: the bounds, `None` for none.
+
+    Returns:
+        (B, T) for the token modes, else (B, 1).
+
+    Raises:
+        ValueError: for an unknown mode.
+    """
+    if mode not in CORRECTION_MODES:
+        raise ValueError(f"Unknown correction mode {mode!r}: choose one of {', '.join(CORRECTION_MODES)}.")
+    level, _, rule = mode.partition("_")
+    log_ratio = ((old_per_token_logps - sampling_per_token_logps) * mask).nan_to_num(nan=0.0)
+    if level == "sequence":
+        log_ratio = log_ratio.sum(dim=-1, keepdim=True)  # (B, 1)
+    ratio = log_ratio.exp()
+    if rule == "truncate":
+        return ratio.clamp(min=low, max=high) if (low, high) != (None, None) else ratio
+    beyond = (ratio < (-math.inf if low is None else low)) | (ratio > (math.inf if high is None else high))
+    return ratio.masked_fill(beyond, 0.0)

@@ -1,13 +1,17 @@
 """Forward passes without padding: several responses in one row, each blind to the others.
 
 TRL pads every prompt and completion to the longest of a whole generation batch. Here the real tokens of a micro-batch
-are laid out in full rows, with positions that start at 0 in each response, and RoPE only sees differences of positions,
-so that the log-probabilities are the same to float noise. (With absolute positions they are those that the response
-has alone; TRL counts the padding before it.) What keeps the responses of a row apart:
+are laid out in rows in which every response has the log-probabilities that it has alone. A model with relative
+positions (RoPE, ALiBi) gives it the same ones in TRL's rows; with absolute positions TRL counts the padding before a
+prompt. The layouts, best first:
 
-- `"segments"`: PyTorch's scaled-dot-product attention, called for one response after the other, all in one row;
-- `"varlen"`: FlashAttention's variable-length kernels, which read the positions, all in one row;
-- `"rows"`: an attention mask that transformers makes from the positions; it has width² elements, so the rows are short.
+- `"segments"`: all responses in one row; PyTorch's scaled-dot-product attention is called for one after the other;
+- `"varlen"`: all responses in one row; FlashAttention's variable-length kernels read the positions;
+- `"rows"`: several responses in each row, kept apart by an attention mask that transformers makes from the positions;
+  it has width² elements, so the rows are short;
+- `"sorted"`: one response in each row, from its first column on, so that what is left of the padding stands behind it,
+  where a causal model cannot see it. Responses of like length share a pass;
+- `"padded"`: TRL's rows, for models whose log-probabilities depend on the padding itself.
 """
 
 from collections.abc import Callable
@@ -20,6 +24,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
 IGNORED = -100  # the label of a token that is not scored
+SINGLE_ROW = ("segments", "varlen")
+PACKED = (*SINGLE_ROW, "rows")
 
 
 def longest_first(lengths: list[int]) -> list[int]:
@@ -86,6 +92,7 @@ class PackedBatch:
 
     Attributes:
         input_ids: (R, W).
+        attention_mask: (R, W), 1 on real tokens.
         position_ids: (R, W), from 0 in every sequence; 0 in empty slots, which so attend to themselves alone.
         labels: (R, W), the id of every token that is to be scored, -100 elsewhere.
         scored: (m,) index into the R·W slots of the tokens that are scored.
@@ -96,6 +103,7 @@ class PackedBatch:
     """
 
     input_ids: torch.Tensor
+    attention_mask: torch.Tensor
     position_ids: torch.Tensor
     labels: torch.Tensor
     scored: torch.Tensor
@@ -116,8 +124,8 @@ def pack(
     attention_mask: torch.Tensor,  # (B, S)
     logits_to_keep: int,
     pad_token_id: int,
-    linear_width: int,
-    single_row: bool = False,
+    layout: str,
+    linear_width: int = 0,
     multiple_of: int | None = None,
 ) -> PackedBatch:
     """Lay the real tokens of a padded batch out in rows.
@@ -127,8 +135,8 @@ def pack(
         attention_mask: 1 on real tokens.
         logits_to_keep: T, the completions' columns, whose tokens are scored. The first token of a sequence never is.
         pad_token_id: for empty slots.
-        linear_width: see [`lay_out`].
-        single_row: put everything in one row.
+        layout: `"segments"`, `"varlen"`, `"rows"` or `"sorted"`.
+        linear_width: see [`lay_out`], for `"rows"`.
         multiple_of: make the width a multiple of this.
 
     Returns:
@@ -136,12 +144,15 @@ def pack(
     """
     real = attention_mask.bool()
     lengths = real.sum(dim=1).tolist()
-    rows = [list(range(len(lengths)))] if single_row else lay_out(lengths, linear_width)
+    if layout == "sorted":
+        rows = [[i] for i, length in enumerate(lengths) if length] or [[0]]
+    else:
+        rows = [list(range(len(lengths)))] if layout in SINGLE_ROW else lay_out(lengths, linear_width)
     width = max(2, *(sum(lengths[i] for i in row) for row in rows))
     width += -width % (multiple_of or 1)
 
     empty = width - sum(lengths)  # of a single row
-    segments = [length for length in [*lengths, empty] if length] if single_row else []
+    segments = [length for length in [*lengths, empty] if length] if layout in SINGLE_ROW else []
     starts = [0] * len(lengths)
     for r, row in enumerate(rows):
         start = r * width
@@ -163,6 +174,7 @@ def pack(
     columns = scored[:, -logits_to_keep:].flatten().nonzero().squeeze(1)
     return PackedBatch(
         input_ids=laid_out(input_ids, pad_token_id),
+        attention_mask=laid_out(attention_mask, 0),
         position_ids=laid_out(position, 0),
         labels=laid_out(torch.where(scored, input_ids, IGNORED), IGNORED),
         scored=slot[:, -logits_to_keep:].flatten()[columns],
@@ -213,8 +225,41 @@ def attention_by_segment(module, query, key, value, attention_mask, segments: li
     return torch.cat([sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in parts], dim=1), None
 
 
+# Layers in which a token sees others by the mask and the positions that it is given, or as the test below finds out
+BY_POSITION = {
+    *("full_attention", "sliding_attention", "chunked_attention", "indexed_attention"),
+    *("linear_attention", "conv", "hybrid", "hybrid_sliding", "moe", "mlp"),
+}
+
+
+def why_trl_layout(config: PreTrainedConfig) -> str | None:
+    """Find what makes a response's log-probabilities depend on where it stands in a pass, which no short test can see.
+
+    There is then no layout but TRL's that gives TRL's numbers: a rotary embedding whose frequencies follow the longest
+    position of the whole call (transformers' `dynamic` and `longrope`), or layers that divide a row into blocks of
+    columns.
+
+    Args:
+        config: of a model; each layer type may have a rotary embedding of its own.
+
+    Returns:
+        The reason as a clause, or `None` where there is none.
+    """
+    text = config.get_text_config()
+    # models that bring their own code may still have the older name, and the older key
+    given = [getattr(text, name, None) or {} for name in ("rope_parameters", "rope_scaling")]
+    given += [value for parameters in given for value in parameters.values() if isinstance(value, dict)]
+    for rope_type in [parameters.get(key) for parameters in given for key in ("rope_type", "type")]:
+        if rope_type in ("dynamic", "longrope"):
+            return f"with rope_type={rope_type!r} the model's frequencies follow the longest position of a pass"
+    for layer_type in getattr(text, "layer_types", None) or []:
+        if layer_type not in BY_POSITION:
+            return f"the model's layers of type {layer_type!r} divide a row into blocks of columns"
+    return None
+
+
 def ways_to_pack(config: PreTrainedConfig) -> list[str]:
-    """How the responses of a row might be kept apart under a model's attention, best first (see the module's top)."""
+    """Name the layouts in which a model's attention might keep the responses of a row apart, best first."""
     implementation = str(config._attn_implementation)
     if "flash" in implementation:
         return ["varlen"]
@@ -226,43 +271,95 @@ def ways_to_pack(config: PreTrainedConfig) -> list[str]:
     return ["rows"]
 
 
-def attention_arguments(way: str, segments: list[int] | None, device: torch.device) -> dict[str, Any]:
-    """What a model has to be called with, beside ids and positions, to keep the responses of its rows apart."""
-    if way != "segments" or segments is None:
+def model_inputs(packed: PackedBatch, layout: str) -> dict[str, Any]:
+    """Name what a model is called with, beside ids and labels, so that each response has what it has alone."""
+    if layout == "sorted":
+        return {"attention_mask": packed.attention_mask}
+    return {"position_ids": packed.position_ids} | attention_arguments(layout, packed.segments, packed.input_ids.device)
+
+
+def attention_arguments(layout: str, segments: list[int] | None, device: torch.device) -> dict[str, Any]:
+    """Name what keeps the responses of a row apart, beside their positions."""
+    if layout != "segments" or segments is None:
         return {}
     # transformers passes a mask with four axes on as it is, instead of making one with W² elements
     return {"segments": segments, "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)}
 
 
+# What a model raises that does not take a call of the tests below
+NOT_TAKEN = (TypeError, ValueError, IndexError, NotImplementedError, RuntimeError)
+PROMPT = [4, 1, 3, 2]  # token ids of a short response with its prompt
+
+
+def rounding(log_probs: torch.Tensor, precision: float) -> float:
+    """How far another shape of the batch may move log-probabilities: it grows with depth and the logits."""
+    return precision**0.5 * (1 + float(log_probs.abs().max()))
+
+
 @torch.no_grad()
 def keeps_apart(log_probs: Callable[..., torch.Tensor], device: torch.device | str, precision: float) -> bool:
-    """Whether a model gives a response in a shared row the log-probabilities that it gives it alone.
+    """Measure whether a model gives a response in a shared row the log-probabilities that it gives it alone.
 
-    Measured, not looked up: architectures differ in whether their attention, their recurrent states and their wrappers
-    (prompt tuning, compiled code) respect positions that start again within a row.
+    Architectures differ in whether their attention, their recurrent states and their wrappers (prompt tuning, compiled
+    code) respect positions that start again within a row; nothing in a config tells.
 
     Args:
-        log_probs: maps `input_ids` and `position_ids` (1, W) and the `segments` of the row (`None`: an ordinary call)
-            to the log-probabilities (1, W-1) of ids as labels.
+        log_probs: maps `input_ids` (1, W), and in a shared row `position_ids` (1, W) and the `segments`, to the
+            log-probabilities (1, W-1) of ids as labels.
         device: of the model.
         precision: machine epsilon of its arithmetic.
 
     Returns:
         False too where the model does not take such a call.
     """
-    mine = [4, 1, 3, 2]
 
     def scored(before: list[int]) -> torch.Tensor:
-        segments = [len(part) for part in (before, mine) if part]
-        ids, positions = before + mine, [i for length in segments for i in range(length)]
-        row = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
-        row = {name: tensor.to(device) for name, tensor in row.items()}
-        return log_probs(**row, segments=segments if before else None)[0, -(len(mine) - 1) :].float()
+        row: dict[str, Any] = {"input_ids": torch.tensor([before + PROMPT], device=device)}
+        if before:  # alone a response has the positions that the model itself gives it
+            lengths = [len(before), len(PROMPT)]
+            positions = [i for length in lengths for i in range(length)]
+            row |= {"position_ids": torch.tensor([positions], device=device), "segments": lengths}
+        return log_probs(**row)[0, -(len(PROMPT) - 1) :].float()
 
     try:
         shared, other, alone = scored([1, 2, 3]), scored([2, 4, 1]), scored([])
-    except (TypeError, ValueError, IndexError, NotImplementedError, RuntimeError):
+    except NOT_TAKEN:
         return False
-    # Another neighbour may change nothing; another shape changes the rounding, which grows with depth and the logits.
-    rounding = precision**0.5 * (1 + alone.abs().max())
-    return bool((shared - other).abs().max() <= 4 * precision and (shared - alone).abs().max() <= rounding)
+    # Another neighbour must change nothing but the last bits, of which a mixture of experts shares tokens out anew.
+    unmoved = 4 * precision * (1 + float(alone.abs().max()))
+    return bool((shared - other).abs().max() <= unmoved and (shared - alone).abs().max() <= rounding(alone, precision))
+
+
+@torch.no_grad()
+def ignores_left_padding(log_probs: Callable[..., torch.Tensor], device: torch.device | str, precision: float) -> bool:
+    """Measure whether a model gives a response behind padding the log-probabilities that it gives it alone.
+
+    Generation pads prompts on the left and passes positions that do not count the padding. Some recurrent models take
+    the padding into their state all the same: what they sample from is TRL's padded row, which nothing else stands for.
+
+    Args:
+        log_probs: maps `input_ids`, `attention_mask` (1, W) and maybe `position_ids` to the log-probabilities (1, W-1)
+            of ids as labels.
+        device: of the model.
+        precision: machine epsilon of its arithmetic.
+
+    Returns:
+        Whether it does, with the positions of generation where it takes positions.
+    """
+    size = len(PROMPT)
+    padding = [0, 0, 0]
+    ids = torch.tensor([padding + PROMPT], device=device)
+    mask = torch.tensor([[0] * len(padding) + [1] * size], device=device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    alone = log_probs(input_ids=ids[:, -size:], attention_mask=mask[:, -size:])[0].float()
+
+    def is_alone(**inputs: torch.Tensor) -> bool:
+        padded = log_probs(input_ids=ids, attention_mask=mask, **inputs)[0, -(size - 1) :].float()
+        return bool((padded - alone).abs().max() <= rounding(alone, precision))
+
+    if is_alone():
+        return True
+    try:
+        return is_alone(position_ids=positions)
+    except NOT_TAKEN:
+        return False

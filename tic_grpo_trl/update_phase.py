@@ -11,6 +11,8 @@ ones, which cost a token each.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from trl.trainer.utils import (
 from .batching import (
     exchange_prompts,
     fixed_keys,
+    lacks_sampler_logps,
     loss_mask,
     moving_rows,
     plan_forwards,
@@ -34,6 +37,8 @@ from .batching import (
     shuffle_prompts,
     take_rows,
 )
+from .objective import sampler_correction
+from .packing import PACKED
 from .padding_free import PaddingFreeTrainer
 
 
@@ -91,7 +96,7 @@ class UpdatePhaseTrainer(PaddingFreeTrainer):
             logger.info(f"Responses stay in TRL's micro-batches, dead rows included, because of {self._fixed_rows}.")
         self._has_old_policy = window % self._rollout_steps != 0  # TRL's condition for scoring a rollout
         self._starts_on_policy = self._rollout_steps % window == 0  # a rollout's first step starts a mini-batch
-        self._postpones_scoring = False  # the parent's next call for log-probabilities is answered with None
+        self._postpones_scoring = False  # the parent's calls for log-probabilities are answered with None
         self._filled_at = -1  # the step at which the buffer was filled
         self._last_logps: torch.Tensor | None = None  # of the last forward pass
         self._counts: list[torch.Tensor] = []  # of the micro-batches since the last update
@@ -174,23 +179,17 @@ class UpdatePhaseTrainer(PaddingFreeTrainer):
         self._work["trl_forwards"] += self._micro_batches * (trl_scores + (self.beta != 0.0))
         movable = not self._fixed_rows and not fixed_keys([row_kinds(rollout)])
         micro_batches: list[dict[str, Any] | None]
-        if (self._padding_free or self.args.skip_dead_rows) and self._of_all([int(movable)]).all():
+        if (self.layout != "padded" or self.args.skip_dead_rows) and self._of_all([int(movable)]).all():
             micro_batches = self._plan(rollout)
         else:
             parts: list[Any] = split_tensor_dict(rollout, self._micro_batches)
             micro_batches = [unsplit_pixel_values_by_grid(part) for part in parts]
-        if self._has_old_policy and "old_per_token_logps" not in rollout:
-            # Those of a rollout's first update have their old log-probabilities from the very pass that trains them.
-            on_policy = self._starts_on_policy and self.args.skip_on_policy_logps
-            for micro_batch in micro_batches[self.args.gradient_accumulation_steps if on_policy else 0 :]:
-                if micro_batch is not None:
-                    micro_batch["old_per_token_logps"] = self._score(micro_batch)
+        self._score_micro_batches(micro_batches)
         return micro_batches
 
     def _plan(self, rollout: dict[str, Any]) -> list[dict[str, Any] | None]:
         """The same mini-batches in as few micro-batches as may be, the empty ones first: the last synchronises."""
-        rows, padding_free = self.args.per_device_train_batch_size, self._padding_free
-        packs = padding_free and bool(self._way_to_pack())
+        rows, padding_free = self.args.per_device_train_batch_size, self.layout != "padded"
         live = torch.ones(row_count(rollout), dtype=torch.bool)
         if self.args.skip_dead_rows:
             live = moving_rows(rollout, only_advantages=self.beta == 0.0).cpu()
@@ -201,7 +200,9 @@ class UpdatePhaseTrainer(PaddingFreeTrainer):
         plans: list[list[int]] = []  # rows by micro-batch
         for start in range(0, self._micro_batches, unit):
             kept = [i for i in range(start * rows, (start + unit) * rows) if live[i]]
-            passes = plan_forwards([lengths[i] for i in kept], rows, packs) if padding_free else [range(len(kept))]
+            passes: list[Any] = [range(len(kept))]
+            if padding_free:
+                passes = plan_forwards([lengths[i] for i in kept], rows, self.layout in PACKED)
             plans += [[]] * (unit - len(passes)) + [[kept[i] for i in group] for group in passes]
 
         heights = self._of_all([len(plan) for plan in plans]).amax(dim=0).tolist()  # equal on every process
@@ -219,43 +220,98 @@ class UpdatePhaseTrainer(PaddingFreeTrainer):
             micro_batches.append(micro_batch)
         return micro_batches
 
-    # Old log-probabilities
+    # Old, reference and sampler's log-probabilities
+
+    @contextmanager
+    def _scoring_postponed(self) -> Iterator[None]:
+        """TRL's rollout without its forward passes: what they compute is computed on the micro-batches that train."""
+        corrects = self.vllm_importance_sampling_correction
+        self._postpones_scoring, self.vllm_importance_sampling_correction = True, False
+        try:
+            yield
+        finally:
+            self._postpones_scoring, self.vllm_importance_sampling_correction = False, corrects
 
     def _generate_and_score_completions(self, inputs):
-        args, training = self.args, self.model.training
-        corrects = self.use_vllm and self.vllm_importance_sampling_correction  # by the parent, which then has to score
-        wanted = args.skip_on_policy_logps or args.behaviour_policy == "sampler"
-        wanted = wanted or (training and (self._padding_free or args.skip_dead_rows))
-        self._postpones_scoring = self._has_old_policy and wanted and not corrects and not self._is_vlm
-        try:
+        with self._scoring_postponed():
             rollout = super()._generate_and_score_completions(inputs)
-        finally:
-            self._postpones_scoring = False
-        if args.behaviour_policy == "sampler":
-            rollout["old_per_token_logps"] = self._sampler_logps(rollout)
+        if self.args.behaviour_policy == "sampler":
+            self._check_sampler_logps(rollout)
+        if not self.model.training:
+            self._score_micro_batches([rollout])
         return rollout
 
-    def _sampler_logps(self, rollout: dict[str, Any]) -> torch.Tensor:
-        """(B, T) log-probabilities of the sampler; the policy's own in rows where it left one out (counted)."""
-        logps = rollout.get("sampling_per_token_logps")
-        if logps is None:
+    def _check_sampler_logps(self, rollout: dict[str, Any]):
+        if rollout.get("sampling_per_token_logps") is None:
             raise ValueError(
                 "behaviour_policy='sampler', but the rollout has no log-probabilities of the sampler: return them from "
                 "rollout_func under 'logprobs', or set behaviour_policy='trainer'."
             )
-        mask = loss_mask(rollout).bool()
-        lacking = (logps.isnan() & mask).any(dim=1, keepdim=True)  # (B, 1)
-        share = self.accelerator.gather(lacking.float()).mean().item()
+        share = self.accelerator.gather(lacks_sampler_logps(rollout).float()).mean().item()
         self._metrics["train" if self.model.training else "eval"]["sampling/rows_without_logps"].append(share)
-        logps = torch.where(mask, logps, 0.0)
-        if share == 0:
-            return logps
-        masks = {name: rollout[name] * lacking for name in ("prompt_mask", "completion_mask")}
-        return torch.where(lacking, self._score(rollout | masks, self.args.per_device_train_batch_size), logps)
+
+    def _score_micro_batches(self, micro_batches: list[dict[str, Any] | None]):
+        """Add to each micro-batch the log-probabilities that its loss compares the policy with."""
+        scored = [micro_batch for micro_batch in micro_batches if micro_batch is not None]
+        corrects = self.use_vllm and self.vllm_importance_sampling_correction
+        if self.args.behaviour_policy == "sampler":
+            self._take_sampler_logps(scored)
+        elif self._has_old_policy or corrects:
+            # Those of a rollout's first update have their old log-probabilities from the very pass that trains them.
+            on_policy = self._starts_on_policy and self.args.skip_on_policy_logps and not corrects
+            for micro_batch in micro_batches[self.args.gradient_accumulation_steps if on_policy else 0 :]:
+                if micro_batch is not None and "old_per_token_logps" not in micro_batch:
+                    micro_batch["old_per_token_logps"] = self._score(micro_batch)
+        if corrects:
+            self._correct_for_sampler(scored)
+        if self.beta != 0.0:
+            with self._reference_policy() as model:
+                for micro_batch in scored:
+                    micro_batch["ref_per_token_logps"] = self._score(micro_batch, model=model)
+
+    def _take_sampler_logps(self, micro_batches: list[dict[str, Any]]):
+        """The sampler's log-probabilities as the old ones; the policy's own for responses that lack one."""
+        lacking = [lacks_sampler_logps(micro_batch) for micro_batch in micro_batches]  # (B,) each
+        on_any_process = self._of_all([int(rows.any()) for rows in lacking]).any(dim=0).tolist()
+        for micro_batch, rows, scores in zip(micro_batches, lacking, on_any_process, strict=True):
+            rows = rows.unsqueeze(1)
+            logps = torch.where(loss_mask(micro_batch).bool(), micro_batch["sampling_per_token_logps"], 0.0)
+            if scores:
+                masks = {name: micro_batch[name] * rows for name in ("prompt_mask", "completion_mask")}
+                logps = torch.where(rows, self._score(micro_batch | masks), logps)
+            micro_batch["old_per_token_logps"] = logps
+
+    def _correct_for_sampler(self, micro_batches: list[dict[str, Any]]):
+        """TRL's correction of the mismatch between engine and trainer, and its metrics, over what is trained on."""
+        differences, ratios = [], []
+        for micro_batch in micro_batches:
+            old, sampler = micro_batch["old_per_token_logps"], micro_batch["sampling_per_token_logps"]
+            mask = loss_mask(micro_batch)
+            micro_batch["importance_sampling_ratio"] = sampler_correction(
+                old,
+                sampler,
+                mask,
+                self.vllm_importance_sampling_mode,
+                self.vllm_importance_sampling_clip_min,
+                self.vllm_importance_sampling_clip_max,
+            )
+            difference, ratio = (old - sampler).abs(), micro_batch["importance_sampling_ratio"]
+            differences.append(difference[mask.bool() & ~difference.isnan()])
+            ratios.append(ratio[mask.bool() if ratio.size(1) > 1 else mask.any(dim=1)].flatten())
+        none = torch.zeros(1, device=self.accelerator.device)
+        difference, ratio = (torch.cat(values) for values in (differences, ratios))
+        difference, ratio = (values if values.numel() else none for values in (difference, ratio))
+        local = torch.stack([difference.mean(), difference.max(), ratio.min(), ratio.mean(), ratio.max()])
+        means, largest, least, averages, most = self.accelerator.gather(local).view(-1, 5).unbind(dim=1)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["sampling/sampling_logp_difference/mean"].append(means.mean().item())
+        metrics["sampling/sampling_logp_difference/max"].append(largest.max().item())
+        metrics["sampling/importance_sampling_ratio/min"].append(least.min().item())
+        metrics["sampling/importance_sampling_ratio/mean"].append(averages.mean().item())
+        metrics["sampling/importance_sampling_ratio/max"].append(most.max().item())
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
         if self._postpones_scoring:
-            self._postpones_scoring = False
             return None, None, None
         outputs = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         self._last_logps = outputs[0].detach()
