@@ -420,14 +420,37 @@ def test_another_algorithm_inside_a_rollout(run_dir, messages):
         assert "and act from here on: importance_sampling_level = token (was trajectory)" in warning
 
 
+def test_settings_that_a_rollout_was_scored_with(run_dir, messages):
+    """Its log-probabilities are those at the old temperature: ratios to them would not start at 1."""
+    trainer = trainer_in(run_dir, max_steps=5, save_strategy="no", temperature=0.5)
+    steps = generations(trainer)
+    trainer.train(resume_from_checkpoint=str(run_dir / "checkpoint-1"))
+    assert steps == [1, 3]
+    named, discarded = (text for text in messages() if "checkpoint-1" in text)
+    assert "act from here on: temperature = 0.5 (was 1.0)" in named
+    assert "is discarded" in discarded
+    trainer = trainer_in(run_dir, max_steps=5, save_strategy="no", temperature=0.5, discard_rollout_on_resume=True)
+    steps = generations(trainer)
+    trainer.train(resume_from_checkpoint=str(run_dir / "checkpoint-2"))  # between two rollouts nothing is
+    assert steps == [2, 4]
+    assert not [text for text in messages() if "checkpoint-2 is discarded" in text]
+
+
+def test_a_new_rollout_for_other_batches_may_be_one_of_another_algorithm(run_dir):
+    trainer = trainer_in(run_dir, max_steps=5, save_strategy="no", per_device_train_batch_size=8, arm="grpo")
+    steps = generations(trainer)
+    trainer.train(resume_from_checkpoint=str(run_dir / "checkpoint-1"))
+    assert steps == [1, 3]
+
+
 def test_changed_settings_of_updates_are_named(run_dir, messages):
     """transformers restores the learning rate with the optimizer, whatever the new settings say."""
-    trainer = trainer_in(run_dir, max_steps=5, save_strategy="no", learning_rate=0.5, temperature=0.9, warmup_steps=1)
+    trainer = trainer_in(run_dir, max_steps=5, save_strategy="no", learning_rate=0.5, max_grad_norm=0.9, warmup_steps=1)
     steps = generations(trainer)
     trainer.train(resume_from_checkpoint=str(run_dir / "checkpoint-1"))
     assert steps == [2, 4]
     acting, ignored = (text for text in messages() if "Settings have changed" in text)
-    assert "act from here on: warmup_steps = 1.0 (was 0.0), temperature = 0.9 (was " in acting
+    assert "act from here on: warmup_steps = 1.0 (was 0.0), max_grad_norm = 0.9 (was " in acting
     assert "without effect" in ignored
     assert "learning_rate = 0.5 (was " in ignored
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]

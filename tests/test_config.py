@@ -154,7 +154,7 @@ def test_vllm_corrections_by_token_go_with_weights_by_token(tmp_path):
     TICGRPOConfig(str(tmp_path), **CPU, vllm_importance_sampling_mode="token_mask")  # without vLLM it is not read
 
 
-@pytest.mark.parametrize("arm", ["tic_grpo", "grpo", "grpo2", "gspo"])
+@pytest.mark.parametrize("arm", ["tic_grpo", "grpo2"])
 @pytest.mark.parametrize("loss_type", ["cispo", "sapo", "luspo", "vespo"])
 def test_an_explicit_loss_type_of_trl_brings_its_weight(arm, loss_type):
     args = config(arm=arm, loss_type=loss_type)
@@ -167,6 +167,15 @@ def test_an_explicit_loss_type_of_trl_brings_its_weight(arm, loss_type):
         f"loss_type='{loss_type}' brings its own weight: importance_sampling_level='token', clip_mode='two_sided' "
         "instead of the arm's."
     ]
+
+
+def test_a_loss_type_of_trl_keeps_a_weight_that_goes_with_it():
+    sequence = config(arm="gspo", loss_type="luspo")
+    assert (sequence.importance_sampling_level, sequence.epsilon, sequence.epsilon_high) == ("sequence", 3e-4, 4e-4)
+    assert config(arm="grpo", loss_type="cispo").epsilon_high == 5.0
+    assert config(arm="cispo", loss_type="sapo").epsilon_high is None
+    for arm, loss_type in (("gspo", "luspo"), ("grpo", "cispo"), ("cispo", "sapo")):
+        assert config(arm=arm, loss_type=loss_type).notes == []
 
 
 def test_a_loss_type_of_the_family_has_its_own_bounds_in_an_arm_of_another():

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import zoo
 from conftest import logps, make_trainer, tiny_model
 from peft import LoraConfig
-from rollouts import GIVEN, given_rollouts, own_logprobs, train
+from rollouts import GIVEN, build, given_rollouts, own_logprobs, random_rollouts, train
 from transformers import GenerationConfig
 
 from tic_grpo_trl.guards import RatioGuards, root_mean_square, sampler_log_ratio
@@ -214,6 +215,16 @@ def test_float32_measures_nothing(tmp_path, warned, monkeypatch):
     assert warned() == []
 
 
+def test_a_model_that_padding_changes_has_no_noise_of_more_padding(tmp_path, messages):
+    """Its state takes in what stands before the prompt: no rounding, whatever the precision."""
+    model = zoo.tiny_model("rwkv", "eager")
+    trainer = build(tmp_path, random_rollouts(), model=model, bf16=True)
+    trainer.train()
+    assert trainer.layout == "padded"
+    assert not [text for text in messages() if "noise in R" in text]
+    assert not any("trajectory_ratio/noise_floor" in entry for entry in trainer.state.log_history)
+
+
 # All
 
 
@@ -226,7 +237,7 @@ def test_measuring_leaves_no_trace(tmp_path, monkeypatch, config):
     model = {"attention_dropout": 0.2} if "disable_dropout" in config else {}
     passes = []
     measured = make_trainer(tmp_path, tiny_model(**model), max_steps=4, steps_per_generation=2, **config)
-    assert measured.layout  # whose probes are passes of the run itself, and draw from dropout where it is active
+    assert measured.layout  # whose probes are passes of the run itself
     noted = RatioGuards._measuring
     monkeypatch.setattr(RatioGuards, "_measuring", lambda self: passes.append(1) or noted(self))
     measured.train()

@@ -397,6 +397,21 @@ def test_the_layout_does_not_depend_on_the_random_weights(model_type):
         assert is_kept_apart(model, ways_to_pack(model.config)[0]), seed
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_next", "falcon_h1", "lfm2", "minimax", "bamba", "nemotron_h", "mamba"])
+def test_a_leak_shows_in_a_low_precision(model_type):
+    """A limit that allows for bfloat16's rounding alone would let it pass."""
+    for seed in range(6):
+        model = zoo.tiny_model(model_type, "eager", seed=seed).to(torch.bfloat16)
+        assert not any(is_kept_apart(model, way) for way in ways_to_pack(model.config)), seed
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "qwen3_moe", "mixtral", "gpt2"])
+def test_a_low_precision_does_not_look_like_a_leak(model_type):
+    for seed in range(6):
+        model = zoo.tiny_model(model_type, seed=seed).to(torch.bfloat16)
+        assert is_kept_apart(model, ways_to_pack(model.config)[0]), seed
+
+
 @pytest.mark.parametrize(
     ("model_type", "ignores"),
     [

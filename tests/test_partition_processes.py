@@ -82,11 +82,13 @@ def test_groups_that_span_processes(spanning, case, mini_batches, reuse, rows_of
                 mean = sum(rewards) / 4
                 assert [row["advantage"] for row in window] == pytest.approx([r - mean for r in rewards], abs=1e-6)
             assert len({tuple(window[0]["prompt"]) for window in rows}) == mini_batches  # disjoint
-            assert [[row["tag"] for row in w] for w in rows] == [
-                [row["tag"] for row in flat(w)] for w in own[:mini_batches]
-            ]
+            for window, first_time in zip(
+                rows, own[:mini_batches], strict=True
+            ):  # reused with the same ratios' old part
+                for row, same in zip(window, flat(first_time), strict=True):
+                    assert (row["tag"], row["old"]) == (same["tag"], same["old"])
         for row in (row for window in own for row in flat(window)):
-            assert row | {"gap": 0.0} == used[row["tag"]]  # what was generated, value for value
+            assert {name: row[name] for name in used[row["tag"]]} == used[row["tag"]]  # what was generated
             assert row["gap"] < 1e-5  # and its old log-probabilities are those of the model that generated it
     for step, entry in enumerate(run["logged"]):
         if step % per_rollout == 0:  # the weights have not moved yet

@@ -344,6 +344,18 @@ def test_equal_weights_have_no_divergence(tmp_path, model, layout):
         assert max(abs(log["trajectory_ratio/log_min"]), abs(log["trajectory_ratio/log_max"])) < 1e-5
 
 
+def test_dropout_does_not_hide_that_a_model_packs(tmp_path, messages):
+    """Two passes of the start test would differ by what they drop."""
+    model = tiny_model(attention_dropout=0.3)
+    trainer = build(tmp_path, random_rollouts(), model=model, arm="grpo", disable_dropout=False)
+    trainer.model.train()
+    state = torch.get_rng_state()
+    assert trainer.layout == "segments"
+    assert trainer.model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not [text for text in messages() if "padding_free:" in text and "packed" not in text]
+
+
 def test_a_head_that_trl_gets_wrong(tmp_path, messages):
     """TRL's head takes the hidden states as they are; RoBERTa's own has a layer before it."""
     assert build(tmp_path, random_rollouts(), model=zoo.tiny_model("roberta")).layout == "sorted"

@@ -15,9 +15,11 @@ pytestmark = pytest.mark.distributed
 
 ALONE = ["tic_grpo", "mean over rows", "dead rank", "spanning groups", "reference", "masked rank"]
 ONE_MICRO_BATCH = ["one micro-batch", "one micro-batch, reference"]
+SAMPLED = ["sampler", "corrected", "corrected dead rank"]
 ZERO3_CASES = ["tic_grpo", "grpo", "dead rank", "reference"]
 FSDP2_CASES = ["dead rank", "reference"]
-PROBES = 3  # forward passes that find out whether the model keeps responses apart
+PROBES = 5  # forward passes that find out whether the model keeps responses apart
+HEAD_PROBES = 2  # that find out whether TRL's head is the model's own, which DeepSpeed goes without
 
 # What says how much was computed
 WORK = {"step_time", "update/real_token_share", "update/rows_skipped", "update/forwards_saved"}
@@ -65,7 +67,7 @@ class Runs:
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    runs = Runs(folder, [*ALONE, "grpo", *ONE_MICRO_BATCH], "multi_gpu")
+    runs = Runs(folder, [*ALONE, "grpo", *ONE_MICRO_BATCH, *SAMPLED], "multi_gpu")
     for name, result in runs.results.items():
         assert result["num_processes"] == 2
         # what accelerate makes of MULTI_GPU on CPU: DDP over gloo
@@ -185,19 +187,56 @@ def test_a_rank_without_anything_to_do_follows_the_other(ddp):
 def test_reference_passes(ddp, case):
     on, off = (ddp.results[f"{case}, {variant}"]["passes"] for variant in ("on", "off"))
     assert on[0][-1]["reference"] == on[1][-1]["reference"]
-    assert 0 < on[0][-1]["reference"] < off[0][-1]["reference"]
+    assert 0 < on[0][-1]["reference"] <= off[0][-1]["reference"]
+    # a micro-batch is scored in one pass, as it is trained on
+    assert (on[0][-1]["reference"] < off[0][-1]["reference"]) == (case not in ONE_MICRO_BATCH)
 
 
-def assert_same_as_ddp(runs, ddp, case):
+def by_sampler(name):
+    """Whether a metric is about the responses that are trained on and their sampler."""
+    return name.startswith("sampling/") and name != "sampling/rows_without_logps"
+
+
+def test_a_log_probability_that_lacks_on_one_rank(ddp):
+    """Both ranks score then, and every loss, gradient norm and metric is that of TRL's passes."""
+    on, off = "sampler, on", "sampler, off"
+    assert_same_training(ddp, on, ddp, off, lambda name: of_moving_rows(name) or by_sampler(name))
+    assert ddp.passes(on)[0] == ddp.passes(on)[1]
+    assert ddp.logged(on)[0]["sampling/rows_without_logps"] == 1 / 32
+    assert sum(step["scored"] for step in ddp.passes(on)[0]) == PROBES + HEAD_PROBES + 1
+
+
+def test_the_correction_for_the_sampler_is_trl_s(ddp):
+    """Over both ranks, metrics included."""
+
+    def leave_out(name):
+        ours = name.startswith(("trajectory_ratio/", "update/", "frac_non_finite", "sampling/mean_ratio"))
+        return ours or of_moving_rows(name) or name in BY_MICRO_BATCH
+
+    assert_same_training(ddp, "corrected, on", ddp, "corrected, trl", leave_out)
+    assert any(log.get("sampling/importance_sampling_ratio/min", 1) < 0.9 for log in ddp.logged("corrected, trl"))
+
+
+def test_a_rank_that_trains_on_nothing_has_no_correction(ddp):
+    """And counts for none in its metrics."""
+    logs = [log for log in ddp.logged("corrected dead rank, on") if "sampling/importance_sampling_ratio/min" in log]
+    assert len(logs) == 1
+    assert all(log["sampling/importance_sampling_ratio/min"] > 0 for log in logs)
+    assert all(log["sampling/sampling_logp_difference/mean"] > 1e-3 for log in logs)
+    assert ddp.passes("corrected dead rank, on")[0] == ddp.passes("corrected dead rank, on")[1]
+
+
+def assert_same_as_ddp(runs, ddp, case, probes=0):
     run = f"{case}, on"
     assert_same_training(runs, run, ddp, run)
-    assert runs.results[run]["passes"] == ddp.results[run]["passes"]
+    expected = [[step | {"scored": step["scored"] - probes} for step in rank] for rank in ddp.results[run]["passes"]]
+    assert runs.results[run]["passes"] == expected
 
 
 @pytest.mark.parametrize("case", ZERO3_CASES)
 def test_zero3_equals_ddp(ddp, zero3, case):
     """Micro-batches that are left out do not disturb how DeepSpeed accumulates gradients either."""
-    assert_same_as_ddp(zero3, ddp, case)
+    assert_same_as_ddp(zero3, ddp, case, HEAD_PROBES)
 
 
 @pytest.mark.parametrize("case", FSDP2_CASES)

@@ -22,9 +22,12 @@ from rollouts import (
     trl_and_ours,
     with_vllm_correction,
 )
+from trl import GRPOTrainer
+from trl.trainer.utils import split_pixel_values_by_grid
 
 from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
 from tic_grpo_trl.objective import CORRECTION_MODES
+from tic_grpo_trl.padding_free import MULTIMODAL
 
 
 pytestmark = pytest.mark.usefixtures("cheap_garbage_collection")
@@ -303,3 +306,32 @@ def test_rollouts_with_images_stay_in_trl_s_micro_batches(tmp_path):
         for name, value in theirs.items():
             assert torch.equal(mine[name], value) if torch.is_tensor(value) else mine[name] == value, name
         assert mine["completion_ids"].shape == (4, 6)
+
+
+@pytest.mark.parametrize("behaviour_policy", ["trainer", "sampler"])
+def test_rollouts_with_images_are_scored_with_them(tmp_path, behaviour_policy):
+    """By the policy, or where the sampler left a token out."""
+    rollout = vision_rollout()
+    del rollout["old_per_token_logps"]
+    sampled = torch.full(rollout["completion_ids"].shape, -1.0)
+    sampled[1, 0] = sampled[5, 2] = math.nan
+    rollout["sampling_per_token_logps"] = sampled
+    lacks = torch.tensor([False, True, False, False, False, True, False, False])
+    settings = {"steps_per_generation": 2, "gradient_accumulation_steps": 1, "skip_on_policy_logps": False}
+    rollouts = random_rollouts(sampler=own_logprobs(0.0))
+    trainer = build(tmp_path, rollouts, model=tiny_vision_model(), behaviour_policy=behaviour_policy, **settings)
+    trainer.model.train()
+    micro_batches = trainer._cut(split_pixel_values_by_grid(rollout))
+    assert len(micro_batches) == 2
+    for index, inputs in enumerate(micro_batches):
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        images = {name: inputs[name] for name in MULTIMODAL if name in inputs}
+        assert "pixel_values" in images
+        with torch.no_grad():
+            theirs = GRPOTrainer._get_per_token_logps_and_entropies
+            own = theirs(trainer, trainer.model, ids, mask, inputs["completion_ids"].size(1), **images)[0]
+        scored = torch.ones(4, dtype=torch.bool) if behaviour_policy == "trainer" else lacks[4 * index : 4 * index + 4]
+        old, chosen = inputs["old_per_token_logps"], inputs["completion_mask"].bool()
+        assert torch.equal(old[scored][chosen[scored]], own[scored][chosen[scored]])
+        assert (old[~scored][chosen[~scored]] == -1).all()

@@ -147,8 +147,7 @@ def exchange_prompts(
     """[`shuffle_prompts`] over the processes, where only all of them together hold the whole groups of a mini-batch.
 
     Every process gathers one key after the other, keeps its share and drops the rest. Rows are padded to the longest
-    prompt and completion of all processes, so that log-probabilities computed before and after may differ by what
-    another width changes in the numerics.
+    prompt and completion of all processes.
 
     Args:
         rollout: of this process, without [`fixed_keys`]; over the processes in their order, the responses to a prompt

@@ -27,7 +27,7 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
         arm (`str`, *optional*, defaults to `"tic_grpo"`):
             Named settings of the papers' algorithms: `tic_grpo`, `tic_grpo_released`, `tic_grpo_capped`,
             `tic_grpo_truncated`, `tic_grpo_v2`, `grpo`, `grpo2` (= `grpo_ub_clip`), `grpo_traj_is`, `gspo`,
-            `grpo_no_is`.
+            `grpo_no_is`; and TRL's losses `cispo`, `sapo`, `luspo`, `vespo`.
         importance_sampling_level (`str`, *optional*):
             `"token"` and `"sequence"` as in TRL; `"trajectory"`: one weight per response, the *product* of its token
             ratios, P_θ/P_old; `"none"`: weight 1 and gradient A·∇log π_θ.
@@ -40,7 +40,7 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
             Lower bound `1 - epsilon` of the weight. 0.2 in the modes that have a lower bound.
         epsilon_high (`float`, *optional*):
             Upper bound `1 + epsilon_high` of the weight, 0.28 (DAPO's value; the script that the papers' authors
-            released uses 0.03).
+            released uses 0.03). With `loss_type="cispo"` the bound itself, 5.0.
         delta (`float`, *optional*):
             Upper bound for A < 0 where it differs from `1 + epsilon_high`; `inf` removes an arm's.
         length_scaled_cap (`float`, *optional*):
@@ -48,7 +48,8 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
             authors' released code). 0 turns an arm's off. Trajectory level only.
         loss_type (`str`, *optional*):
             Length normalisation, see [`~trl.GRPOConfig`]: `"grpo"` (1/|o_i|), `"dr_grpo"` (1/T, constant), `"dapo"`,
-            `"bnpo"`. TRL's other loss types need level `"token"` or `"sequence"` with clip mode `"two_sided"`.
+            `"bnpo"`. TRL's `"cispo"`, `"sapo"`, `"luspo"` and `"vespo"` have a weight of their own, which replaces the
+            arm's level and clip mode.
         scale_rewards (`str` or `bool`, *optional*):
             `"none"` (reward − group mean, v5), `"group"` (divided by the group's std, v2) or `"batch"`.
         partition_by_prompt (`bool`, *optional*, defaults to `True`):
@@ -60,8 +61,9 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
             `False` asks for.
         padding_free (`bool`, *optional*, defaults to `True`):
             Forward real tokens only: responses share rows where the model keeps them apart (found out by a test at the
-            start), else they are sorted by length and trimmed. A mini-batch is then made of as few forward passes as
-            fit in `per_device_train_batch_size` rows of its longest response. Rollouts with images stay as they are.
+            start), else each has a row of its own. A mini-batch is then made of as few forward passes as fit in
+            `per_device_train_batch_size` rows of its longest response. Rollouts with images, and models whose
+            log-probabilities depend on padding, stay as they are in TRL.
         skip_dead_rows (`bool`, *optional*, defaults to `True`):
             Leave out responses that cannot move the weights: without any token that counts, or with an advantage of
             exactly 0 while `beta` is 0. They still count in every normaliser.
@@ -71,8 +73,9 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
         behaviour_policy (`str`, *optional*, defaults to `"trainer"`):
             The policy in the denominator of the ratios: `"trainer"`, the trained model's weights before the first
             update of a rollout, or `"sampler"`, whose log-probabilities vLLM (or a `rollout_func`) returns with the
-            samples. With `"sampler"` the trajectory ratio is that of what was really sampled, nothing is scored, and
-            TRL's vLLM correction is off because the ratio contains it.
+            samples. With `"sampler"` the trajectory ratio is that of what was really sampled, no old policy is scored
+            (but for responses that lack a log-probability), and TRL's vLLM correction is off because the ratio contains
+            it.
         min_ess (`float`, *optional*):
             Effective sample size, as a share of a mini-batch's responses, below which its update and the remaining ones
             of the rollout are skipped, and counted. Off by default.
@@ -278,17 +281,20 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
         """Let the arm's weight give way to the one that a loss type brings along, or that goes with it."""
         if self.loss_type is None:
             return
-        for name in BOUNDS:
-            arm.pop(name, None)
-        if self.loss_type not in OTHER_LOSS_TYPES:
-            return
-        arm |= {"importance_sampling_level": "token", "clip_mode": "two_sided"}
+        fits = arm["importance_sampling_level"] in ("token", "sequence") and arm["clip_mode"] == "two_sided"
+        if not (fits and self.loss_type == "luspo" and arm["loss_type"] not in OTHER_LOSS_TYPES):
+            for name in BOUNDS:
+                arm.pop(name, None)
         if self.loss_type == "cispo":
             arm["epsilon_high"] = CISPO_CAP
-        followed = [name for name in ("importance_sampling_level", "clip_mode") if name not in explicit]
-        if followed:
-            values = ", ".join(f"{name}={arm[name]!r}" for name in followed)
-            self.notes.append(f"loss_type={self.loss_type!r} brings its own weight: {values} instead of the arm's.")
+        if fits or self.loss_type not in OTHER_LOSS_TYPES:
+            return
+        brought = {"importance_sampling_level": "token", "clip_mode": "two_sided"}
+        arm |= brought
+        if followed := [f"{name}={value!r}" for name, value in brought.items() if name not in explicit]:
+            self.notes.append(
+                f"loss_type={self.loss_type!r} brings its own weight: {', '.join(followed)} instead of the arm's."
+            )
 
     def _resolve_bounds(self, explicit: set[str]):
         """Keep the bounds that the loss reads, and say which of those that the user set it does not."""

@@ -127,7 +127,7 @@ class PaddingFreeTrainer(ResumableTrainer):
         if batch_size is None:  # a micro-batch: one pass, whatever it holds
             return self._forward(model, input_ids, attention_mask, logits_to_keep, **forward_kwargs)
 
-        # A rollout or an evaluation batch
+        # An evaluation batch, or the responses on which a run's ratios are looked at
         lengths = attention_mask.sum(dim=1).tolist()
         kept = [i for i, length in enumerate(lengths) if length > 0]
         passes = plan_forwards([lengths[i] for i in kept], batch_size, self.layout in PACKED)
@@ -185,9 +185,12 @@ class PaddingFreeTrainer(ResumableTrainer):
     def layout(self) -> str:
         """How forward passes lay out responses: a layout of [`~tic_grpo_trl.packing`]."""
         if self._layout is None:
-            device = self.accelerator.device
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):  # where dropout is active
+            training = self.model.training
+            self.model.eval()  # dropout would make any two passes differ
+            try:
                 self._layout = self._choose_layout()
+            finally:
+                self.model.train(training)
         return self._layout
 
     @property

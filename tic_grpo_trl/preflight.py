@@ -178,7 +178,7 @@ def naming_refused_prompt(tokenize: Callable[[list], Any], prompts: list) -> Ite
 
     Args:
         tokenize: what the block does with all prompts at once.
-        prompts: of a batch.
+        prompts: of a batch, or none where a prompt alone cannot be tried.
 
     Raises:
         ValueError: instead of the tokenizer's own error, if one of the prompts alone raises one, too.
@@ -189,7 +189,7 @@ def naming_refused_prompt(tokenize: Callable[[list], Any], prompts: list) -> Ite
         for index, prompt in enumerate(prompts):
             try:
                 tokenize([prompt])
-            except type(error) as alone:
+            except Exception as alone:
                 reason = str(alone).splitlines()[0] if str(alone) else type(alone).__name__
                 raise ValueError(
                     f"The tokenizer cannot take prompt {index} of a batch, {_shortened(prompt)} ({reason}): correct it "

@@ -63,14 +63,14 @@ class SettingsCallback(TrainerCallback):
         updates: K, per rollout.
     """
 
-    def __init__(self, updates: int):
+    def __init__(self, updates: float):
         self._updates = updates
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
         settings = ", ".join(f"{name}={value}" for name, value in args.resolved_arm.items())
-        lines = [f"TIC-GRPO settings in force: {settings}; K = {self._updates} updates per rollout", *args.notes]
+        lines = [f"TIC-GRPO settings in force: {settings}; K = {self._updates:g} updates per rollout", *args.notes]
         tqdm.write("\n".join(lines))
 
 

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from trl.trainer.utils import strip_images_from_messages
 
 from . import checkpoints
-from .saving import OF_ALGORITHM, OF_BATCHES, OF_OPTIMIZER, OF_UPDATES, CheckpointTrainer
+from .saving import OF_ALGORITHM, OF_BATCHES, OF_OPTIMIZER, OF_SCORING, OF_UPDATES, CheckpointTrainer
 
 
 logger = get_logger(__name__)
@@ -138,15 +138,17 @@ class ResumableTrainer(CheckpointTrainer):
         def differences(names) -> str:
             return ", ".join(f"{name} = {now[name]} (was {then[name]})" for name in names if name in changed)
 
-        discards = self.args.discard_rollout_on_resume
         inside = state is not None and state.get("_buffered_inputs") is not None
-        if (algorithm := differences(OF_ALGORITHM)) and inside and not discards:
+        batches = differences((*OF_BATCHES, "number of processes", "number of prompts"))
+        scoring, algorithm = differences(OF_SCORING), differences(OF_ALGORITHM)
+        discards = inside and (scoring or self.args.discard_rollout_on_resume)
+        if algorithm and inside and not (batches or self.args.discard_rollout_on_resume):
             raise ValueError(
                 f"{checkpoint} lies inside a rollout of another algorithm, whose rest has its advantages and ratios: "
                 f"{algorithm}. Resume with the old settings or from a checkpoint at the end of a rollout, or set "
                 "discard_rollout_on_resume=True, which generates a new rollout."
             )
-        if others := differences((*OF_ALGORITHM, *OF_UPDATES)):
+        if others := differences((*OF_SCORING, *OF_ALGORITHM, *OF_UPDATES)):
             logger.warning(f"Settings have changed since {checkpoint} and act from here on: {others}.")
         if ignored := differences(OF_OPTIMIZER):
             logger.warning(
@@ -154,15 +156,16 @@ class ResumableTrainer(CheckpointTrainer):
                 f"their own: {ignored}. To train with new ones, start a run from the checkpoint's weights."
             )
         anew = "What was left of its rollout is generated anew, and the run is not the same bit for bit."
-        batches = differences((*OF_BATCHES, "number of processes", "number of prompts"))
         if batches:
             logger.warning(f"Settings have changed since {checkpoint}: {batches}. {anew}")
+        elif discards:
+            logger.warning(f"The rollout of {checkpoint} is discarded. {anew}")
         if state is None:
             if "number of processes" not in changed:
                 logger.warning(f"{checkpoint} has no {path.name}. {anew}")
             return {}
-        anew_names = ROLLOUT + POSITION if batches or discards else ()
-        return {name: value for name, value in state.items() if name not in anew_names}
+        left_out = ROLLOUT + POSITION if batches or discards else ()
+        return {name: value for name, value in state.items() if name not in left_out}
 
     def _get_train_sampler(self, dataset=None):
         self._train_sampler = super()._get_train_sampler(dataset)

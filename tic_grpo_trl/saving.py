@@ -20,22 +20,29 @@ from .config import TICGRPOConfig
 logger = get_logger(__name__)
 
 # Settings that a checkpoint's manifest holds, by what it means for a resumed run that they have changed.
-# The rest of the rollout does not fit into the new batches: it is generated anew.
+# Neither the rest of the rollout nor the place in the data fits into the new batches: a new rollout.
 OF_BATCHES = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "steps_per_generation",
     "num_iterations",
     "num_generations",
+)
+# The rest of the rollout has the log-probabilities of the old ones: a new rollout.
+OF_SCORING = (
     "beta",
+    "temperature",
     "use_vllm",
     "vllm_importance_sampling_correction",
+    "vllm_importance_sampling_mode",
+    "vllm_importance_sampling_clip_min",
+    "vllm_importance_sampling_clip_max",
 )
 # The rest of the rollout has advantages and ratios of another algorithm: refused unless the user gives it up.
 OF_ALGORITHM = (*ARM_FIELDS, "behaviour_policy")
 # transformers restores them with the optimizer: the new value has no effect.
 OF_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
-# The new value acts from the next update on.
+# The new value acts from the next update or rollout on.
 OF_UPDATES = (
     "optim",
     "lr_scheduler_type",
@@ -44,7 +51,6 @@ OF_UPDATES = (
     "max_grad_norm",
     "max_completion_length",
     "mask_truncated_completions",
-    "temperature",
     "top_p",
     "top_k",
     "min_p",
@@ -62,10 +68,8 @@ OF_UPDATES = (
     "vespo_lambda_pos",
     "vespo_k_neg",
     "vespo_lambda_neg",
-    "vllm_importance_sampling_mode",
-    "vllm_importance_sampling_clip_min",
-    "vllm_importance_sampling_clip_max",
 )
+REMEMBERED = (OF_BATCHES, OF_SCORING, OF_ALGORITHM, OF_OPTIMIZER, OF_UPDATES)
 
 
 class CheckpointTrainer(GRPOTrainer):
@@ -96,8 +100,8 @@ class CheckpointTrainer(GRPOTrainer):
 
     def _settings(self) -> dict[str, Any]:
         values = self.args.to_dict()
-        settings = {name: values[name] for name in (*OF_BATCHES, *OF_ALGORITHM, *OF_OPTIMIZER, *OF_UPDATES)}
-        settings = json.loads(json.dumps(settings))  # as the manifest gives them back
+        settings = {name: values[name] for names in REMEMBERED for name in names}
+        settings = json.loads(json.dumps(settings, default=str))  # as the manifest gives them back
         dataset: Any = self.train_dataset
         prompts = len(dataset) if hasattr(dataset, "__len__") else None  # unknown of a stream
         return settings | {"number of processes": self.accelerator.num_processes, "number of prompts": prompts}

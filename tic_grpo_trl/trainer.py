@@ -134,11 +134,10 @@ class TICGRPOTrainer(SafeUpdateTrainer):
         for shown in [type(callback) for callback in self.callback_handler.callbacks if type(callback) in DISPLAYS]:
             self.remove_callback(shown)
             self.add_callback(DISPLAYS[shown])
-        updates = max(1, self._rollout_steps // args.gradient_accumulation_steps)  # K
-        self.add_callback(SettingsCallback(updates))
-        if updates == 1 and self._level == "trajectory" and args.behaviour_policy == "trainer":
+        self.add_callback(SettingsCallback(self._rollout_steps / args.gradient_accumulation_steps))
+        if not self._has_old_policy and self._level == "trajectory" and args.behaviour_policy == "trainer":
             logger.warning(
-                "K = 1: each rollout serves one update, so the policy is the one that sampled, every ratio is 1 and "
+                "K = 1: no rollout serves a second update, so the policy is the one that sampled, every ratio is 1 and "
                 f"TIC-GRPO has nothing to correct. For K = 4 set steps_per_generation="
                 f"{4 * args.gradient_accumulation_steps} (mini-batches of a larger rollout) or num_iterations=4 (the "
                 "same rollout four times)."
@@ -146,7 +145,8 @@ class TICGRPOTrainer(SafeUpdateTrainer):
 
     def _tokenize_prompts(self, prompts):
         check_kinds("a batch", prompts)
-        with naming_refused_prompt(super()._tokenize_prompts, prompts):
+        alone = [] if self.environment_factories else prompts  # with environments only a whole batch is taken
+        with naming_refused_prompt(super()._tokenize_prompts, alone):
             tokenized = super()._tokenize_prompts(prompts)
         check_ids(self, tokenized[0], prompts.__getitem__)
         return tokenized

@@ -19,6 +19,8 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from trl.trainer.utils import (
+    nanmax,
+    nanmin,
     shuffle_sequence_dict,
     split_pixel_values_by_grid,
     split_tensor_dict,
@@ -174,7 +176,7 @@ class UpdatePhaseTrainer(PaddingFreeTrainer):
         return self._buffered_inputs[self._step % self._micro_batches]
 
     def _cut(self, rollout: dict[str, Any]) -> list[dict[str, Any] | None]:
-        """The micro-batches of a rollout, scored by the old policy where that is needed; `None`: nothing to compute."""
+        """The micro-batches of a rollout with all that their losses compare with; `None`: nothing to compute."""
         trl_scores = self._has_old_policy or self.use_vllm
         self._work["trl_forwards"] += self._micro_batches * (trl_scores + (self.beta != 0.0))
         movable = not self._fixed_rows and not fixed_keys([row_kinds(rollout)])
@@ -277,8 +279,9 @@ class UpdatePhaseTrainer(PaddingFreeTrainer):
             rows = rows.unsqueeze(1)
             logps = torch.where(loss_mask(micro_batch).bool(), micro_batch["sampling_per_token_logps"], 0.0)
             if scores:
-                masks = {name: micro_batch[name] * rows for name in ("prompt_mask", "completion_mask")}
-                logps = torch.where(rows, self._score(micro_batch | masks), logps)
+                masked = () if "num_images" in micro_batch else ("prompt_mask", "completion_mask")
+                own = self._score(micro_batch | {name: micro_batch[name] * rows for name in masked})
+                logps = torch.where(rows, own, logps)
             micro_batch["old_per_token_logps"] = logps
 
     def _correct_for_sampler(self, micro_batches: list[dict[str, Any]]):
@@ -298,17 +301,17 @@ class UpdatePhaseTrainer(PaddingFreeTrainer):
             difference, ratio = (old - sampler).abs(), micro_batch["importance_sampling_ratio"]
             differences.append(difference[mask.bool() & ~difference.isnan()])
             ratios.append(ratio[mask.bool() if ratio.size(1) > 1 else mask.any(dim=1)].flatten())
-        none = torch.zeros(1, device=self.accelerator.device)
+        nothing = torch.full((1,), torch.nan, device=self.accelerator.device)  # of a process that trains on nothing
         difference, ratio = (torch.cat(values) for values in (differences, ratios))
-        difference, ratio = (values if values.numel() else none for values in (difference, ratio))
+        difference, ratio = (values if values.numel() else nothing for values in (difference, ratio))
         local = torch.stack([difference.mean(), difference.max(), ratio.min(), ratio.mean(), ratio.max()])
         means, largest, least, averages, most = self.accelerator.gather(local).view(-1, 5).unbind(dim=1)
         metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics["sampling/sampling_logp_difference/mean"].append(means.mean().item())
-        metrics["sampling/sampling_logp_difference/max"].append(largest.max().item())
-        metrics["sampling/importance_sampling_ratio/min"].append(least.min().item())
-        metrics["sampling/importance_sampling_ratio/mean"].append(averages.mean().item())
-        metrics["sampling/importance_sampling_ratio/max"].append(most.max().item())
+        metrics["sampling/sampling_logp_difference/mean"].append(means.nanmean().item())
+        metrics["sampling/sampling_logp_difference/max"].append(nanmax(largest).item())
+        metrics["sampling/importance_sampling_ratio/min"].append(nanmin(least).item())
+        metrics["sampling/importance_sampling_ratio/mean"].append(averages.nanmean().item())
+        metrics["sampling/importance_sampling_ratio/max"].append(nanmax(most).item())
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
         if self._postpones_scoring:

@@ -38,7 +38,7 @@ def run(folder, name, measures=True):
     trainer = make_trainer(folder / name, model, steps_per_generation=2, max_steps=3, **CASES[name])
     split_every_parameter(trainer.args)
     if not DEEPSPEED:  # which makes no pass before training
-        assert trainer.layout  # whose probes draw from dropout
+        assert trainer.layout
     if not measures:
         trainer._guards.check_rollout = lambda rollout: None
     rollouts = []

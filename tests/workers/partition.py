@@ -35,23 +35,25 @@ CASES = {
 PAD = 5  # unlike the 0 that pads everything else
 
 
-def rows_of(inputs, reference=None):
-    """Per row: its tag, unpadded prompt and completion, advantage, old log-probabilities, and how far these lie from
-    those of the model that generated."""
+def rows_of(inputs):
+    """Per row: its tag, unpadded prompt and completion, and advantage."""
     prompts, completions = inputs["prompt_mask"].bool(), inputs["completion_mask"].bool()
-    old = inputs["old_per_token_logps"]
-    gap = (old - (old if reference is None else logps(reference, inputs))).abs() * completions
     return [
         {
             "tag": inputs["tags"][i],
             "prompt": inputs["prompt_ids"][i][prompts[i]].tolist(),
             "completion": inputs["completion_ids"][i][completions[i]].tolist(),
             "advantage": inputs["advantages"][i].item(),
-            "old": old[i][completions[i]].tolist(),
-            "gap": gap[i].max().item(),
         }
         for i in range(len(inputs["tags"]))
     ]
+
+
+def old_of(inputs, model):
+    """Per row: its old log-probabilities, and how far they lie from those of the model that generated."""
+    completions, old = inputs["completion_mask"].bool(), inputs["old_per_token_logps"]
+    gap = (old - logps(model, inputs)).abs() * completions if model is not None else torch.zeros_like(old)
+    return [{"old": old[i][completions[i]].tolist(), "gap": gap[i].max().item()} for i in range(len(old))]
 
 
 def run(name, config):
@@ -72,7 +74,8 @@ def run(name, config):
         return rollout
 
     def noted_loss(model, inputs):
-        window.extend(rows_of(inputs, getattr(trainer, "generating_model", None)))
+        old = old_of(inputs, getattr(trainer, "generating_model", None))
+        window.extend(row | own for row, own in zip(rows_of(inputs), old, strict=True))
         for part in ("prompt", "completion"):
             padding.update(inputs[f"{part}_ids"][inputs[f"{part}_mask"] == 0].tolist())
         if trainer.accelerator.sync_gradients:

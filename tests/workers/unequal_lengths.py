@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from conftest import CPU, TINY_PROMPTS, TRL_UPDATE_PHASE, WORDS, tiny_model, tiny_tokenizer
 from on_cpu import DEEPSPEED, FSDP, describe, of_all_ranks, prepare, split_every_parameter
+from rollouts import own_logprobs, with_vllm_correction
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -49,15 +50,32 @@ CASES = {
         "mask_truncated_completions": True,
         "max_steps": 4,
     },
+    # with the sampler's log-probabilities, of which rank 1 lacks one
+    "sampler": {"dead": ([2], []), "runs": RUNS, "max_steps": 4, "behaviour_policy": "sampler"},
+    # TRL's correction for it
+    "corrected": {
+        "dead": ([], []),
+        "runs": {"on": SHUFFLED | {"skip_dead_rows": False}, "trl": {"trl": True}},
+        "arm": "grpo",
+        "max_steps": 4,
+        "correction": "token_truncate",
+    },
+    "corrected dead rank": {
+        "dead": ([0, 1, 2, 3], [1]),
+        "runs": {"on": {}},
+        "max_steps": 4,
+        "correction": "sequence_truncate",
+    },
     "one micro-batch": {"dead": ([1], []), "runs": RUNS, "arm": "grpo", **ONE_MICRO_BATCH},
     "one micro-batch, reference": {"dead": ([], []), "runs": RUNS, "arm": "grpo", "beta": 0.1, **ONE_MICRO_BATCH},
 }
 
 
-def fixed_rollouts(rank, dead, size, ends=0):
+def fixed_rollouts(rank, dead, size, ends=0, sampler=None):
     """A rollout_func and a reward that give the same responses and rewards in every run.
 
-    `dead`: groups (of `size`) whose rewards are all equal; their responses end with the token `ends`."""
+    `dead`: groups (of `size`) whose rewards are all equal; their responses end with the token `ends`. `sampler`: gives
+    their log-probabilities, of which rank 1 lacks one."""
     generator = torch.Generator().manual_seed(5 + rank)
 
     def draw(most):
@@ -69,11 +87,12 @@ def fixed_rollouts(rank, dead, size, ends=0):
     def rollout(prompts, trainer):
         lengths = [LONGEST[rank] if draw(8) == 1 else draw(LONGEST[rank]) for _ in prompts]
         last = [ends if i // size in dead else 0 for i in range(len(prompts))]
-        return {
-            "prompt_ids": [words(draw(5)) for _ in prompts],
-            "completion_ids": [[*words(length - 1), end] for length, end in zip(lengths, last, strict=True)],
-            "logprobs": None,
-        }
+        prompt_ids = [words(draw(5)) for _ in prompts]
+        completion_ids = [[*words(length - 1), end] for length, end in zip(lengths, last, strict=True)]
+        sampled = [sampler(*pair) for pair in zip(prompt_ids, completion_ids, strict=True)] if sampler else None
+        if sampled and rank == 1:
+            sampled[0][0] = None
+        return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": sampled}
 
     def reward(completions, **kwargs):
         groups = range(len(completions) // size)
@@ -112,7 +131,7 @@ class Passes(TrainerCallback):
         self.steps.append(self.now.copy())
 
 
-def run(name, model, dead, trl=False, **config):
+def run(name, model, dead, trl=False, correction=None, **config):
     rank = int(os.environ["RANK"])
     config = {"num_generations": 4} | config
     if trl:
@@ -133,7 +152,8 @@ def run(name, model, dead, trl=False, **config):
         "save_strategy": "no",
     }
     ends = 1 if config.get("mask_truncated_completions") else 0  # a response that does not end with <eos>
-    rollout, reward = fixed_rollouts(rank, dead[rank], config["num_generations"], ends)
+    sampler = own_logprobs(0.1) if correction or "behaviour_policy" in config else None
+    rollout, reward = fixed_rollouts(rank, dead[rank], config["num_generations"], ends, sampler)
     passes = Passes()
     args = config_class(output_dir=str(folder / "out"), **CPU | defaults | config)
     split_every_parameter(args)
@@ -147,6 +167,8 @@ def run(name, model, dead, trl=False, **config):
         callbacks=[passes],
     )
     passes.watch(trainer)
+    if correction:
+        with_vllm_correction(correction)(trainer)
     trainer.train()
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if rank == 0:
