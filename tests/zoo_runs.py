@@ -295,6 +295,9 @@ The layouts, best first. A model's own is found at the start of a run and, where
 - `sorted`: each response has a row of its own, and those of like length share a pass.
 - `padded`: as TRL does, because the log-probabilities depend on the padding.
 
+The tiny models have a sliding window wherever their architecture knows one; without it, as Qwen3 is mostly used, `rows`
+become `segments`.
+
 The remarks:
 
 - padding: padding before a prompt changes TRL's log-probabilities, ours are those of the response alone, which are also
