@@ -397,6 +397,12 @@ def test_the_layout_does_not_depend_on_the_random_weights(model_type):
         assert is_kept_apart(model, ways_to_pack(model.config)[0]), seed
 
 
+def test_the_layout_does_not_depend_on_depth():
+    for seed in range(4):
+        model = zoo.tiny_model("mixtral", seed=seed, num_hidden_layers=32)
+        assert is_kept_apart(model, ways_to_pack(model.config)[0]), seed
+
+
 @pytest.mark.parametrize("model_type", ["qwen3_next", "falcon_h1", "lfm2", "minimax", "bamba", "nemotron_h", "mamba"])
 def test_a_leak_shows_in_a_low_precision(model_type):
     """A limit that allows for bfloat16's rounding alone would let it pass."""

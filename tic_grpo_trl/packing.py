@@ -289,6 +289,7 @@ def attention_arguments(layout: str, segments: list[int] | None, device: torch.d
 # What a model raises that does not take a call of the tests below
 NOT_TAKEN = (TypeError, ValueError, IndexError, NotImplementedError, RuntimeError)
 PROMPT = [4, 1, 3, 2]  # token ids of a short response with its prompt
+LAST_BITS = 32  # units in the last place that rounding moves log-probabilities by through dozens of layers
 LEAK = 0.01  # of what a neighbour in the same row changes when it can be seen, the share that counts as rounding
 
 
@@ -332,7 +333,7 @@ def keeps_apart(log_probs: Callable[..., torch.Tensor], device: torch.device | s
     # Another neighbour must change nothing but the last bits, with which a mixture of experts shares its tokens out. Of
     # a low precision these are many: then little is judged by what a neighbour changes that can be seen.
     leak = (shared - other).abs().max()
-    faint = leak <= min(4 * precision * (1 + float(alone.abs().max())), LEAK * float(seen))
+    faint = leak <= min(LAST_BITS * precision * (1 + float(alone.abs().max())), LEAK * float(seen))
     return bool(faint and (shared - alone).abs().max() <= rounding(alone, precision))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 from launching import ROOT
 from on_cpu import describe, prepare, split_every_parameter
-from tqdm import tqdm
+from tqdm import auto, tqdm
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
@@ -102,15 +102,22 @@ def die_at_rename(number):
     sys.addaudithook(watch)
 
 
+def use_own_lock(bars, lock):
+    """Let a kind of progress bars and all made of it have another lock than their own, which is one semaphore for all
+    processes that were forked from one: whoever is killed while holding it keeps it for ever."""
+    bars.set_lock(lock)
+    for kind in bars.__subclasses__():
+        use_own_lock(kind, lock)
+
+
 def train(flags):
     """What a training process does, from its first line on."""
     log = os.open(job / f"log-{RANK}.txt", os.O_WRONLY | os.O_CREAT)
     for output in (1, 2):
         os.dup2(log, output)
-    # The default lock is one semaphore for all that were forked from here: whoever is killed with it keeps it for ever.
-    tqdm.set_lock(threading.RLock())
+    use_own_lock(tqdm, threading.RLock())
     if "DIE_WITH_LOCK" in os.environ:
-        tqdm.get_lock().acquire()
+        auto.tqdm.get_lock().acquire()
         os.kill(os.getpid(), signal.SIGKILL)
     prepare()
     train_tic_grpo.TICGRPOTrainer = WatchedTrainer
