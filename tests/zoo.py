@@ -96,6 +96,12 @@ class NotBuiltError(Exception):
     """Say in one line why an architecture has no tiny model."""
 
 
+def in_one_line(error: Exception) -> str:
+    """Name an error and quote its first sentence."""
+    sentence = re.split(r"(?<=[.!?]) ", " ".join(str(error).split()))[0]
+    return f"{type(error).__name__}: {sentence}"
+
+
 def architectures() -> list[str]:
     """List the model types that have a causal language model."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -236,7 +242,7 @@ def tiny_model(model_type: str, attention: str = "sdpa", seed: int = 0, **config
     except NotBuiltError:
         raise
     except Exception as error:
-        raise NotBuiltError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+        raise NotBuiltError(in_one_line(error)) from error
     return model
 
 

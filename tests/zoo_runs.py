@@ -20,7 +20,7 @@ from conftest import WORDS
 from rollouts import TOKEN, count_forwards, train
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
-from zoo import NotBuiltError, architectures, rope_variants, tiny_model
+from zoo import NotBuiltError, architectures, in_one_line, rope_variants, tiny_model
 
 from tic_grpo_trl.packing import PACKED
 
@@ -195,7 +195,7 @@ def measure(model: PreTrainedModel, folder: Path) -> Measured:
     try:
         reference = trained_by_trl(PROMPTS)
     except Exception as error:
-        raise TRLFailsError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+        raise TRLFailsError(in_one_line(error)) from error
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: found.warnings.append(record.getMessage())
     logger = logging.getLogger("tic_grpo_trl")
