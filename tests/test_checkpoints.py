@@ -388,32 +388,32 @@ def test_checkpoint_of_trl_is_loaded_with_a_warning(tmp_path, messages):
     )
 
 
-def test_settings_that_shape_a_rollout(run_dir, messages):
-    trainer = trainer_in(run_dir, max_steps=5, per_device_train_batch_size=8)
+def resumed(run_dir, step, **config):
+    """A run of five steps that goes on from a checkpoint, and the steps before which it generated a rollout."""
+    trainer = trainer_in(run_dir, max_steps=5, save_strategy="no", **config)
     steps = generations(trainer)
-    trainer.train(resume_from_checkpoint=str(run_dir / "checkpoint-1"))
-    assert steps == [1, 3]
+    trainer.train(resume_from_checkpoint=str(run_dir / f"checkpoint-{step}"))
+    return trainer, steps
+
+
+# Checkpoint 1 lies inside a rollout of two updates, checkpoint 2 between two rollouts.
+
+
+def test_settings_that_shape_a_rollout(run_dir, messages):
+    assert resumed(run_dir, 1, per_device_train_batch_size=8)[1] == [1, 3]
     (warning,) = [text for text in messages() if "Settings have changed" in text]
     assert "per_device_train_batch_size = 8 (was 4)." in warning
 
 
 def test_another_algorithm_inside_a_rollout(run_dir, messages):
     """Refused before anything is generated; with the rollout given up, or between two rollouts, only named."""
-    inside, between = (str(run_dir / f"checkpoint-{step}") for step in (1, 2))
-
-    def resumed(checkpoint, **config):
-        trainer = trainer_in(run_dir, max_steps=5, save_strategy="no", **config)
-        steps = generations(trainer)
-        trainer.train(resume_from_checkpoint=checkpoint)
-        return steps
-
     with pytest.raises(ValueError, match=r"lies inside a rollout of another .*clip_mode = two_sided \(was up_only\)"):
-        resumed(inside, arm="grpo")
+        resumed(run_dir, 1, arm="grpo")
     with pytest.raises(ValueError, match=r"epsilon_high = 0.5 \(was 0.28\)"):
-        resumed(inside, epsilon_high=0.5)
+        resumed(run_dir, 1, epsilon_high=0.5)
     assert not [text for text in messages() if "Settings have changed" in text]
-    assert resumed(inside, arm="grpo", discard_rollout_on_resume=True) == [1, 3]
-    assert resumed(between, arm="grpo") == [2, 4]
+    assert resumed(run_dir, 1, arm="grpo", discard_rollout_on_resume=True)[1] == [1, 3]
+    assert resumed(run_dir, 2, arm="grpo")[1] == [2, 4]
     warnings = [text for text in messages() if "Settings have changed" in text]
     assert len(warnings) == 2
     for warning in warnings:
@@ -422,32 +422,21 @@ def test_another_algorithm_inside_a_rollout(run_dir, messages):
 
 def test_settings_that_a_rollout_was_scored_with(run_dir, messages):
     """Its log-probabilities are those at the old temperature: ratios to them would not start at 1."""
-    trainer = trainer_in(run_dir, max_steps=5, save_strategy="no", temperature=0.5)
-    steps = generations(trainer)
-    trainer.train(resume_from_checkpoint=str(run_dir / "checkpoint-1"))
-    assert steps == [1, 3]
+    assert resumed(run_dir, 1, temperature=0.5)[1] == [1, 3]
     named, discarded = (text for text in messages() if "checkpoint-1" in text)
     assert "act from here on: temperature = 0.5 (was 1.0)" in named
     assert "is discarded" in discarded
-    trainer = trainer_in(run_dir, max_steps=5, save_strategy="no", temperature=0.5, discard_rollout_on_resume=True)
-    steps = generations(trainer)
-    trainer.train(resume_from_checkpoint=str(run_dir / "checkpoint-2"))  # between two rollouts nothing is
-    assert steps == [2, 4]
+    assert resumed(run_dir, 2, temperature=0.5, discard_rollout_on_resume=True)[1] == [2, 4]
     assert not [text for text in messages() if "checkpoint-2 is discarded" in text]
 
 
 def test_a_new_rollout_for_other_batches_may_be_one_of_another_algorithm(run_dir):
-    trainer = trainer_in(run_dir, max_steps=5, save_strategy="no", per_device_train_batch_size=8, arm="grpo")
-    steps = generations(trainer)
-    trainer.train(resume_from_checkpoint=str(run_dir / "checkpoint-1"))
-    assert steps == [1, 3]
+    assert resumed(run_dir, 1, per_device_train_batch_size=8, arm="grpo")[1] == [1, 3]
 
 
 def test_changed_settings_of_updates_are_named(run_dir, messages):
     """transformers restores the learning rate with the optimizer, whatever the new settings say."""
-    trainer = trainer_in(run_dir, max_steps=5, save_strategy="no", learning_rate=0.5, max_grad_norm=0.9, warmup_steps=1)
-    steps = generations(trainer)
-    trainer.train(resume_from_checkpoint=str(run_dir / "checkpoint-1"))
+    trainer, steps = resumed(run_dir, 1, learning_rate=0.5, max_grad_norm=0.9, warmup_steps=1)
     assert steps == [2, 4]
     acting, ignored = (text for text in messages() if "Settings have changed" in text)
     assert "act from here on: warmup_steps = 1.0 (was 0.0), max_grad_norm = 0.9 (was " in acting
@@ -458,10 +447,7 @@ def test_changed_settings_of_updates_are_named(run_dir, messages):
 
 
 def test_same_settings_make_no_new_rollout(run_dir, messages):
-    trainer = trainer_in(run_dir, max_steps=5)
-    steps = generations(trainer)
-    trainer.train(resume_from_checkpoint=str(run_dir / "checkpoint-1"))
-    assert steps == [2, 4]
+    assert resumed(run_dir, 1)[1] == [2, 4]
     assert not [text for text in messages() if "checkpoint-1" in text]
 
 
