@@ -234,6 +234,11 @@ def with_vllm_correction(mode, low=None, high=3.0):
     return prepare
 
 
+def with_reference(trainer, beta=0.1):
+    """Let a copy of the policy be the reference: TRL would load it, and not every model can be saved."""
+    trainer.beta, trainer.ref_model = beta, copy.deepcopy(trainer.model)
+
+
 def own_logprobs(drift):
     """A sampler that is the initial model, moved by a drift."""
     model = drifted(tiny_model(), drift)

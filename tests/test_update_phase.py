@@ -1,6 +1,5 @@
 """update_phase.py and padding_free.py against TRL: whatever is left out of an update, its gradients stay TRL's."""
 
-import copy
 import random
 from types import SimpleNamespace
 
@@ -20,6 +19,7 @@ from rollouts import (
     train,
     trl_and_ours,
     with_advantages_per_token,
+    with_reference,
     with_vllm_correction,
 )
 from transformers import (
@@ -303,7 +303,7 @@ def rope_model(rope_type):
 @pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
 def test_frequencies_that_follow_the_longest_position(tmp_path, messages, rope_type, beta):
     """Each response's log-probabilities depend on what else is in its pass, so only TRL's own passes give TRL's."""
-    prepare = with_own_reference if beta else None
+    prepare = with_reference if beta else None
     reference, ours = trl_and_ours(
         tmp_path, {"beta": 0.0}, model=rope_model(rope_type), rollouts=LONGEST, prepare=prepare
     )
@@ -312,11 +312,6 @@ def test_frequencies_that_follow_the_longest_position(tmp_path, messages, rope_t
     (warning,) = [text for text in messages() if "padding_free" in text]
     assert f"does not apply: with rope_type='{rope_type}'" in warning
     assert "costs as much as if every response were as long as the longest of the rollout" in warning
-
-
-def with_own_reference(trainer):
-    """Let a copy of the policy be the reference, at beta = 0.1."""
-    trainer.beta, trainer.ref_model = 0.1, copy.deepcopy(trainer.model)
 
 
 def openai_gpt():
@@ -335,7 +330,7 @@ def test_equal_weights_have_no_divergence(tmp_path, model, layout):
 
     def prepare(trainer):
         trainer._layout = layout
-        with_own_reference(trainer)
+        with_reference(trainer)
 
     settings = {"learning_rate": 0.0, "skip_on_policy_logps": False, "steps_per_generation": 8, "max_steps": 8}
     still = train(tmp_path, model=model, prepare=prepare, rollouts={"longest": 20, "dead": 0.0}, **settings)

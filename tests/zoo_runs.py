@@ -17,9 +17,10 @@ import torch
 import transformers
 import trl
 from conftest import WORDS
-from rollouts import TOKEN, count_forwards, train
+from rollouts import TOKEN, count_forwards, train, with_reference
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
+from trl.trainer.utils import pad
 from zoo import NotBuiltError, architectures, in_one_line, rope_variants, tiny_model
 
 from tic_grpo_trl.packing import PACKED
@@ -40,7 +41,6 @@ SETTINGS = TOKEN | {
     "max_grad_norm": 1.0,
     "router_aux_loss_coef": 0.0,  # with it a mixture of experts is not packed while it trains
 }
-BETA = 0.1
 LIMIT = 1e-4  # of differences, relative, and of log-ratios in nats where no weight has moved
 KL_LIMIT = 1e-8  # of equal weights; quadratic in the differences
 ATTENTIONS = ("sdpa", "eager")
@@ -72,11 +72,6 @@ def rollouts(prompts: list[int]):
     return rollout, lambda completions, **kwargs: REWARDS
 
 
-def with_reference(trainer):
-    """Let a copy of the policy be the reference: TRL would load it, and not every model can be saved."""
-    trainer.beta, trainer.ref_model = BETA, copy.deepcopy(trainer.model)
-
-
 @torch.no_grad()
 def alone(model: PreTrainedModel, prompt: list[int], completion: list[int]) -> torch.Tensor:
     """Compute the log-probabilities of one response without any other and without padding, by TRL's head."""
@@ -87,14 +82,12 @@ def alone(model: PreTrainedModel, prompt: list[int], completion: list[int]) -> t
 
 def padded(output: dict) -> dict[str, torch.Tensor]:
     """Pad a rollout as TRL does."""
-    prompts, completions = output["prompt_ids"], output["completion_ids"]
-    left, right = max(map(len, prompts)), max(map(len, completions))
-    return {
-        "prompt_ids": torch.tensor([[0] * (left - len(row)) + row for row in prompts]),
-        "prompt_mask": torch.tensor([[0] * (left - len(row)) + [1] * len(row) for row in prompts]),
-        "completion_ids": torch.tensor([row + [0] * (right - len(row)) for row in completions]),
-        "completion_mask": torch.tensor([[1] * len(row) + [0] * (right - len(row)) for row in completions]),
-    }
+    inputs = {}
+    for part, side in (("prompt", "left"), ("completion", "right")):
+        ids = [torch.tensor(row) for row in output[f"{part}_ids"]]
+        inputs[f"{part}_ids"] = pad(ids, padding_value=0, padding_side=side)
+        inputs[f"{part}_mask"] = pad([torch.ones_like(row) for row in ids], padding_value=0, padding_side=side)
+    return inputs
 
 
 def difference_to_alone(model: PreTrainedModel, logps: torch.Tensor, output: dict) -> float:

@@ -36,7 +36,8 @@ OTHER_LOSS_TYPES = {
 CISPO_CAP = 5.0  # the weight's cap itself, not 1 + epsilon_high (ScaleRL, arXiv 2510.13786)
 
 _UP_ONLY = {"importance_sampling_level": "trajectory", "clip_mode": "up_only"}
-_BY_TOKEN = {"importance_sampling_level": "token", "clip_mode": "two_sided"}
+# The weight that TRL's own losses have by default
+BY_TOKEN = {"importance_sampling_level": "token", "clip_mode": "two_sided"}
 _DAPO_CLIP = {"epsilon": 0.2, "epsilon_high": 0.28}
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -59,7 +60,7 @@ ARMS: dict[str, dict[str, Any]] = {
     # v2 Eq. 9 and Algorithm 2
     "tic_grpo_v2": _UP_ONLY | {"epsilon_high": 0.28, "loss_type": "grpo", "scale_rewards": "group"},
     # DAPO's loss, the baseline of both papers
-    "grpo": _BY_TOKEN | {"loss_type": "dapo", "scale_rewards": "none"} | _DAPO_CLIP,
+    "grpo": BY_TOKEN | {"loss_type": "dapo", "scale_rewards": "none"} | _DAPO_CLIP,
     # v5 Eq. 14, "GRPO2" in the theory and "GRPO+UB_Clip" in Table 2
     "grpo2": {
         "importance_sampling_level": "token",
@@ -87,9 +88,9 @@ ARMS: dict[str, dict[str, Any]] = {
     },
     # TRL's losses under their own names: ScaleRL's CISPO, SAPO (arXiv 2511.20347), LUSPO (arXiv 2602.05261, §5.1),
     # VESPO (arXiv 2602.10693)
-    "cispo": _BY_TOKEN | {"epsilon_high": CISPO_CAP, "loss_type": "cispo", "scale_rewards": "batch"},
-    "sapo": _BY_TOKEN | {"loss_type": "sapo", "scale_rewards": "group"},
-    "luspo": _BY_TOKEN
+    "cispo": BY_TOKEN | {"epsilon_high": CISPO_CAP, "loss_type": "cispo", "scale_rewards": "batch"},
+    "sapo": BY_TOKEN | {"loss_type": "sapo", "scale_rewards": "group"},
+    "luspo": BY_TOKEN
     | {
         "importance_sampling_level": "sequence",
         "epsilon": 2e-3,
@@ -97,7 +98,7 @@ ARMS: dict[str, dict[str, Any]] = {
         "loss_type": "luspo",
         "scale_rewards": "group",
     },
-    "vespo": _BY_TOKEN | {"loss_type": "vespo", "scale_rewards": "group"},
+    "vespo": BY_TOKEN | {"loss_type": "vespo", "scale_rewards": "group"},
     # v2 Fig. 1 and v5 Fig. 1: importance sampling removed
     "grpo_no_is": {
         "importance_sampling_level": "none",

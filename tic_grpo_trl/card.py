@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from .arithmetic import Batches
 from .report import LogHistory, accuracy_name, series, table
 from .version import __version__
 
@@ -43,14 +44,13 @@ def complete_card(
     Returns:
         The card, as Markdown.
     """
-    updates = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
-    responses = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    batches = Batches.of(args, processes)
     rows = {name: value for name, value in args.resolved_arm.items() if value is not None}
     values = {name: getattr(args, name) for name in SHOWN}
     rows |= {name: getattr(value, "value", value) for name, value in values.items()}  # of enums
     rows |= {
-        "updates per rollout (K)": f"{updates:g}",
-        "responses per update": responses,
+        "updates per rollout (K)": f"{batches.updates:g}",
+        "responses per update": batches.update_responses,
         "updates": log_history[-1]["step"] if log_history else 0,
         "processes": processes,
         "reward functions": ", ".join(reward_names),

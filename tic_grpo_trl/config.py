@@ -9,10 +9,15 @@ import torch
 from trl import GRPOConfig
 
 from .arithmetic import check_batches
-from .arms import ARM_FIELDS, ARMS, BOUNDS, BOUNDS_READ, CISPO_CAP, OTHER_LOSS_TYPES
+from .arms import ARM_FIELDS, ARMS, BOUNDS, BOUNDS_READ, BY_TOKEN, CISPO_CAP, OTHER_LOSS_TYPES
 from .checks import check_axes, check_bounds, check_guards, check_ranges, settle_types
 from .credentials import WithoutCredentials
 from .objective import CLIP_MODES, CORRECTION_MODES, Clip
+
+
+def _is_of_trl(level: str | None, clip_mode: str | None) -> bool:
+    """Whether TRL's own losses compute such a weight."""
+    return level in ("token", "sequence") and clip_mode == "two_sided"
 
 
 @dataclass(repr=False)
@@ -250,7 +255,7 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
     @property
     def is_anchored(self) -> bool:
         """Whether the weight is not one that TRL's own loss computes."""
-        return not (self.importance_sampling_level in ("token", "sequence") and self.clip_mode == "two_sided")
+        return not _is_of_trl(self.importance_sampling_level, self.clip_mode)
 
     def _resolve_arm(self):
         """Fill what the user left unset from the arm, then from the loss type and the clip mode."""
@@ -281,7 +286,7 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
         """Let the arm's weight give way to the one that a loss type brings along, or that goes with it."""
         if self.loss_type is None:
             return
-        fits = arm["importance_sampling_level"] in ("token", "sequence") and arm["clip_mode"] == "two_sided"
+        fits = _is_of_trl(arm["importance_sampling_level"], arm["clip_mode"])
         if not (fits and self.loss_type == "luspo" and arm["loss_type"] not in OTHER_LOSS_TYPES):
             for name in BOUNDS:
                 arm.pop(name, None)
@@ -289,9 +294,8 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
             arm["epsilon_high"] = CISPO_CAP
         if fits or self.loss_type not in OTHER_LOSS_TYPES:
             return
-        brought = {"importance_sampling_level": "token", "clip_mode": "two_sided"}
-        arm |= brought
-        if followed := [f"{name}={value!r}" for name, value in brought.items() if name not in explicit]:
+        arm |= BY_TOKEN
+        if followed := [f"{name}={value!r}" for name, value in BY_TOKEN.items() if name not in explicit]:
             self.notes.append(
                 f"loss_type={self.loss_type!r} brings its own weight: {', '.join(followed)} instead of the arm's."
             )

@@ -7,6 +7,8 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 from transformers.utils import is_in_notebook
 
+from .arithmetic import Batches
+
 
 # What a notebook's table has a column for, by the metric's name
 COLUMNS = {"reward": "reward", "trajectory_ratio/ess": "ess", "eval_reward": "eval_reward"}
@@ -57,20 +59,14 @@ def shown_values(logs: dict[str, float] | None, measures_noise: bool = False) ->
 
 
 class SettingsCallback(TrainerCallback):
-    """Show the settings in force when training starts, in a terminal and in a notebook alike.
-
-    Args:
-        updates: K, per rollout.
-    """
-
-    def __init__(self, updates: float):
-        self._updates = updates
+    """Show the settings in force when training starts, in a terminal and in a notebook alike."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
         settings = ", ".join(f"{name}={value}" for name, value in args.resolved_arm.items())
-        lines = [f"TIC-GRPO settings in force: {settings}; K = {self._updates:g} updates per rollout", *args.notes]
+        updates = Batches.of(args, args.world_size).updates
+        lines = [f"TIC-GRPO settings in force: {settings}; K = {updates:g} updates per rollout", *args.notes]
         tqdm.write("\n".join(lines))
 
 

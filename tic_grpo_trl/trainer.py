@@ -134,7 +134,7 @@ class TICGRPOTrainer(SafeUpdateTrainer):
         for shown in [type(callback) for callback in self.callback_handler.callbacks if type(callback) in DISPLAYS]:
             self.remove_callback(shown)
             self.add_callback(DISPLAYS[shown])
-        self.add_callback(SettingsCallback(self._rollout_steps / args.gradient_accumulation_steps))
+        self.add_callback(SettingsCallback())
         if not self._has_old_policy and self._level == "trajectory" and args.behaviour_policy == "trainer":
             logger.warning(
                 "K = 1: no rollout serves a second update, so the policy is the one that sampled, every ratio is 1 and "
