@@ -10,7 +10,7 @@ VLLM_INSTALLED := $(VLLM_VENV)/.installed
 LIGHTEVAL_VENV := .venv-lighteval
 LIGHTEVAL_INSTALLED := $(LIGHTEVAL_VENV)/.installed
 ARGS ?=
-STUDY := $(BIN)/python -m tic_grpo_trl.study
+STUDY := $(BIN)/python -m research.study
 
 export HF_HUB_OFFLINE ?= 1
 
@@ -30,15 +30,15 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 environments: install $(VLLM_PACKAGES) $(LIGHTEVAL_INSTALLED) ## the environments of all targets; quicker with -j3
 
 train: install ## train the embedded starter on this CPU: accuracy before and after, curves in runs/starter
-	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml examples/train_tic_grpo.py \
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml -m tic_grpo_trl.scripts.train \
 		--config examples/recipes/starter.yaml $(ARGS)
 
 eval: install ## evaluate the starter, or what ARGS names: Avg@k with intervals, every sample, a table
-	$(BIN)/python examples/evaluate.py $(ARGS)
+	$(BIN)/python -m tic_grpo_trl.scripts.evaluate $(ARGS)
 
 smollm2: install ## train SmolLM2-135M-Instruct, from a package, with LoRA on sums: 20 minutes of one core
-	$(BIN)/python -m tic_grpo_trl.smollm2 --output_dir runs/smollm2-135m
-	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml examples/train_tic_grpo.py \
+	$(BIN)/python -m examples.smollm2 --output_dir runs/smollm2-135m
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml -m tic_grpo_trl.scripts.train \
 		--config examples/recipes/smollm2_135m.yaml $(ARGS)
 
 test: lint ## lint, type check and every test but those of the next four, in two processes
@@ -62,8 +62,8 @@ $(VLLM_INSTALLED): $(VLLM_PACKAGES) setup.cfg pyproject.toml
 	@touch $@
 
 test-vllm: $(VLLM_INSTALLED) ## the tests with a real vLLM engine on this CPU, in .venv-vllm
-	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/test_vllm_colocate.py tests/test_vllm_server.py \
-		tests/test_evaluate_vllm.py $(ARGS)
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/rollout/test_vllm_colocate.py tests/rollout/test_vllm_server.py \
+		tests/evaluation/test_evaluate_vllm.py $(ARGS)
 
 # Another one, because lighteval wants older versions. It fetches a file for tasks that nobody asked for when it starts.
 $(LIGHTEVAL_INSTALLED): constraints-lighteval.txt
@@ -74,7 +74,7 @@ $(LIGHTEVAL_INSTALLED): constraints-lighteval.txt
 	@touch $@
 
 test-lighteval: install $(LIGHTEVAL_INSTALLED) ## evaluation through lighteval, in .venv-lighteval
-	$(BIN)/python -m pytest tests/test_evaluate_lighteval.py $(ARGS)
+	$(BIN)/python -m pytest tests/evaluation/test_lighteval.py $(ARGS)
 
 coverage: install ## the share of the package's lines that `make test` runs, 95 % at least
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-fail-under=95 $(ARGS)
@@ -90,15 +90,15 @@ lint: install ## ruff (lint and format) and mypy
 	$(BIN)/mypy
 
 starter: install ## make the starter's model from nothing, in runs/starter-model
-	$(BIN)/python -m tic_grpo_trl.starter.build --output_dir runs/starter-model $(ARGS)
+	$(BIN)/python -m research.starter.build --output_dir runs/starter-model $(ARGS)
 
-study: install ## all arms on three seeds, side by side: tables and figures in runs/study
+study: install ## all algorithms on three seeds, side by side: tables and figures in runs/study
 	$(STUDY) $(ARGS)
 
 study-quick: install ## the same in minutes: two seeds, half the updates
 	$(STUDY) --plan quick $(ARGS)
 
-study-tuned: install ## each arm at its own best learning rate and cap, in two regimes
+study-tuned: install ## each algorithm at its own best learning rate and cap, in two regimes
 	$(STUDY) --plan tuned $(ARGS)
 
 bench: install ## the update phase against TRL's own trainer, side by side: table and figures in runs/bench
@@ -108,7 +108,7 @@ bench-vllm: $(VLLM_INSTALLED) ## what the precision of a vLLM engine does to the
 	$(VLLM_VENV)/bin/python benchmarks/sampler_mismatch.py $(ARGS)
 
 theory: install ## exact checks of the papers' claims on enumerable policies: report and figures in runs/theory
-	$(BIN)/python -m tic_grpo_trl.theory $(ARGS)
+	$(BIN)/python -m research.theory $(ARGS)
 
 bench-math: install ## what scoring a rollout's answers costs, against TRL's reward: table in runs/bench
 	$(BIN)/python benchmarks/math_reward.py $(ARGS)
@@ -117,7 +117,7 @@ models: install ## every causal language model through both trainers: the table 
 	$(BIN)/python tests/zoo_runs.py docs/models.md $(ARGS)
 
 notebooks: install ## execute examples/notebooks in place
-	$(BIN)/python tests/test_notebooks.py
+	PYTHONPATH=tests $(BIN)/python tests/examples/test_notebooks.py
 
 docs: install ## the documentation as a site, in docs/_build/html; warnings and broken links are errors
 	$(BIN)/sphinx-build -q -W --keep-going -n -d docs/_build/doctrees docs docs/_build/html $(ARGS)

@@ -215,8 +215,9 @@ def make_trainer(kind: str, scale: Scale, model: Qwen3ForCausalLM, rollout: Roll
     """A trainer of `2·UPDATES` steps: a warm-up rollout of two tokens per response, then `rollout`.
 
     Args:
-        kind: `"trl"`: TRL's own trainer with DAPO's loss; `"ours"`: this package's with the same loss (arm `grpo`) and
-            the same shuffle; any other arm's name: this package's with that arm and its defaults.
+        kind: `"trl"`: TRL's own trainer with DAPO's loss; `"ours"`: this package's with the same loss (algorithm
+            `grpo`) and the same shuffle; any other algorithm's name: this package's with that algorithm and its
+            defaults.
         scale: sizes.
         model: copied, not trained.
         rollout: the measured one.
@@ -251,10 +252,13 @@ def make_trainer(kind: str, scale: Scale, model: Qwen3ForCausalLM, rollout: Roll
     if kind == "trl":
         trainer_class, args = GRPOTrainer, GRPOConfig(folder, **settings, **dapo)
     elif kind == "ours":
-        trainer_class, args = TICGRPOTrainer, TICGRPOConfig(folder, **settings, arm="grpo", partition_by_prompt=False)
+        trainer_class, args = (
+            TICGRPOTrainer,
+            TICGRPOConfig(folder, **settings, algorithm="grpo", partition_by_prompt=False),
+        )
         assert all(getattr(args, name) == value for name, value in dapo.items())
     else:
-        trainer_class, args = TICGRPOTrainer, TICGRPOConfig(folder, **settings, arm=kind)
+        trainer_class, args = TICGRPOTrainer, TICGRPOConfig(folder, **settings, algorithm=kind)
     warm_up = make_rollout(scale, [2] * rows, dead_groups=0)
     warm_up.rewards = rollout.rewards
     replay = Replay([warm_up, rollout], seed)

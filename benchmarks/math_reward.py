@@ -20,7 +20,7 @@ from statistics import fmean
 import psutil
 from trl.rewards import accuracy_reward
 
-from tic_grpo_trl.report import table
+from tic_grpo_trl.metrics.run_summary import table
 from tic_grpo_trl.rewards import MathReward
 from tic_grpo_trl.rewards.mathematics import default_workers
 

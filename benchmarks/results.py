@@ -15,7 +15,7 @@ matplotlib.use("Agg")  # figures go to files, also where there is no display
 import matplotlib.pyplot as plt
 from measure import Run, disagreement
 
-from tic_grpo_trl.report import BLUE, GREY, ORANGE, table
+from tic_grpo_trl.metrics.run_summary import BLUE, GREY, ORANGE, table
 
 
 AGREEMENT = 1e-4  # of the gradient norms, so that a case compares equals
@@ -50,8 +50,8 @@ class Results:
         threads: of torch.
         cases: by name.
         losses: by kind of trainer and lengths, pairs of seconds, TRL's and ours.
-        limits: our run, a run with the default arm, and the limit's seconds forward and back, seconds of scoring and
-            tokens.
+        limits: our run, a run with the default algorithm, and the limit's seconds forward and back, seconds of scoring
+            and tokens.
         saved, resident: bytes, TRL's and ours.
         growth: by panel and kind of trainer, (real tokens or rows, seconds).
         seconds: that the whole took.
@@ -104,7 +104,7 @@ def _cases(results: Results) -> str:
     for (kind, lengths), pairs in results.losses.items():
         ratios = [trl / ours for trl, ours in pairs]
         columns = [spread([1e3 * pair[side] for pair in pairs], 1) + " ms" for side in (0, 1)]
-        title = f"loss without the model, {lengths}, arm `{kind}`"
+        title = f"loss without the model, {lengths}, algorithm `{kind}`"
         rows.append([title, "≥ 1", spread(ratios), _met(median(ratios) >= 1), *columns, "–", "–", "–"])
     header = ["case", "target", "TRL's time / ours", "met", "TRL, s", "ours, s"]
     return table([*header, "forwards TRL / ours", "positions TRL / ours", "gradients differ by"], rows)
@@ -137,7 +137,7 @@ def _limit(results: Results) -> str:
     for label, seconds in {
         "ours, passes through the model": [sum(run.parts[part] for part in PASSES) for run, _, _ in results.limits],
         "ours, with loss, optimizer and training loop": [run.seconds for run, _, _ in results.limits],
-        "the same, default arm `tic_grpo`": [run.seconds for _, run, _ in results.limits],
+        "the same, default algorithm `tic_grpo`": [run.seconds for _, run, _ in results.limits],
     }.items():
         shares = [100 * limit / run for limit, run in zip(limits, seconds, strict=True)]
         rows.append([label, spread(seconds, 3), spread(shares, 0), _met(median(shares) >= 80)])

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 
-from tic_grpo_trl.report import table
+from tic_grpo_trl.metrics.run_summary import table
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,7 +86,7 @@ def long_responses(trainer) -> list[dict[str, float]]:
 
 def spread(log_ratio) -> dict[str, float]:
     """Of the sequence ratios: their logarithm's standard deviation, effective sample size, and share above `CAP`."""
-    from tic_grpo_trl.diagnostics import effective_sample_size
+    from tic_grpo_trl.metrics.ratios import effective_sample_size
 
     log_ratio = log_ratio.double()
     return {
@@ -204,7 +204,7 @@ def report(results: dict[str, dict], seeds: int, seconds: float) -> str:
 
 A vLLM engine on a CPU, in the trainer's process, samples for the embedded starter (167,000 parameters), which is
 trained in float32. The weights of the engine are the trainer's, as its precision holds them. A rollout has 128
-responses; K = 4, learning rate 1.5e-4, default arm. Values are means over rollouts (smallest to largest).
+responses; K = 4, learning rate 1.5e-4, default algorithm. Values are means over rollouts (smallest to largest).
 
 ## The mismatch
 

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 
+# the site's extension, and research/
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

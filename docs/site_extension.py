@@ -154,7 +154,7 @@ def reference_to(short: str, name: str, module: str) -> str:
     if inspect.ismodule(target):
         name = target.__name__
     elif inspect.isclass(target) or inspect.isroutine(target):
-        if target.__module__.startswith("tic_grpo_trl"):
+        if target.__module__.startswith(("tic_grpo_trl", "research")):
             name = f"{target.__module__}.{target.__qualname__}"
     elif target is not None:
         return f"``{title}``"
@@ -184,8 +184,29 @@ def read_docstring(app: Sphinx, what: str, name: str, obj, options, lines: list[
     lines[:] = markdown_to_rst(lines, name if what == "module" else getattr(obj, "__module__", None) or "tic_grpo_trl")
 
 
+def write_api_pages() -> None:
+    """Write one page for each room of the package and of `research/`, with an entry for each of its modules."""
+    folder = DOCS / "api"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    pages: dict[str, list[str]] = {}
+    for package in (PACKAGE, ROOT / "research"):
+        for path in sorted(package.rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            if parts[-1] != "__main__" and path.parent.name != "runner" and module.count("."):
+                pages.setdefault(module.split(".")[1], []).append(module)
+    for page, modules in pages.items():
+        entries = [f"## `{module}`\n\n```{{eval-rst}}\n.. automodule:: {module}\n```\n" for module in modules]
+        (folder / f"{page}.md").write_text("\n".join([f"# {modules[0].rpartition('.')[2]}\n", *entries]))
+    text = "Public names of the package, from their docstrings; `[source]` beside each leads to the code."
+    listed = "\n".join(["```{toctree}", ":maxdepth: 1", "", *pages, "```"])
+    (folder / "index.md").write_text(f"# API reference\n\n{text}\n\n{listed}\n")
+
+
 def setup(app: Sphinx) -> dict:
-    """Register everything above, and bring the notebooks to where Sphinx reads pages: it follows no links."""
+    """Register everything above, write the reference, and copy the notebooks to where Sphinx reads pages."""
+    write_api_pages()
     folder = DOCS / "notebooks"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

@@ -149,7 +149,7 @@ TINY_PROMPTS = Dataset.from_dict(
 )
 
 # The update phase as TRL has it, for comparisons bit by bit
-TRL_UPDATE_PHASE = {"padding_free": False, "skip_dead_rows": False, "skip_on_policy_logps": False}
+TRL_UPDATE_PHASE = {"padding_free": False, "skip_zero_advantage": False, "skip_on_policy_logps": False}
 
 CPU = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
 

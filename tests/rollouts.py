@@ -187,9 +187,9 @@ def trl_and_ours(tmp_path, settings, **config):
     """TRL's own trainer and ours, which by default leaves out all that it can."""
     if "importance_sampling_level" not in settings:
         settings = TOKEN | settings
-    arm = "gspo" if settings["importance_sampling_level"] == "sequence" else "grpo"
+    algorithm = "gspo" if settings["importance_sampling_level"] == "sequence" else "grpo"
     reference = train(tmp_path / "trl", trl=True, **settings, **config)
-    config |= {"arm": arm, "partition_by_prompt": False, "leader": reference}
+    config |= {"algorithm": algorithm, "partition_by_prompt": False, "leader": reference}
     return reference, train(tmp_path / "ours", **settings, **config)
 
 

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from tic_grpo_trl.arms import FAMILY
-from tic_grpo_trl.diagnostics import ratio_metrics, ratio_rows
+from research.theory.estimators import package_algorithm
+from tic_grpo_trl.algorithms import FAMILY
+from tic_grpo_trl.metrics.ratios import ratio_metrics, ratio_statistics
 from tic_grpo_trl.objective import (
     CLIP_MODES,
     LEVELS,
@@ -24,7 +25,6 @@ from tic_grpo_trl.objective import (
     log_importance_weight,
     token_log_ratio,
 )
-from tic_grpo_trl.theory.estimators import package_arm
 
 
 EXAMPLES = int(os.environ.get("INVARIANT_EXAMPLES", "0"))
@@ -85,7 +85,7 @@ def batches(draw, per_token: bool | None = None, width: int = 64) -> Batch:
     return Batch(logps, logps - drift, advantages, mask)
 
 
-ARM_RULES = {name: package_arm(name) for name in FAMILY}
+ARM_RULES = {name: package_algorithm(name) for name in FAMILY}
 CLIPS = st.builds(
     Clip,
     st.sampled_from(CLIP_MODES),
@@ -94,7 +94,7 @@ CLIPS = st.builds(
     delta=st.none() | st.floats(11.5, 1e12),  # above 1 + epsilon_high, also beyond what a weight is held at
     length_scale=st.just(0.0) | st.floats(1e-3, 2),
 )
-RULES = st.sampled_from([(arm.level, arm.clip) for arm in ARM_RULES.values()]) | st.tuples(
+RULES = st.sampled_from([(algorithm.level, algorithm.clip) for algorithm in ARM_RULES.values()]) | st.tuples(
     st.sampled_from(LEVELS), CLIPS
 )
 
@@ -183,7 +183,7 @@ def clipped_weight(batch: Batch, level: str, clip: Clip):
 
 
 def rows_of(batch: Batch, level: str, clip: Clip) -> torch.Tensor:
-    return ratio_rows(log_ratio_of(batch), clipped_weight(batch, level, clip), batch.advantages, batch.mask)
+    return ratio_statistics(log_ratio_of(batch), clipped_weight(batch, level, clip), batch.advantages, batch.mask)
 
 
 def close_metrics(actual: torch.Tensor, expected: torch.Tensor):

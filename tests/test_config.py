@@ -1,4 +1,4 @@
-"""config.py: the arms, explicit values, refusals by name, round trips, parsers."""
+"""config.py: the algorithms, explicit values, refusals by name, round trips, parsers."""
 
 import dataclasses
 import json
@@ -9,8 +9,8 @@ import torch
 from conftest import CPU
 from trl import GRPOConfig, ModelConfig, TrlParser
 
-from tic_grpo_trl import ARMS, TICGRPOConfig
-from tic_grpo_trl.config import ARM_FIELDS
+from tic_grpo_trl import ALGORITHMS, TICGRPOConfig
+from tic_grpo_trl.config import ALGORITHM_FIELDS
 
 
 def config(**fields) -> TICGRPOConfig:
@@ -37,33 +37,33 @@ TABLE = {
 }
 
 
-@pytest.mark.parametrize("arm", ARMS)
-def test_arms_resolve_to_the_table(arm):
-    args = config(arm=arm)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_arms_resolve_to_the_table(algorithm):
+    args = config(algorithm=algorithm)
     names = ("importance_sampling_level", "clip_mode", "loss_type", "scale_rewards")
     names += ("epsilon", "epsilon_high", "delta", "length_scaled_cap")
-    assert tuple(getattr(args, name) for name in names) == TABLE[arm]
-    assert args.resolved_arm == {"arm": arm} | dict(zip(names, TABLE[arm], strict=True))
-    assert args.is_anchored == (arm not in ("grpo", "gspo", "cispo", "sapo", "luspo", "vespo"))
+    assert tuple(getattr(args, name) for name in names) == TABLE[algorithm]
+    assert args.resolved_algorithm == {"algorithm": algorithm} | dict(zip(names, TABLE[algorithm], strict=True))
+    assert args.is_anchored == (algorithm not in ("grpo", "gspo", "cispo", "sapo", "luspo", "vespo"))
     assert args.beta == 0.0
 
 
 def test_default_is_tic_grpo():
-    assert config().arm == "tic_grpo"
-    assert config().resolved_arm == config(arm="tic_grpo").resolved_arm
+    assert config().algorithm == "tic_grpo"
+    assert config().resolved_algorithm == config(algorithm="tic_grpo").resolved_algorithm
 
 
 def test_every_arm_names_only_known_fields():
-    assert all(set(fields) <= set(ARM_FIELDS) for fields in ARMS.values())
-    assert set(ARM_FIELDS) <= {field.name for field in dataclasses.fields(TICGRPOConfig)}
-    unset = {f.name: f.default for f in dataclasses.fields(TICGRPOConfig) if f.name in ARM_FIELDS}
+    assert all(set(fields) <= set(ALGORITHM_FIELDS) for fields in ALGORITHMS.values())
+    assert set(ALGORITHM_FIELDS) <= {field.name for field in dataclasses.fields(TICGRPOConfig)}
+    unset = {f.name: f.default for f in dataclasses.fields(TICGRPOConfig) if f.name in ALGORITHM_FIELDS}
     assert set(unset.values()) == {None}
 
 
 def test_new_fields_have_help_and_are_documented():
     inherited = {field.name for field in dataclasses.fields(GRPOConfig)}
     for field in dataclasses.fields(TICGRPOConfig):
-        if field.name not in inherited or field.name in ARM_FIELDS:
+        if field.name not in inherited or field.name in ALGORITHM_FIELDS:
             assert field.metadata["help"]
             assert f"        {field.name} (`" in TICGRPOConfig.__doc__
 
@@ -71,22 +71,22 @@ def test_new_fields_have_help_and_are_documented():
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"arm": "tic_grpo", "epsilon_high": 0.03}, {"epsilon_high": 0.03}),
-        ({"arm": "tic_grpo", "loss_type": "grpo"}, {"loss_type": "grpo", "clip_mode": "up_only"}),
-        ({"arm": "grpo", "scale_rewards": "group"}, {"scale_rewards": "group"}),
+        ({"algorithm": "tic_grpo", "epsilon_high": 0.03}, {"epsilon_high": 0.03}),
+        ({"algorithm": "tic_grpo", "loss_type": "grpo"}, {"loss_type": "grpo", "clip_mode": "up_only"}),
+        ({"algorithm": "grpo", "scale_rewards": "group"}, {"scale_rewards": "group"}),
         ({"scale_rewards": True}, {"scale_rewards": "group"}),
         ({"scale_rewards": False}, {"scale_rewards": "none"}),
-        ({"arm": "tic_grpo", "clip_mode": "two_sided"}, {"epsilon": 0.2, "epsilon_high": 0.28}),
-        ({"arm": "grpo", "clip_mode": "up_only"}, {"epsilon": None, "epsilon_high": 0.28}),
-        ({"arm": "tic_grpo", "importance_sampling_level": "none"}, {"clip_mode": "none", "epsilon_high": None}),
-        ({"arm": "grpo_no_is", "importance_sampling_level": "trajectory"}, {"clip_mode": "up_only"}),
-        ({"arm": "grpo_no_is", "importance_sampling_level": "token"}, {"clip_mode": "two_sided", "epsilon": 0.2}),
-        ({"arm": "tic_grpo_released", "epsilon_high": 0.2}, {"length_scaled_cap": None, "delta": 3.0}),
-        ({"arm": "tic_grpo_released", "length_scaled_cap": 0.0}, {"epsilon_high": 0.28, "delta": 3.0}),
-        ({"arm": "tic_grpo_released", "clip_mode": "truncated"}, {"delta": None, "length_scaled_cap": 0.01}),
-        ({"arm": "tic_grpo_released", "importance_sampling_level": "token"}, {"length_scaled_cap": None}),
-        ({"arm": "tic_grpo", "length_scaled_cap": 0.02}, {"epsilon_high": None, "length_scaled_cap": 0.02}),
-        ({"arm": "tic_grpo_released", "delta": float("inf")}, {"delta": float("inf")}),
+        ({"algorithm": "tic_grpo", "clip_mode": "two_sided"}, {"epsilon": 0.2, "epsilon_high": 0.28}),
+        ({"algorithm": "grpo", "clip_mode": "up_only"}, {"epsilon": None, "epsilon_high": 0.28}),
+        ({"algorithm": "tic_grpo", "importance_sampling_level": "none"}, {"clip_mode": "none", "epsilon_high": None}),
+        ({"algorithm": "grpo_no_is", "importance_sampling_level": "trajectory"}, {"clip_mode": "up_only"}),
+        ({"algorithm": "grpo_no_is", "importance_sampling_level": "token"}, {"clip_mode": "two_sided", "epsilon": 0.2}),
+        ({"algorithm": "tic_grpo_released", "epsilon_high": 0.2}, {"length_scaled_cap": None, "delta": 3.0}),
+        ({"algorithm": "tic_grpo_released", "length_scaled_cap": 0.0}, {"epsilon_high": 0.28, "delta": 3.0}),
+        ({"algorithm": "tic_grpo_released", "clip_mode": "truncated"}, {"delta": None, "length_scaled_cap": 0.01}),
+        ({"algorithm": "tic_grpo_released", "importance_sampling_level": "token"}, {"length_scaled_cap": None}),
+        ({"algorithm": "tic_grpo", "length_scaled_cap": 0.02}, {"epsilon_high": None, "length_scaled_cap": 0.02}),
+        ({"algorithm": "tic_grpo_released", "delta": float("inf")}, {"delta": float("inf")}),
     ],
 )
 def test_an_explicit_value_wins(fields, expected):
@@ -95,22 +95,28 @@ def test_an_explicit_value_wins(fields, expected):
 
 
 REFUSED = [
-    ({"arm": "ticgrpo"}, r"Unknown arm 'ticgrpo': choose one of tic_grpo,"),
+    ({"algorithm": "ticgrpo"}, r"Unknown algorithm 'ticgrpo': choose one of tic_grpo,"),
     ({"importance_sampling_level": "trajektory"}, r"Unknown importance_sampling_level 'trajektory'"),
     ({"clip_mode": "upper"}, r"Unknown clip_mode 'upper': choose one of up_only"),
     ({"loss_type": "drgrpo"}, r"Unknown loss_type 'drgrpo'"),
     ({"scale_rewards": "std"}, r"Unknown scale_rewards 'std'"),
-    ({"arm": "grpo_no_is", "length_scaled_cap": 0.1}, r"length_scaled_cap=0.1 has no effect with clip_mode='none'"),
+    (
+        {"algorithm": "grpo_no_is", "length_scaled_cap": 0.1},
+        r"length_scaled_cap=0.1 has no effect with clip_mode='none'",
+    ),
     ({"loss_type": "vespo", "length_scaled_cap": 0.1}, r"length_scaled_cap=0.1 has no effect with loss_type='vespo'"),
-    ({"arm": "grpo_no_is", "clip_mode": "up_only"}, r"importance_sampling_level='none' does not go with clip_mode"),
+    (
+        {"algorithm": "grpo_no_is", "clip_mode": "up_only"},
+        r"importance_sampling_level='none' does not go with clip_mode",
+    ),
     ({"clip_mode": "none"}, r"importance_sampling_level='trajectory' does not go with clip_mode='none'"),
     ({"epsilon_high": 0.2, "length_scaled_cap": 0.01}, r"both set the upper bound of the weight: remove one"),
-    ({"arm": "grpo2", "length_scaled_cap": 0.01}, r"length_scaled_cap=0.01 bounds a trajectory ratio"),
+    ({"algorithm": "grpo2", "length_scaled_cap": 0.01}, r"length_scaled_cap=0.01 bounds a trajectory ratio"),
     ({"max_completion_length": None}, r"loss_type='dr_grpo' divides by the constant T = max_completion_length"),
     ({"epsilon_high": -0.1}, r"epsilon_high=-0.1 must be a positive number"),
     ({"epsilon_high": float("nan")}, r"epsilon_high=nan must be a positive number"),
     ({"length_scaled_cap": -1.0}, r"length_scaled_cap=-1.0 must be a positive number"),
-    ({"arm": "grpo", "epsilon": 1.5}, r"epsilon=1.5 must lie in \(0, 1\]"),
+    ({"algorithm": "grpo", "epsilon": 1.5}, r"epsilon=1.5 must lie in \(0, 1\]"),
     ({"delta": 1.1}, r"delta=1.1 must be greater than 1 \+ epsilon_high = 1.28"),
     *[
         (
@@ -142,7 +148,12 @@ def test_vllm_corrections_by_token_go_with_weights_by_token(tmp_path):
             ValueError, match=f"vllm_importance_sampling_mode='{mode}' gives every token its own factor"
         ):
             config(mode)
-        for fits in ({"arm": "grpo"}, {"arm": "gspo"}, {"arm": "grpo_no_is"}, {"behaviour_policy": "sampler"}):
+        for fits in (
+            {"algorithm": "grpo"},
+            {"algorithm": "gspo"},
+            {"algorithm": "grpo_no_is"},
+            {"behaviour_policy": "sampler"},
+        ):
             config(mode, **fits)
         config(mode, vllm_importance_sampling_correction=False)
     config("sequence_mask")
@@ -154,10 +165,10 @@ def test_vllm_corrections_by_token_go_with_weights_by_token(tmp_path):
     TICGRPOConfig(str(tmp_path), **CPU, vllm_importance_sampling_mode="token_mask")  # without vLLM it is not read
 
 
-@pytest.mark.parametrize("arm", ["tic_grpo", "grpo2"])
+@pytest.mark.parametrize("algorithm", ["tic_grpo", "grpo2"])
 @pytest.mark.parametrize("loss_type", ["cispo", "sapo", "luspo", "vespo"])
-def test_an_explicit_loss_type_of_trl_brings_its_weight(arm, loss_type):
-    args = config(arm=arm, loss_type=loss_type)
+def test_an_explicit_loss_type_of_trl_brings_its_weight(algorithm, loss_type):
+    args = config(algorithm=algorithm, loss_type=loss_type)
     assert (args.importance_sampling_level, args.clip_mode) == ("token", "two_sided")
     assert args.loss_type == loss_type
     assert not args.is_anchored
@@ -165,36 +176,47 @@ def test_an_explicit_loss_type_of_trl_brings_its_weight(arm, loss_type):
     assert (args.epsilon, args.epsilon_high, args.delta) == (*bounds, None)
     assert args.notes == [
         f"loss_type='{loss_type}' brings its own weight: importance_sampling_level='token', clip_mode='two_sided' "
-        "instead of the arm's."
+        "instead of the algorithm's."
     ]
 
 
 def test_a_loss_type_of_trl_keeps_a_weight_that_goes_with_it():
-    sequence = config(arm="gspo", loss_type="luspo")
+    sequence = config(algorithm="gspo", loss_type="luspo")
     assert (sequence.importance_sampling_level, sequence.epsilon, sequence.epsilon_high) == ("sequence", 3e-4, 4e-4)
-    assert config(arm="grpo", loss_type="cispo").epsilon_high == 5.0
-    assert config(arm="cispo", loss_type="sapo").epsilon_high is None
-    for arm, loss_type in (("gspo", "luspo"), ("grpo", "cispo"), ("cispo", "sapo")):
-        assert config(arm=arm, loss_type=loss_type).notes == []
+    assert config(algorithm="grpo", loss_type="cispo").epsilon_high == 5.0
+    assert config(algorithm="cispo", loss_type="sapo").epsilon_high is None
+    for algorithm, loss_type in (("gspo", "luspo"), ("grpo", "cispo"), ("cispo", "sapo")):
+        assert config(algorithm=algorithm, loss_type=loss_type).notes == []
 
 
 def test_a_loss_type_of_the_family_has_its_own_bounds_in_an_arm_of_another():
-    assert (config(arm="cispo", loss_type="dapo").epsilon, config(arm="cispo", loss_type="dapo").epsilon_high) == (
+    assert (
+        config(algorithm="cispo", loss_type="dapo").epsilon,
+        config(algorithm="cispo", loss_type="dapo").epsilon_high,
+    ) == (
         0.2,
         0.28,
     )
-    assert config(arm="luspo", loss_type="grpo").epsilon_high == 0.28
+    assert config(algorithm="luspo", loss_type="grpo").epsilon_high == 0.28
 
 
 @pytest.mark.parametrize(
     ("fields", "expected", "note"),
     [
         ({"epsilon": 0.2}, None, "epsilon=0.2 has no effect with clip_mode='up_only'."),
-        ({"arm": "grpo_no_is", "epsilon_high": 0.2}, None, "epsilon_high=0.2 has no effect with clip_mode='none'."),
-        ({"arm": "tic_grpo_truncated", "delta": 3.0}, None, "delta=3.0 has no effect with clip_mode='truncated'."),
+        (
+            {"algorithm": "grpo_no_is", "epsilon_high": 0.2},
+            None,
+            "epsilon_high=0.2 has no effect with clip_mode='none'.",
+        ),
+        (
+            {"algorithm": "tic_grpo_truncated", "delta": 3.0},
+            None,
+            "delta=3.0 has no effect with clip_mode='truncated'.",
+        ),
         ({"loss_type": "sapo", "epsilon": 0.2}, None, "epsilon=0.2 has no effect with loss_type='sapo'."),
         (
-            {"arm": "grpo", "epsilon": 0.1},
+            {"algorithm": "grpo", "epsilon": 0.1},
             0.1,
             "epsilon=0.1 is the lower bound; the upper one is epsilon_high=0.28, where TRL takes epsilon for both.",
         ),
@@ -204,7 +226,7 @@ def test_a_bound_carried_over_from_trl_is_taken_or_said_to_be_unused(fields, exp
     args = config(**fields)
     assert getattr(args, list(fields)[-1]) == expected
     assert note in args.notes
-    assert config(arm="grpo", epsilon=0.1, epsilon_high=0.1).notes == []
+    assert config(algorithm="grpo", epsilon=0.1, epsilon_high=0.1).notes == []
 
 
 def test_a_cap_below_one_for_cispo_warns():
@@ -214,7 +236,7 @@ def test_a_cap_below_one_for_cispo_warns():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         config(loss_type="cispo", epsilon_high=1.5)
-        config(arm="cispo")
+        config(algorithm="cispo")
 
 
 @pytest.mark.parametrize(
@@ -229,15 +251,15 @@ def test_a_cap_below_one_for_cispo_warns():
     ],
 )
 def test_what_makes_the_sampler_another_policy(fields, changed):
-    """The warning comes with the first rollout, where it can be measured (tests/test_guards.py)."""
+    """The warning comes with the first rollout, where it can be measured (tests/safety/test_ratio_probe.py)."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert config(**fields).changed_sampling == changed
 
 
-@pytest.mark.parametrize("arm", ARMS)
-def test_round_trips(arm, tmp_path):
-    args = config(arm=arm, steps_per_generation=4, learning_rate=3e-4)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_round_trips(algorithm, tmp_path):
+    args = config(algorithm=algorithm, steps_per_generation=4, learning_rate=3e-4)
     from_dict = TICGRPOConfig(**args.to_dict())
     assert from_dict.to_dict() == args.to_dict()
     from_json = TICGRPOConfig(**json.loads(args.to_json_string()))
@@ -245,7 +267,7 @@ def test_round_trips(arm, tmp_path):
     torch.save(args, tmp_path / "training_args.bin")  # what the trainer saves with a model
     loaded = torch.load(tmp_path / "training_args.bin", weights_only=False)
     assert loaded.to_dict() == args.to_dict()
-    assert dataclasses.replace(args, seed=1).resolved_arm == args.resolved_arm
+    assert dataclasses.replace(args, seed=1).resolved_algorithm == args.resolved_algorithm
 
 
 def parse(tmp_path, yaml: str, *flags: str) -> TICGRPOConfig:
@@ -256,15 +278,15 @@ def parse(tmp_path, yaml: str, *flags: str) -> TICGRPOConfig:
 
 
 def test_yaml_and_flags(tmp_path):
-    args = parse(tmp_path, "arm: tic_grpo_truncated\nepsilon_high: 0.5\nscale_rewards: false\n")
+    args = parse(tmp_path, "algorithm: tic_grpo_truncated\nepsilon_high: 0.5\nscale_rewards: false\n")
     assert (args.clip_mode, args.epsilon, args.epsilon_high) == ("truncated", 0.2, 0.5)
     assert args.scale_rewards == "none"
 
-    args = parse(tmp_path, "arm: tic_grpo\nepsilon_high: 0.5\n", "--arm", "grpo", "--scale_rewards", "True")
+    args = parse(tmp_path, "algorithm: tic_grpo\nepsilon_high: 0.5\n", "--algorithm", "grpo", "--scale_rewards", "True")
     assert args.importance_sampling_level == "token"
-    assert (args.epsilon_high, args.scale_rewards) == (0.5, "group")  # a flag beats YAML, YAML beats the arm
+    assert (args.epsilon_high, args.scale_rewards) == (0.5, "group")  # a flag beats YAML, YAML beats the algorithm
 
-    assert parse(tmp_path, "arm: tic_grpo\n", "--epsilon", "0.1").notes == [
+    assert parse(tmp_path, "algorithm: tic_grpo\n", "--epsilon", "0.1").notes == [
         "epsilon=0.1 has no effect with clip_mode='up_only'."
     ]
 

@@ -99,6 +99,6 @@ def test_without_importance_sampling_it_is_the_score_of_the_rows_as_they_come(tm
         "advantages": advantages,
         "old_per_token_logps": logps(tiny_model(), enumeration).detach(),
     }
-    trainer = make_trainer(tmp_path, model, arm="grpo_no_is", loss_type="dr_grpo", max_completion_length=HORIZON)
+    trainer = make_trainer(tmp_path, model, algorithm="grpo_no_is", loss_type="dr_grpo", max_completion_length=HORIZON)
     _, gradients = loss_and_gradients(trainer, inputs)
     assert relative_error(gradients, {name: p.grad for name, p in reference.named_parameters()}) <= 1e-4

@@ -30,14 +30,8 @@ from searching import (
     written_out,
 )
 
-from tic_grpo_trl.diagnostics import ratio_metrics, ratio_rows
-from tic_grpo_trl.objective import (
-    LOG_WEIGHT_BOUND,
-    Clip,
-    clip_log_weight,
-    log_importance_weight,
-    token_log_ratio,
-)
+from tic_grpo_trl.metrics.ratios import ratio_metrics, ratio_statistics
+from tic_grpo_trl.objective import LOG_WEIGHT_BOUND, Clip, clip_log_weight, log_importance_weight, token_log_ratio
 
 
 def loss_of(batch: Batch, level: str, clip: Clip, loss_type="dr_grpo", of_all=None, parent_level="token"):
@@ -62,7 +56,7 @@ def loss_of(batch: Batch, level: str, clip: Clip, loss_type="dr_grpo", of_all=No
 
 @searched(250)
 @given(
-    clip=CLIPS | st.sampled_from([arm.clip for arm in ARM_RULES.values()]),
+    clip=CLIPS | st.sampled_from([algorithm.clip for algorithm in ARM_RULES.values()]),
     advantage=st.sampled_from([0.0, -0.0, 1.0, -1.0, 5e-324, -5e-324]) | st.floats(-3, 3),
     length=st.integers(1, 6),
     logp=st.floats(-50, 0, width=32),
@@ -251,6 +245,6 @@ def test_identical_policies_have_the_weight_1_exactly(batch, rule, on_policy, dt
         assert torch.equal(ratio, torch.ones_like(ratio))
     (gradient,) = torch.autograd.grad(ratios_of(leaf, clipped, batch.mask).sum(), leaf)
     assert torch.equal(gradient, torch.ones_like(gradient))
-    metrics = ratio_metrics(ratio_rows(log_ratio, clipped, batch.advantages, batch.mask))
+    metrics = ratio_metrics(ratio_statistics(log_ratio, clipped, batch.advantages, batch.mask))
     assert all(metrics[name] == 0 for name in metrics if name != "ess")
     assert not metrics or metrics["ess"] == pytest.approx(1, abs=1e-14)

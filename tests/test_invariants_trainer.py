@@ -1,4 +1,4 @@
-"""The trainer's own loss, every arm with every `loss_type`, on inputs that hypothesis searches."""
+"""The trainer's own loss, every algorithm with every `loss_type`, on inputs that hypothesis searches."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from searching import ARM_RULES, NORMALISERS, Batch, T, lies_on_a_bound, searched, tensors, written_out
 
-from tic_grpo_trl.arms import FAMILY
+from tic_grpo_trl.algorithms import FAMILY
 
 
 PROMPT = 3
@@ -18,11 +18,11 @@ UNLIKE = [name for name in FAMILY if name != "grpo_ub_clip"]  # which is grpo2
 def trainer_of(tmp_path_factory):
     trainers = {}
 
-    def trainer_of(arm: str):
-        if arm not in trainers:
+    def trainer_of(algorithm: str):
+        if algorithm not in trainers:
             folder = tmp_path_factory.mktemp("trainer")
-            trainers[arm] = make_trainer(folder, tiny_model(), arm=arm, max_completion_length=T)
-        return trainers[arm]
+            trainers[algorithm] = make_trainer(folder, tiny_model(), algorithm=algorithm, max_completion_length=T)
+        return trainers[algorithm]
 
     return trainer_of
 
@@ -56,9 +56,9 @@ def same(actual: dict, expected: dict, scale: float = 1.0) -> bool:
     return bool(difference <= 1e-5 * sum(b.square().sum() for _, b in pairs) ** 0.5 + 1e-6 * scale)
 
 
-@pytest.mark.parametrize("arm", UNLIKE)
-def test_the_trainers_loss_and_gradient_are_the_formulas(trainer_of, arm):
-    trainer, (level, clip) = trainer_of(arm), (ARM_RULES[arm].level, ARM_RULES[arm].clip)
+@pytest.mark.parametrize("algorithm", UNLIKE)
+def test_the_trainers_loss_and_gradient_are_the_formulas(trainer_of, algorithm):
+    trainer, (level, clip) = trainer_of(algorithm), (ARM_RULES[algorithm].level, ARM_RULES[algorithm].clip)
 
     @searched(2)
     @given(micro_batches(), st.sampled_from([0.0, 1e4, -1e4]), st.data())
@@ -85,11 +85,11 @@ def test_the_trainers_loss_and_gradient_are_the_formulas(trainer_of, arm):
     search()
 
 
-@pytest.mark.parametrize("arm", UNLIKE)
-def test_what_must_not_change_the_trainers_loss_does_not(trainer_of, arm):
+@pytest.mark.parametrize("algorithm", UNLIKE)
+def test_what_must_not_change_the_trainers_loss_does_not(trainer_of, algorithm):
     """Order, columns of padding with anything behind them, advantages per token; a factor of these scales it."""
-    trainer = trainer_of(arm)
-    trainer.loss_type = ARM_RULES[arm].loss_type
+    trainer = trainer_of(algorithm)
+    trainer.loss_type = ARM_RULES[algorithm].loss_type
 
     @searched(2)
     @given(micro_batches(), st.randoms(use_true_random=False), st.sampled_from([0.25, 4.0]))
@@ -114,17 +114,17 @@ def test_what_must_not_change_the_trainers_loss_does_not(trainer_of, arm):
             }
         )
         check({"advantages": inputs["advantages"] * factor}, factor)
-        if ARM_RULES[arm].level != "sequence" or trainer._anchored:
+        if ARM_RULES[algorithm].level != "sequence" or trainer._anchored:
             per_token = inputs["advantages"].unsqueeze(1).expand_as(inputs["completion_mask"])
             check({"advantages": per_token.contiguous()})
 
     search()
 
 
-@pytest.mark.parametrize("arm", UNLIKE)
-def test_identical_policies_have_the_ratio_1_exactly(trainer_of, arm):
-    trainer = trainer_of(arm)
-    trainer.loss_type = ARM_RULES[arm].loss_type
+@pytest.mark.parametrize("algorithm", UNLIKE)
+def test_identical_policies_have_the_ratio_1_exactly(trainer_of, algorithm):
+    trainer = trainer_of(algorithm)
+    trainer.loss_type = ARM_RULES[algorithm].loss_type
 
     @searched(2)
     @given(micro_batches())

@@ -2,7 +2,6 @@
 
 import json
 import re
-import runpy
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, TrlParser
 
 from tic_grpo_trl import TICGRPOConfig
+from tic_grpo_trl.scripts import train as train_script
 from tic_grpo_trl.starter import STARTER_MODEL, make_dataset
 
 
@@ -105,9 +105,8 @@ def test_quantisation_is_refused_where_it_cannot_work(tmp_path, monkeypatch, fla
     """In the script's own `main`, before the data set is looked for."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    script = runpy.run_path(str(ROOT / "examples/train_tic_grpo.py"))
-    parser = TrlParser((script["TrainArguments"], TICGRPOConfig, ModelConfig))
+    parser = TrlParser((train_script.TrainArguments, TICGRPOConfig, ModelConfig))
     arguments = parser.parse_args_and_config(["--config", str(RECIPE), *ON_CPU, *flags])
     with pytest.raises(ValueError, match=re.escape(message)):
-        script["main"](*arguments)
+        train_script.train(*arguments)
     assert not any(tmp_path.iterdir())

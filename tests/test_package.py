@@ -1,6 +1,5 @@
-"""The installed package: what a wheel holds, and that nothing points the wrong way."""
+"""The installed package: what a wheel holds."""
 
-import ast
 import os
 import shutil
 import subprocess
@@ -31,7 +30,7 @@ def test_wheel_holds_the_starter(wheel):
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert f"tic_grpo_trl/starter/model/{name}" in names
     assert "tic_grpo_trl/py.typed" in names
-    assert not any(name.startswith(("tests", "examples", "runs")) for name in names)
+    assert not any(name.startswith(("tests", "examples", "research", "runs")) for name in names)
 
 
 def test_installed_wheel_loads_its_starter_offline(wheel, tmp_path):
@@ -54,25 +53,3 @@ def test_installed_wheel_loads_its_starter_offline(wheel, tmp_path):
         timeout=120,
     )
     assert done.stdout.splitlines()[-1].split() == [str(tmp_path / "tic_grpo_trl" / "__init__.py"), "167040"]
-
-
-def imported(path: Path) -> set[str]:
-    """Absolute names of everything a module imports."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add("tic_grpo_trl." * bool(node.level) + (node.module or ""))
-    return found
-
-
-@pytest.mark.parametrize("module", ["objective", "diagnostics"])
-def test_the_maths_imports_torch_alone(module):
-    allowed = {"math", "dataclasses", "torch", "tic_grpo_trl.objective"}
-    assert imported(ROOT / "tic_grpo_trl" / f"{module}.py") <= allowed
-
-
-def test_the_package_does_not_import_examples_or_tests():
-    for path in (ROOT / "tic_grpo_trl").rglob("*.py"):
-        assert not any(name.split(".")[0] in ("examples", "tests", "conftest") for name in imported(path)), path

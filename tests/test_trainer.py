@@ -25,7 +25,7 @@ from conftest import (
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from tic_grpo_trl import ARMS, TICGRPOConfig, TICGRPOTrainer
+from tic_grpo_trl import ALGORITHMS, TICGRPOConfig, TICGRPOTrainer
 from tic_grpo_trl.version import __version__
 
 
@@ -109,9 +109,9 @@ def save_for_reference(tmp_path, model) -> str:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("arm", "settings"), [("grpo", DAPO), ("gspo", GSPO)])
-def test_token_and_sequence_arms_equal_trl(tmp_path, arm, settings, variant):
-    loss, gradients, *_ = loss_of(tmp_path / "ours", variant, arm=arm, **TRL_UPDATE_PHASE)
+@pytest.mark.parametrize(("algorithm", "settings"), [("grpo", DAPO), ("gspo", GSPO)])
+def test_token_and_sequence_arms_equal_trl(tmp_path, algorithm, settings, variant):
+    loss, gradients, *_ = loss_of(tmp_path / "ours", variant, algorithm=algorithm, **TRL_UPDATE_PHASE)
     trl_loss, trl_gradients, *_ = loss_of(tmp_path / "trl", variant, trl=True, **settings)
     assert torch.equal(loss, trl_loss)
     assert gradients.keys() == trl_gradients.keys()
@@ -197,13 +197,13 @@ def test_gradient_is_exactly_zero_where_every_row_is_above_the_cap(tmp_path):
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients.values())
 
 
-@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "gspo"])
-def test_on_policy_rollouts_have_ratio_one(tmp_path, arm):
-    """Without old log-probabilities every arm has the gradient A·∇log π and its own normaliser."""
+@pytest.mark.parametrize("algorithm", [algorithm for algorithm in ALGORITHMS if algorithm != "gspo"])
+def test_on_policy_rollouts_have_ratio_one(tmp_path, algorithm):
+    """Without old log-probabilities every algorithm has the gradient A·∇log π and its own normaliser."""
     model = tiny_model()
     inputs = batch(model, LENGTHS)
     del inputs["old_per_token_logps"]
-    trainer = make_trainer(tmp_path, model, arm=arm)
+    trainer = make_trainer(tmp_path, model, algorithm=algorithm)
     _, gradients = loss_and_gradients(trainer, inputs)
 
     reference = tiny_model()
@@ -225,7 +225,7 @@ def test_delta_caps_only_negative_advantages(tmp_path):
     model = tiny_model()
     inputs = batch(model, LENGTHS)
     inputs["old_per_token_logps"] = logps(model, inputs).detach() - 2.0 / 6  # R = 2/6 per token
-    trainer = make_trainer(tmp_path, model, arm="tic_grpo", length_scaled_cap=2.0, delta=1.5)
+    trainer = make_trainer(tmp_path, model, algorithm="tic_grpo", length_scaled_cap=2.0, delta=1.5)
     loss, _ = loss_and_gradients(trainer, inputs)
     ratio = (inputs["completion_mask"].sum(1) / 3).exp()
     advantages = inputs["advantages"]
@@ -333,10 +333,10 @@ def parameters(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
-@pytest.mark.parametrize(("arm", "settings"), [("grpo", DAPO), ("gspo", GSPO)])
-def test_six_step_runs_equal_trl(tmp_path, arm, settings):
+@pytest.mark.parametrize(("algorithm", "settings"), [("grpo", DAPO), ("gspo", GSPO)])
+def test_six_step_runs_equal_trl(tmp_path, algorithm, settings):
     run = {"max_steps": 6, "steps_per_generation": 2, "learning_rate": 0.01}
-    ours = make_trainer(tmp_path / "ours", arm=arm, partition_by_prompt=False, **TRL_UPDATE_PHASE, **run)
+    ours = make_trainer(tmp_path / "ours", algorithm=algorithm, partition_by_prompt=False, **TRL_UPDATE_PHASE, **run)
     ours.train()
     theirs = make_trainer(tmp_path / "trl", trl=True, **settings, **run)
     theirs.train()
@@ -351,9 +351,11 @@ def test_six_step_runs_equal_trl(tmp_path, arm, settings):
         assert set(a) - set(b) <= {name for name in a if name.startswith(ours_alone)}
 
 
-@pytest.mark.parametrize("arm", ["tic_grpo", "tic_grpo_truncated", "grpo2", "grpo_no_is"])
-def test_training_moves_every_parameter(tmp_path, arm):
-    trainer = make_trainer(tmp_path, arm=arm, steps_per_generation=4, max_steps=8, skip_dead_rows=False)
+@pytest.mark.parametrize("algorithm", ["tic_grpo", "tic_grpo_truncated", "grpo2", "grpo_no_is"])
+def test_training_moves_every_parameter(tmp_path, algorithm):
+    trainer = make_trainer(
+        tmp_path, algorithm=algorithm, steps_per_generation=4, max_steps=8, skip_zero_advantage=False
+    )
     before = parameters(trainer)
     trainer.train()
     assert all(not torch.equal(value, before[name]) for name, value in parameters(trainer).items())
@@ -381,7 +383,7 @@ def test_reused_rollouts_and_accumulation_count_inner_steps(tmp_path):
         steps_per_generation=4,
         num_iterations=2,
         max_steps=8,
-        skip_dead_rows=False,
+        skip_zero_advantage=False,
     )
     trainer.train()
     inner = [
@@ -423,7 +425,9 @@ def noted_windows(trainer):
     ],
 )
 def test_no_prompt_is_in_two_mini_batches_of_a_rollout(tmp_path, config):
-    windows = noted_windows(make_trainer(tmp_path, max_steps=8, learning_rate=1e-3, skip_dead_rows=False, **config))
+    windows = noted_windows(
+        make_trainer(tmp_path, max_steps=8, learning_rate=1e-3, skip_zero_advantage=False, **config)
+    )
     assert len(windows) == 8
     for rollout in (windows[:4], windows[4:]):
         if config.get("num_iterations"):
@@ -472,7 +476,7 @@ def test_a_single_mini_batch_needs_no_partition(tmp_path, caplog):
 
 
 def test_trl_clip_ratio_is_logged_where_trl_computes_the_weight(tmp_path):
-    trainer = make_trainer(tmp_path, arm="grpo", max_steps=1)
+    trainer = make_trainer(tmp_path, algorithm="grpo", max_steps=1)
     trainer.train()
     assert "clip_ratio/region_mean" in trainer.state.log_history[0]
 
@@ -573,7 +577,7 @@ def test_without_args_it_builds_its_own_config(tmp_path, monkeypatch):
     )
     assert isinstance(trainer.args, TICGRPOConfig)
     assert trainer.args.output_dir == "Tiny-Model-TIC-GRPO"
-    assert trainer.args.arm == "tic_grpo"
+    assert trainer.args.algorithm == "tic_grpo"
 
 
 def test_a_plain_grpo_config_is_refused(tmp_path):
@@ -592,18 +596,18 @@ def test_active_dropout_is_switched_off_or_refused(tmp_path):
     lora = LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj"])
     with pytest.raises(ValueError, match=r"Dropout is active.*lora_dropout=0"):
         make_trainer(tmp_path, peft_config=lora, disable_dropout=False)
-    make_trainer(tmp_path, tiny_model(attention_dropout=0.1), disable_dropout=False, arm="grpo")
+    make_trainer(tmp_path, tiny_model(attention_dropout=0.1), disable_dropout=False, algorithm="grpo")
 
 
 @pytest.mark.parametrize("disable_tqdm", [False, True])
 def test_settings_in_force_are_shown_once(tmp_path, capsys, disable_tqdm):
     """On the screen of a script that sets up no logging."""
-    config = {"arm": "tic_grpo_v2", "epsilon_high": 0.03, "epsilon": 0.2, "disable_tqdm": disable_tqdm}
+    config = {"algorithm": "tic_grpo_v2", "epsilon_high": 0.03, "epsilon": 0.2, "disable_tqdm": disable_tqdm}
     batches = {"steps_per_generation": 8, "gradient_accumulation_steps": 4, "num_iterations": 2}
     make_trainer(tmp_path, max_steps=1, **config, **batches).train()
     lines = capsys.readouterr().out.splitlines()
     (start,) = [index for index, line in enumerate(lines) if "settings in force" in line]
-    assert "arm=tic_grpo_v2" in lines[start]
+    assert "algorithm=tic_grpo_v2" in lines[start]
     assert "epsilon_high=0.03" in lines[start]
     assert "loss_type=grpo" in lines[start]
     assert lines[start].endswith("K = 4 updates per rollout")
@@ -618,7 +622,7 @@ def test_a_default_without_an_inner_loop_says_how_to_have_one(tmp_path, messages
     assert "num_iterations=4 " in warning
     for k_is_4 in ({"steps_per_generation": 8}, {"num_iterations": 4}):
         make_trainer(tmp_path, gradient_accumulation_steps=2, **k_is_4)
-    make_trainer(tmp_path, arm="grpo")  # whose ratio acts on nothing else either, as in TRL
+    make_trainer(tmp_path, algorithm="grpo")  # whose ratio acts on nothing else either, as in TRL
     assert len(messages()) == 1
 
 

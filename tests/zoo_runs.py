@@ -23,7 +23,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import pad
 from zoo import NotBuiltError, architectures, in_one_line, rope_variants, tiny_model
 
-from tic_grpo_trl.packing import PACKED
+from tic_grpo_trl.forward.packing import PACKED
 
 
 # Two groups of four. The longest response crosses the original length of the zoo's rotary embeddings, 32 tokens.
@@ -115,7 +115,7 @@ class Measured:
     """What was measured of one model.
 
     Attributes:
-        layout: of [`~tic_grpo_trl.packing`].
+        layout: of [`~tic_grpo_trl.forward.packing`].
         counts_padding: whether padding before a prompt moves TRL's log-probabilities.
         random: whether a pass draws random numbers, so that no two trainers agree.
         alone: largest relative difference of our log-probabilities to those of each response alone.
@@ -194,7 +194,7 @@ def measure(model: PreTrainedModel, folder: Path) -> Measured:
     logger = logging.getLogger("tic_grpo_trl")
     logger.addHandler(handler)
     try:
-        still = settings | {"learning_rate": 0.0, "skip_on_policy_logps": False, "arm": "grpo"}
+        still = settings | {"learning_rate": 0.0, "skip_on_policy_logps": False, "algorithm": "grpo"}
         logs = train(folder / "still", prepare=prepare, rollouts=rollouts(PROMPTS), **still).logs
     finally:
         logger.removeHandler(handler)
@@ -202,7 +202,7 @@ def measure(model: PreTrainedModel, folder: Path) -> Measured:
     if found.counts_padding and found.layout != "padded":  # we do not, so that only prompts of one length compare
         prompts = [max(PROMPTS)] * len(PROMPTS)
         reference = trained_by_trl(prompts)
-    as_trl = {"arm": "grpo", "partition_by_prompt": False, "leader": reference, "prepare": with_reference}
+    as_trl = {"algorithm": "grpo", "partition_by_prompt": False, "leader": reference, "prepare": with_reference}
     ours = train(folder / "ours", rollouts=rollouts(prompts), **as_trl, **settings)
 
     pairs = list(zip(ours.gradients, reference.gradients, strict=True))

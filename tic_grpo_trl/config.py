@@ -1,4 +1,4 @@
-"""TICGRPOConfig: GRPOConfig plus the three axes of the family, and the named arms that set them."""
+"""TICGRPOConfig: GRPOConfig plus the three axes of the family, and the named algorithms that set them."""
 
 import math
 import warnings
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
-from .arithmetic import check_batches
-from .arms import ARM_FIELDS, ARMS, BOUNDS, BOUNDS_READ, BY_TOKEN, CISPO_CAP, OTHER_LOSS_TYPES
-from .checks import check_axes, check_bounds, check_guards, check_ranges, settle_types
-from .credentials import WithoutCredentials
+from .algorithms import ALGORITHM_FIELDS, ALGORITHMS, BOUNDS, BOUNDS_READ, BY_TOKEN, CISPO_CAP, OTHER_LOSS_TYPES
 from .objective import CLIP_MODES, CORRECTION_MODES, Clip
+from .safety.credentials import WithoutCredentials
+from .validation.batch_sizes import check_batches
+from .validation.settings import check_bounds, check_guards, check_ranges, check_weight, convert_types
 
 
 def _is_of_trl(level: str | None, clip_mode: str | None) -> bool:
@@ -26,10 +26,11 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
     Configuration class for the [`TICGRPOTrainer`].
 
     It inherits every parameter of [`~trl.GRPOConfig`]. The fields below are new, or have `None` as their default, which
-    means "from the arm". An explicit value always wins over the arm's, from Python, YAML and the command line alike.
+    means "from the algorithm". An explicit value always wins over the algorithm's, from Python, YAML and the command
+    line alike.
 
     Parameters:
-        arm (`str`, *optional*, defaults to `"tic_grpo"`):
+        algorithm (`str`, *optional*, defaults to `"tic_grpo"`):
             Named settings of the papers' algorithms: `tic_grpo`, `tic_grpo_released`, `tic_grpo_capped`,
             `tic_grpo_truncated`, `tic_grpo_v2`, `grpo`, `grpo2` (= `grpo_ub_clip`), `grpo_traj_is`, `gspo`,
             `grpo_no_is`; and TRL's losses `cispo`, `sapo`, `luspo`, `vespo`.
@@ -47,14 +48,14 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
             Upper bound `1 + epsilon_high` of the weight, 0.28 (DAPO's value; the script that the papers' authors
             released uses 0.03). With `loss_type="cispo"` the bound itself, 5.0.
         delta (`float`, *optional*):
-            Upper bound for A < 0 where it differs from `1 + epsilon_high`; `inf` removes an arm's.
+            Upper bound for A < 0 where it differs from `1 + epsilon_high`; `inf` removes an algorithm's.
         length_scaled_cap (`float`, *optional*):
             σ of the length-scaled upper bound exp(σ·√|o_i|), which then replaces `1 + epsilon_high` (0.01 in the
-            authors' released code). 0 turns an arm's off. Trajectory level only.
+            authors' released code). 0 turns an algorithm's off. Trajectory level only.
         loss_type (`str`, *optional*):
             Length normalisation, see [`~trl.GRPOConfig`]: `"grpo"` (1/|o_i|), `"dr_grpo"` (1/T, constant), `"dapo"`,
             `"bnpo"`. TRL's `"cispo"`, `"sapo"`, `"luspo"` and `"vespo"` have a weight of their own, which replaces the
-            arm's level and clip mode.
+            algorithm's level and clip mode.
         scale_rewards (`str` or `bool`, *optional*):
             `"none"` (reward − group mean, v5), `"group"` (divided by the group's std, v2) or `"batch"`.
         partition_by_prompt (`bool`, *optional*, defaults to `True`):
@@ -69,7 +70,7 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
             start), else each has a row of its own. A mini-batch is then made of as few forward passes as fit in
             `per_device_train_batch_size` rows of its longest response. Rollouts with images, and models whose
             log-probabilities depend on padding, stay as they are in TRL.
-        skip_dead_rows (`bool`, *optional*, defaults to `True`):
+        skip_zero_advantage (`bool`, *optional*, defaults to `True`):
             Leave out responses that cannot move the weights: without any token that counts, or with an advantage of
             exactly 0 while `beta` is 0. They still count in every normaliser.
         skip_on_policy_logps (`bool`, *optional*, defaults to `True`):
@@ -97,8 +98,9 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
             `save_total_limit` does with checkpoints. All by default.
         vllm_importance_sampling_correction (`bool`, *optional*):
             As in TRL `True` where unset, but `False` with `behaviour_policy="sampler"`. At level `"trajectory"` only
-            the sequence modes of `vllm_importance_sampling_mode` are taken: the weight of a response is then the arm's
-            bounded P_θ/P_old times P_old/P_sampler, truncated or masked at `vllm_importance_sampling_clip_max`.
+            the sequence modes of `vllm_importance_sampling_mode` are taken: the weight of a response is then the
+            algorithm's bounded P_θ/P_old times P_old/P_sampler, truncated or masked at
+            `vllm_importance_sampling_clip_max`.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Differs from TRL: active dropout (LoRA's too) makes R a sum of noise that grows with √T.
         bf16 (`bool`, *optional*):
@@ -108,53 +110,58 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
     entropy bonus, `top_entropy_quantile` < 1, a router loss) keep TRL's micro-batches and their dead rows, without
     padding.
 
-    With `use_bias_correction_kl=True` (TRL's default) the KL term is multiplied by the *clipped* weight of the arm.
+    With `use_bias_correction_kl=True` (TRL's default) the KL term is multiplied by the *clipped* weight of the
+    algorithm.
     """
 
-    arm: str = field(
+    algorithm: str = field(
         default="tic_grpo",
-        metadata={"help": "Named settings of the papers' algorithms: " + ", ".join(ARMS) + "."},
+        metadata={"help": "Named settings of the papers' algorithms: " + ", ".join(ALGORITHMS) + "."},
     )
     importance_sampling_level: str | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
             "help": "'trajectory' (product of the token ratios), 'token', 'sequence' (their mean) or 'none'. Default: "
-            "from the arm."
+            "from the algorithm."
         },
     )
     clip_mode: str | None = field(
         default=None,
         metadata={
             "help": "'up_only' (gradient 0 above the cap, for either sign of the advantage), 'capped' (gradient kept), "
-            "'two_sided' (PPO), 'truncated' or 'none'. Default: from the arm."
+            "'two_sided' (PPO), 'truncated' or 'none'. Default: from the algorithm."
         },
     )
     epsilon: float | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={"help": "Lower bound 1 - epsilon of the weight, where the clip mode has one. Default: from the arm."},
+        metadata={
+            "help": "Lower bound 1 - epsilon of the weight, where the clip mode has one. Default: from the algorithm."
+        },
     )
     epsilon_high: float | None = field(
         default=None,
-        metadata={"help": "Upper bound 1 + epsilon_high of the weight. Default: from the arm."},
+        metadata={"help": "Upper bound 1 + epsilon_high of the weight. Default: from the algorithm."},
     )
     delta: float | None = field(
         default=None,
-        metadata={"help": "Upper bound of the weight for negative advantages, if different. Default: from the arm."},
+        metadata={
+            "help": "Upper bound of the weight for negative advantages, if different. Default: from the algorithm."
+        },
     )
     length_scaled_cap: float | None = field(
         default=None,
         metadata={
             "help": "Sigma of the upper bound exp(sigma * sqrt(response length)), instead of 1 + epsilon_high; 0: off. "
-            "Default: from the arm."
+            "Default: from the algorithm."
         },
     )
     loss_type: str | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={"help": "Length normalisation: 'grpo', 'dr_grpo', 'dapo' or 'bnpo'. Default: from the arm."},
+        metadata={"help": "Length normalisation: 'grpo', 'dr_grpo', 'dapo' or 'bnpo'. Default: from the algorithm."},
     )
     scale_rewards: str | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={"help": "'none', 'group' or 'batch'. Default: from the arm."},
+        metadata={"help": "'none', 'group' or 'batch'. Default: from the algorithm."},
     )
     partition_by_prompt: bool = field(
         default=True,
@@ -164,7 +171,7 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
         default=True,
         metadata={"help": "Forward real tokens only: no padding, as few forward passes as fit in TRL's memory."},
     )
-    skip_dead_rows: bool = field(
+    skip_zero_advantage: bool = field(
         default=True,
         metadata={"help": "Leave out responses that cannot move the weights (advantage exactly 0, or no tokens)."},
     )
@@ -211,11 +218,11 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
     )
 
     def __post_init__(self):
-        settle_types(self)
+        convert_types(self)
         if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
             self.bf16 = False
-        self._resolve_arm()
-        check_axes(self)
+        self._resolve_algorithm()
+        check_weight(self)
         check_bounds(self)
         check_guards(self)
         check_ranges(self)
@@ -237,9 +244,9 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
             )
 
     @property
-    def resolved_arm(self) -> dict[str, Any]:
-        """The arm's name and the value of each of its fields that is in force."""
-        return {"arm": self.arm} | {name: getattr(self, name) for name in ARM_FIELDS}
+    def resolved_algorithm(self) -> dict[str, Any]:
+        """The algorithm's name and the value of each of its fields that is in force."""
+        return {"algorithm": self.algorithm} | {name: getattr(self, name) for name in ALGORITHM_FIELDS}
 
     @property
     def clip(self) -> Clip:
@@ -257,18 +264,20 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
         """Whether the weight is not one that TRL's own loss computes."""
         return not _is_of_trl(self.importance_sampling_level, self.clip_mode)
 
-    def _resolve_arm(self):
-        """Fill what the user left unset from the arm, then from the loss type and the clip mode."""
-        if self.arm not in ARMS:
-            raise ValueError(f"Unknown arm {self.arm!r}: choose one of {', '.join(ARMS)}.")
-        arm = dict(ARMS[self.arm])
-        explicit = {name for name in ARM_FIELDS if getattr(self, name) is not None}
+    def _resolve_algorithm(self):
+        """Fill what the user left unset from the algorithm, then from the loss type and the clip mode."""
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(f"Unknown algorithm {self.algorithm!r}: choose one of {', '.join(ALGORITHMS)}.")
+        algorithm = dict(ALGORITHMS[self.algorithm])
+        explicit = {name for name in ALGORITHM_FIELDS if getattr(self, name) is not None}
         self.notes = []
-        if self.loss_type != arm["loss_type"] and {self.loss_type, arm["loss_type"]} & set(OTHER_LOSS_TYPES):
-            self._follow_loss_type(arm, explicit)
-        for name in ARM_FIELDS:
+        if self.loss_type != algorithm["loss_type"] and {self.loss_type, algorithm["loss_type"]} & set(
+            OTHER_LOSS_TYPES
+        ):
+            self._follow_loss_type(algorithm, explicit)
+        for name in ALGORITHM_FIELDS:
             if name not in explicit:
-                setattr(self, name, arm.get(name))
+                setattr(self, name, algorithm.get(name))
 
         # The level and the clip mode "none" belong together: whichever the user set decides, unless both are set.
         if self.importance_sampling_level == "none" and "clip_mode" not in explicit:
@@ -282,22 +291,22 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
         # Flags and YAML may give TRL's booleans as text
         self.scale_rewards = {"true": "group", "false": "none"}.get(str(self.scale_rewards).lower(), self.scale_rewards)
 
-    def _follow_loss_type(self, arm: dict[str, Any], explicit: set[str]):
-        """Let the arm's weight give way to the one that a loss type brings along, or that goes with it."""
+    def _follow_loss_type(self, algorithm: dict[str, Any], explicit: set[str]):
+        """Let the algorithm's weight give way to the one that a loss type brings along, or that goes with it."""
         if self.loss_type is None:
             return
-        fits = _is_of_trl(arm["importance_sampling_level"], arm["clip_mode"])
-        if not (fits and self.loss_type == "luspo" and arm["loss_type"] not in OTHER_LOSS_TYPES):
+        fits = _is_of_trl(algorithm["importance_sampling_level"], algorithm["clip_mode"])
+        if not (fits and self.loss_type == "luspo" and algorithm["loss_type"] not in OTHER_LOSS_TYPES):
             for name in BOUNDS:
-                arm.pop(name, None)
+                algorithm.pop(name, None)
         if self.loss_type == "cispo":
-            arm["epsilon_high"] = CISPO_CAP
+            algorithm["epsilon_high"] = CISPO_CAP
         if fits or self.loss_type not in OTHER_LOSS_TYPES:
             return
-        arm |= BY_TOKEN
+        algorithm |= BY_TOKEN
         if followed := [f"{name}={value!r}" for name, value in BY_TOKEN.items() if name not in explicit]:
             self.notes.append(
-                f"loss_type={self.loss_type!r} brings its own weight: {', '.join(followed)} instead of the arm's."
+                f"loss_type={self.loss_type!r} brings its own weight: {', '.join(followed)} instead of the algorithm's."
             )
 
     def _resolve_bounds(self, explicit: set[str]):

@@ -1,4 +1,4 @@
-"""The objective of every arm, as pure tensor functions.
+"""The objective of every algorithm, as pure tensor functions.
 
 One family with three axes (importance ratio, clip, length normalisation). This module holds the first two; the third is
 TRL's `loss_type`. Nothing here imports TRL, so each function can be read beside its equation and tested alone.
@@ -24,7 +24,7 @@ LOG_WEIGHT_BOUND = 20.0
 
 @dataclass(frozen=True)
 class Clip:
-    """The clip rule of an arm.
+    """The clip rule of an algorithm.
 
     Args:
         mode: `"up_only"`, `"capped"`, `"two_sided"`, `"truncated"` or `"none"`, see [`clip_log_weight`].

@@ -3,7 +3,7 @@
 Kept from TRL: generation, rewards, advantages, the whole loss (KL, entropy bonus, off-policy mask, tool mask, vLLM
 correction, MoE loss, length normalisers), metrics, saving. Changed: between the forward pass and the loss, the old
 log-probabilities are *anchored*, so that the parent's token-level ratio of every token has the value and the gradient
-that the arm asks for (see `objective.anchored_old_logps`). Added: metrics of the trajectory ratio.
+that the algorithm asks for (see `objective.anchored_old_logps`). Added: metrics of the trajectory ratio.
 """
 
 import inspect
@@ -18,14 +18,17 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from .batching import loss_mask
-from .card import complete_card
 from .config import TICGRPOConfig
 from .data.sources import is_hub_id
-from .diagnostics import mean_sampler_ratio, merge_steps, ratio_rows
-from .guards import RatioGuards, settle_dropout
+from .metrics.model_card import complete_card
+from .metrics.progress import DISPLAYS, SettingsCallback
+from .metrics.ratios import mean_sampler_ratio, merge_steps, ratio_statistics
 from .objective import anchored_old_logps, clip_log_weight, log_importance_weight, token_log_ratio
-from .preflight import (
+from .rewards.failures import checked, raise_failures
+from .rollout.responses import loss_mask
+from .safety.ratio_probe import RatioProbe, disable_attention_dropout
+from .safety.update_guard import SafeUpdateTrainer
+from .validation.inputs import (
     check_ids,
     check_inputs,
     check_kinds,
@@ -33,9 +36,6 @@ from .preflight import (
     checked_rollout,
     naming_refused_prompt,
 )
-from .progress import DISPLAYS, SettingsCallback
-from .rewards.failures import checked, raise_failures
-from .safe_update import SafeUpdateTrainer
 
 
 logger = get_logger(__name__)
@@ -55,10 +55,10 @@ class TICGRPOTrainer(SafeUpdateTrainer):
             Configuration. If not given, one is built with the model's name.
 
     Metrics of the trajectory ratio w' = P_θ/P_old of the responses that were trained on (not those that
-    `skip_dead_rows` left out), before any cap and over all processes, are logged under `trajectory_ratio/` for every
-    arm, and per inner step k = 1 … K under `trajectory_ratio/inner_<k>/`; names and units are those of
-    [`~tic_grpo_trl.diagnostics.ratio_metrics`]. TRL's `clip_ratio/*` are logged only for the arms whose weight TRL
-    computes itself, because it would see the other arms' weights after the cap.
+    `skip_zero_advantage` left out), before any cap and over all processes, are logged under `trajectory_ratio/` for
+    every algorithm, and per inner step k = 1 … K under `trajectory_ratio/inner_<k>/`; names and units are those of
+    [`~tic_grpo_trl.metrics.ratios.ratio_metrics`]. TRL's `clip_ratio/*` are logged only for the algorithms whose weight
+    TRL computes itself, because it would see the other algorithms' weights after the cap.
 
     Where the rollouts come with the sampler's log-probabilities (vLLM, or a `rollout_func`), `sampling/mean_ratio` is
     the geometric mean of P_old/P_sampler per token, measured on what is trained on; 1 % away from 1 a warning says that
@@ -66,7 +66,7 @@ class TICGRPOTrainer(SafeUpdateTrainer):
     response as of its latest update, empty before and for those left out.
 
     Settings that make the ratio meaningless are warned of once in a run, each with what it does measured on the first
-    rollout, see [`~tic_grpo_trl.guards.RatioGuards`].
+    rollout, see [`~tic_grpo_trl.safety.ratio_probe.RatioProbe`].
 
     A reward function that raises, or returns anything but one finite number or `None` per completion, ends training on
     every process with a [`~tic_grpo_trl.rewards.RewardError`] that names it, the sample and its texts.
@@ -109,14 +109,14 @@ class TICGRPOTrainer(SafeUpdateTrainer):
         check_loaded(self)
         self.rollout_func = checked_rollout(self.rollout_func)
         self.reward_funcs = [checked(function, args.reward_timeout) for function in self.reward_funcs]
-        dropout = settle_dropout(self.model, args.disable_dropout)
+        dropout = disable_attention_dropout(self.model, args.disable_dropout)
         if dropout and args.importance_sampling_level == "trajectory":
             raise ValueError(
                 f"Dropout is active in {len(dropout)} modules (first: {dropout[0]}), which makes the trajectory ratio "
                 "noise that grows with the response length: set disable_dropout=True (the default), or lora_dropout=0 "
                 "and the model's own dropout to 0."
             )
-        self._guards = RatioGuards(self, dropout)
+        self._guards = RatioProbe(self, dropout)
 
         self._level = str(args.importance_sampling_level)
         self._clip = args.clip
@@ -214,14 +214,14 @@ class TICGRPOTrainer(SafeUpdateTrainer):
         return logps, entropies, aux_loss
 
     def _anchor(self, per_token_logps: torch.Tensor, inputs: dict[str, Any]):
-        """Note the ratios of this micro-batch and, where the arm needs it, anchor its old log-probabilities."""
+        """Note the ratios of this micro-batch and, where the algorithm needs it, anchor its old log-probabilities."""
         mask = loss_mask(inputs)  # (B, T)
         old_per_token_logps = inputs.get("old_per_token_logps")  # (B, T), None: on-policy
         log_ratio = token_log_ratio(per_token_logps, old_per_token_logps, mask)  # (B, T)
         log_weight = log_importance_weight(log_ratio, mask, self._level)  # (B, 1) or (B, T)
         clipped = clip_log_weight(log_weight, inputs["advantages"], mask, self._clip)
         sampler_log_ratio = self._sampler_log_ratio(per_token_logps, inputs)
-        self._ratio_rows.append(ratio_rows(log_ratio, clipped, inputs["advantages"], mask, sampler_log_ratio))
+        self._ratio_rows.append(ratio_statistics(log_ratio, clipped, inputs["advantages"], mask, sampler_log_ratio))
         if "sample" in inputs:
             samples = torch.where(mask.any(dim=1), inputs["sample"], -1)
             self._sample_ratios.append((samples, log_ratio.sum(dim=1)))

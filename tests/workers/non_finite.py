@@ -26,7 +26,7 @@ from faults import (
 )
 from on_cpu import describe, of_all_ranks, prepare, split_every_parameter
 
-from tic_grpo_trl.non_finite import NonFiniteError
+from tic_grpo_trl.safety.non_finite import NonFiniteError
 
 
 RANK = int(os.environ["RANK"])

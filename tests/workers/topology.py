@@ -5,7 +5,6 @@ Arguments: a folder for the results, the names of the cases with commas between 
 case's checkpoint at step 4), and flags for all of them."""
 
 import gc
-import importlib.util
 import json
 import os
 import socket
@@ -22,6 +21,7 @@ from trl import ModelConfig, TrlParser
 from trl.trainer.utils import pad
 
 from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
+from tic_grpo_trl.scripts import train as train_script
 from tic_grpo_trl.starter import STARTER_MODEL
 
 
@@ -39,14 +39,6 @@ CASES = {
 COMMON = """--per_device_train_batch_size 8 --steps_per_generation 4 --gradient_accumulation_steps 1
     --max_completion_length 32 --max_steps 8 --train_size 64 --eval_strategy no --eval_on_start false
     --lr_scheduler_type constant --save_strategy steps --save_steps 4 --disable_tqdm true"""
-
-
-def load_example():
-    spec = importlib.util.spec_from_file_location("train_tic_grpo", ROOT / "examples/train_tic_grpo.py")
-    example = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = example  # its dataclasses look themselves up
-    spec.loader.exec_module(example)
-    return example
 
 
 def masked(ids, mask):
@@ -108,9 +100,11 @@ def fixed_batch():
 def run(name, flags):
     output = folder / name
     common = ["--config", str(ROOT / "examples/recipes/starter.yaml"), "--output_dir", str(output), *COMMON.split()]
-    parsed = TrlParser((example.TrainArguments, TICGRPOConfig, ModelConfig)).parse_args_and_config([*common, *flags])
+    parsed = TrlParser((train_script.TrainArguments, TICGRPOConfig, ModelConfig)).parse_args_and_config(
+        [*common, *flags]
+    )
     split_every_parameter(parsed[1])
-    example.main(*parsed)
+    train_script.train(*parsed)
     trainer = NotingTrainer.last
     trainer.model.eval()
     batch = fixed_batch()
@@ -141,8 +135,8 @@ def addresses():
 folder, cases, *more = sys.argv[1:]
 folder = Path(folder)
 prepare()
-example = load_example()
-example.TICGRPOTrainer = NotingTrainer
+
+train_script.TICGRPOTrainer = NotingTrainer
 results = {}
 gc.freeze()  # every trainer collects garbage: spare it what was imported
 for case in cases.split(","):

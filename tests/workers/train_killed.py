@@ -12,18 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
-from launching import ROOT
 from on_cpu import describe, prepare, split_every_parameter
 from tqdm import auto, tqdm
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
 from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
+from tic_grpo_trl.scripts import train as train_script
 from tic_grpo_trl.starter import STARTER_MODEL
-
-
-sys.path.insert(0, str(ROOT / "examples"))
-import train_tic_grpo
 
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -120,13 +116,13 @@ def train(flags):
         auto.tqdm.get_lock().acquire()
         os.kill(os.getpid(), signal.SIGKILL)
     prepare()
-    train_tic_grpo.TICGRPOTrainer = WatchedTrainer
-    parser = TrlParser((train_tic_grpo.TrainArguments, TICGRPOConfig, ModelConfig))
+    train_script.TICGRPOTrainer = WatchedTrainer
+    parser = TrlParser((train_script.TrainArguments, TICGRPOConfig, ModelConfig))
     parsed = parser.parse_args_and_config(flags)
     split_every_parameter(parsed[1])
     if "DIE_AT_RENAME" in os.environ:
         die_at_rename(int(os.environ["DIE_AT_RENAME"]))
-    train_tic_grpo.main(*parsed)
+    train_script.train(*parsed)
 
 
 folder = Path(sys.argv[1])

@@ -35,8 +35,8 @@ ONE_MICRO_BATCH = {"per_device_train_batch_size": 4, "gradient_accumulation_step
 CASES = {
     # a group of four makes a mini-batch of a rank
     "tic_grpo": {"dead": ([2], []), "runs": RUNS},
-    "grpo": {"dead": ([1, 2], [3]), "runs": RUNS_LIKE_TRL, "arm": "grpo", **TWO_ROWS},
-    "mean over rows": {"dead": ([0, 1, 5], [3]), "runs": RUNS, "arm": "tic_grpo_v2", "max_steps": 4, **TWO_ROWS},
+    "grpo": {"dead": ([1, 2], [3]), "runs": RUNS_LIKE_TRL, "algorithm": "grpo", **TWO_ROWS},
+    "mean over rows": {"dead": ([0, 1, 5], [3]), "runs": RUNS, "algorithm": "tic_grpo_v2", "max_steps": 4, **TWO_ROWS},
     # rank 0 never has anything to do; in one mini-batch of every rollout rank 1 has not either
     "dead rank": {"dead": ([0, 1, 2, 3], [1]), "runs": RUNS},
     # a mini-batch is a group of eight, half of it on either rank
@@ -55,8 +55,8 @@ CASES = {
     # TRL's correction for it
     "corrected": {
         "dead": ([], []),
-        "runs": {"on": SHUFFLED | {"skip_dead_rows": False}, "trl": {"trl": True}},
-        "arm": "grpo",
+        "runs": {"on": SHUFFLED | {"skip_zero_advantage": False}, "trl": {"trl": True}},
+        "algorithm": "grpo",
         "max_steps": 4,
         "correction": "token_truncate",
     },
@@ -66,8 +66,8 @@ CASES = {
         "max_steps": 4,
         "correction": "sequence_truncate",
     },
-    "one micro-batch": {"dead": ([1], []), "runs": RUNS, "arm": "grpo", **ONE_MICRO_BATCH},
-    "one micro-batch, reference": {"dead": ([], []), "runs": RUNS, "arm": "grpo", "beta": 0.1, **ONE_MICRO_BATCH},
+    "one micro-batch": {"dead": ([1], []), "runs": RUNS, "algorithm": "grpo", **ONE_MICRO_BATCH},
+    "one micro-batch, reference": {"dead": ([], []), "runs": RUNS, "algorithm": "grpo", "beta": 0.1, **ONE_MICRO_BATCH},
 }
 
 
@@ -135,7 +135,7 @@ def run(name, model, dead, trl=False, correction=None, **config):
     rank = int(os.environ["RANK"])
     config = {"num_generations": 4} | config
     if trl:
-        del config["arm"]
+        del config["algorithm"]
         config |= {"epsilon": 0.2, "epsilon_high": 0.28, "loss_type": "dapo", "scale_rewards": "none"}
     trainer_class, config_class = (GRPOTrainer, GRPOConfig) if trl else (TICGRPOTrainer, TICGRPOConfig)
     defaults = {

@@ -19,7 +19,7 @@ RUNS = {
     "stale, truncated": {"sync": False, "vllm_importance_sampling_clip_max": 1.2, "max_steps": 8, **TRUNCATE},
     "stale, tokens": {
         "sync": False,
-        "arm": "grpo",
+        "algorithm": "grpo",
         "vllm_importance_sampling_mode": "token_truncate",
         "vllm_importance_sampling_clip_max": 1.05,
         "max_steps": 8,

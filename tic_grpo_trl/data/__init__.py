@@ -13,13 +13,13 @@ from pathlib import Path
 from datasets import Dataset, concatenate_datasets
 
 from .lengths import drop_long_prompts, prompt_lengths
-from .own import convert_own
-from .sets import FEATURES, NAMED_SETS, report
+from .named_sets import FEATURES, NAMED_SETS, report
 from .sources import PLACES, is_hub_id, read
 from .text import CODE_INSTRUCTION, DEFAULT, MATH_INSTRUCTION, choose_instruction, normalize_answer
+from .user_data import convert_own
 
 
-GENERATED_SETS = {"starter": "tic_grpo_trl.starter", "few_shot_sums": "tic_grpo_trl.smollm2"}
+GENERATED_SETS = {"starter": "tic_grpo_trl.starter", "few_shot_sums": "examples.smollm2"}
 GENERATED_SIZES = {"train": 8000, "test": 1000}
 EVALUATION_SETS = tuple(name for name, known in NAMED_SETS.items() if known.evaluation)
 

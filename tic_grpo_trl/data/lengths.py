@@ -4,7 +4,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from .sets import report
+from .named_sets import report
 
 
 def prompt_lengths(

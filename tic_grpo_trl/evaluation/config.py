@@ -1,4 +1,4 @@
-"""What an evaluation is made of: the flags of `examples/evaluate.py`, and each set's settings in the papers."""
+"""The flags of the evaluation script, and each data set's settings in the papers."""
 
 import importlib.util
 from dataclasses import dataclass, field

@@ -6,8 +6,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..imports import import_function
 from ..rewards import code_reward, math_reward
+from ..scripts.imports import import_function
 from ..starter import exact_match_reward
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..report import table
+from ..metrics.run_summary import table
 from .statistics import Z, paired_difference
 
 

@@ -4,9 +4,9 @@ Importing this starts nothing: the processes that compare answers or run program
 """
 
 from .answers import answer_format_reward
-from .code import CodeReward, code_reward
 from .failures import RewardError, checked
 from .mathematics import MathReward, math_reward
+from .programs import CodeReward, code_reward
 
 
 __all__ = [

@@ -1,0 +1,1 @@
+"""The papers' theory and the comparison of algorithms: run from a checkout, not installed."""

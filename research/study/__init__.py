@@ -1,0 +1,18 @@
+"""The algorithms side by side on the embedded task: `python -m research.study`."""
+
+from .runs import TASKS, Run, execute, execute_all
+from .tables import Result, Results, bootstrap_interval, comparison_table, load, paired_differences
+
+
+__all__ = [
+    "TASKS",
+    "Result",
+    "Results",
+    "Run",
+    "bootstrap_interval",
+    "comparison_table",
+    "execute",
+    "execute_all",
+    "load",
+    "paired_differences",
+]

@@ -1,0 +1,125 @@
+"""The study: train the algorithms side by side on the embedded task, then report what came out.
+
+    python -m research.study                        # all algorithms on three seeds
+    python -m research.study --plan quick           # the same in minutes
+    python -m research.study --plan tuned           # every algorithm at its own best settings, in two regimes
+    python -m research.study --algorithms tic_grpo tic_grpo:epsilon_high=1.0 grpo --seeds 0 1 --learning_rate 1e-4
+
+Every field of TICGRPOConfig is a further flag, for all runs. Runs that are finished are read, not repeated, so another
+choice of algorithms or seeds costs only what is new.
+"""
+
+import os
+import sys
+import warnings
+from dataclasses import dataclass, field
+
+from transformers import HfArgumentParser
+
+from tic_grpo_trl.algorithms import ALGORITHMS, FAMILY
+
+from .report import report_comparison, report_tuned
+from .runs import TASKS, Run, execute_all, parse_settings
+from .tables import load
+from .tuning import CAPS, REGIMES, REPORT_SEEDS, SELECTION_SEEDS, candidates, choose, make_runs
+
+
+ALL_ALGORITHMS = [name for name in FAMILY if name != "grpo_ub_clip"]  # an alias
+
+
+@dataclass
+class StudyArguments:
+    """What to run and where to write it. What is not given is the plan's own."""
+
+    plan: str = field(
+        default="full",
+        metadata={
+            "help": "'full' and 'quick': algorithms x seeds, same settings; 'tuned': each at its best of one grid.",
+            "choices": ["full", "quick", "tuned"],
+        },
+    )
+    algorithms: list[str] | None = field(
+        default=None,
+        metadata={"help": "Algorithms, each with own settings after a colon: tic_grpo:epsilon_high=1.0,delta=3"},
+    )
+    seeds: list[int] | None = field(default=None, metadata={"help": "Seeds of prompts, their order and sampling."})
+    steps: int | None = field(default=None, metadata={"help": "Updates per run."})
+    k: int = field(default=4, metadata={"help": "Updates per rollout, K."})
+    eps_high: float | None = field(default=None, metadata={"help": "epsilon_high of every algorithm that clips."})
+    task: str = field(default="starter", metadata={"help": "The task of a full or quick plan.", "choices": list(TASKS)})
+    test_size: int = field(default=500, metadata={"help": "Held-out problems per evaluation, one answer each."})
+    name: str | None = field(default=None, metadata={"help": "Name of the report. Default: the plan's."})
+    output_dir: str = field(default="runs/study", metadata={"help": "Where the runs go."})
+    report_dir: str | None = field(default=None, metadata={"help": "Where the report goes. Default: output_dir."})
+    workers: int = field(default_factory=lambda: os.cpu_count() or 1, metadata={"help": "Runs at a time."})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Seeds, updates per run and evaluations per run of a comparison at the same settings."""
+
+    seeds: tuple[int, ...]
+    steps: int
+    evaluations: int
+
+
+PLANS = {"full": Plan((0, 1, 2), 128, 4), "quick": Plan((0, 1), 64, 2)}
+
+
+def compare(args: StudyArguments, settings: dict) -> str:
+    """Run algorithms x seeds with the same settings, write the report and return its path."""
+    plan = PLANS[args.plan]
+    steps = args.steps or plan.steps
+    eval_steps = max(1, steps // plan.evaluations)
+    runs = []
+    for seed in args.seeds or plan.seeds:
+        for algorithm in args.algorithms or ALL_ALGORITHMS:
+            own = dict(settings)
+            if args.eps_high is not None and ALGORITHMS.get(algorithm.split(":")[0], {}).get("clip_mode") != "none":
+                own["epsilon_high"] = args.eps_high
+            pairs = tuple(sorted(own.items()))
+            runs.append(Run(algorithm, seed, steps, args.k, args.task, args.test_size, eval_steps, pairs))
+    results = load(execute_all(runs, args.output_dir, args.workers))
+    return str(report_comparison(results, args.report_dir or args.output_dir, args.name or args.plan, sys.argv[1:]))
+
+
+def tune(args: StudyArguments) -> str:
+    """Choose each algorithm's settings on the selection seeds, compare on the others, write the report."""
+    algorithms = args.algorithms or list(CAPS)
+    unknown = [algorithm for algorithm in algorithms if algorithm not in CAPS]
+    if unknown:
+        raise ValueError(f"--algorithms {' '.join(unknown)}: the grid has {', '.join(CAPS)}.")
+    grids, finals = {}, {}
+    for name, regime in REGIMES.items():
+        specs = [candidate for algorithm in algorithms for candidate in candidates(algorithm, regime)]
+        runs = make_runs(specs, SELECTION_SEEDS, regime, args.k, test_size=100)  # the accuracy plays no part
+        grids[name] = load(execute_all(runs, args.output_dir, args.workers))
+        best = choose(grids[name], algorithms, regime)
+        runs = make_runs(best.values(), args.seeds or REPORT_SEEDS, regime, args.k, args.test_size)
+        finals[name] = load(execute_all(runs, args.output_dir, args.workers))
+    folder, name = args.report_dir or args.output_dir, args.name or "tuned"
+    return str(report_tuned(grids, finals, algorithms, folder, name, sys.argv[1:]))
+
+
+def main() -> None:
+    # TRL still uses names that transformers renamed; nothing a user of this command could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    parser = HfArgumentParser(
+        StudyArguments,  # type: ignore[arg-type]
+        description="Train the algorithms side by side on the embedded task, then report what came out.",
+        epilog="Every field of TICGRPOConfig is a further flag, for all runs of a full or quick plan.",
+    )
+    args, rest = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    settings = parse_settings(rest)
+    if args.plan != "tuned":
+        path = compare(args, settings)
+    elif settings or args.steps or args.eps_high is not None:
+        flags = " ".join(rest) or "--steps and --eps-high"
+        raise ValueError(f"--plan tuned has its own grid of settings: leave out {flags}.")
+    else:
+        path = tune(args)
+    print(f"the report is {path}")
+
+
+if __name__ == "__main__":
+    main()

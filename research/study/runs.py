@@ -1,0 +1,320 @@
+"""One training run of the study, and the pool that executes many.
+
+A run is one folder and one process. Every run starts from the same weights and sees the same prompts in the same order
+for the same seed; only the algorithm (and what an algorithm's specification overrides) differs. A finished run is never
+repeated; a killed one goes on from its last checkpoint.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from tqdm import tqdm
+from transformers import HfArgumentParser, PrinterCallback, TrainerCallback
+
+from tic_grpo_trl.config import TICGRPOConfig
+from tic_grpo_trl.metrics.run_summary import summarize_run
+from tic_grpo_trl.starter import STARTER_MODEL, exact_match_reward, make_dataset
+from tic_grpo_trl.trainer import TICGRPOTrainer
+
+from ..starter.build import build
+
+
+# What all runs share unless a flag says otherwise. One rollout is K mini-batches of 32 responses (4 prompts x 8).
+SETTINGS: dict[str, Any] = {
+    "per_device_train_batch_size": 32,
+    "num_generations": 8,
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "constant",
+    "adam_beta2": 0.99,
+    "logging_steps": 1,
+    "per_device_eval_batch_size": 500,
+    "num_generations_eval": 1,
+    "save_total_limit": 1,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of the study: sums of `term_counts` digits, answered within `max_completion_length` tokens."""
+
+    term_counts: tuple[int, ...]
+    max_completion_length: int
+
+
+# fields of the configuration that have their own flag, because runs are told apart and compared by them
+RUN_DECIDES = {
+    "algorithm": "--algorithms",
+    "seed": "--seeds",
+    "max_steps": "--steps",
+    "steps_per_generation": "--k",
+    "max_completion_length": "--task",
+    "output_dir": "--output_dir of the study",
+}
+
+_updates: Any = None  # in a worker: the shared counter of updates
+
+TASKS = {
+    "starter": Task((3, 4, 5, 6), 48),  # responses of 18 tokens, 32 once it reasons
+    "long": Task((7, 8, 9), 72),  # responses of twice that length; the weights are made on first use
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Args:
+        algorithm: an algorithm's name, with settings of its own after a colon: `tic_grpo:epsilon_high=1.0,delta=3`.
+        seed: of prompts, their order and sampling.
+        steps: updates.
+        k: updates per rollout, K.
+        task: key of [`TASKS`].
+        test_size: held-out problems per evaluation.
+        eval_steps: updates between evaluations; a run whose `eval_steps` equals `steps` is evaluated at its end only.
+        settings: further fields of the configuration, as sorted pairs.
+    """
+
+    algorithm: str
+    seed: int
+    steps: int = 128
+    k: int = 4
+    task: str = "starter"
+    test_size: int = 500
+    eval_steps: int = 32
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Folder name: readable, and different for different settings."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
+        return f"{self.algorithm.split(':')[0]}-seed{self.seed}-{digest}"
+
+    def config(self, output_dir: str | Path) -> TICGRPOConfig:
+        """The run's configuration.
+
+        Raises:
+            ValueError: where the algorithm is unknown or its settings make no sense together; names the option and the
+                fix.
+        """
+        algorithm, _, own = self.algorithm.partition(":")
+        own_settings = parse_settings([f"--{pair}" for pair in own.split(",") if pair])
+        for name in dict(self.settings) | own_settings:
+            if name in RUN_DECIDES:
+                raise ValueError(f"{name} is not a setting of an algorithm or of all runs: use {RUN_DECIDES[name]}.")
+        values: dict[str, Any] = SETTINGS | {
+            "steps_per_generation": self.k,
+            "max_steps": self.steps,
+            "max_completion_length": TASKS[self.task].max_completion_length,
+            "eval_strategy": "steps",
+            "eval_steps": self.eval_steps,
+            "eval_on_start": self.eval_steps < self.steps,
+            "save_steps": self.k * max(1, 40 // self.k),  # whole rollouts: a resumed run is the same run
+            "seed": self.seed,
+        }
+        values |= dict(self.settings) | own_settings
+        return TICGRPOConfig(output_dir=str(output_dir), algorithm=algorithm, **values)
+
+
+@functools.cache  # every run's settings are parsed, and some 200 flags take a while to build
+def _settings_parser() -> HfArgumentParser:
+    parser = HfArgumentParser(TICGRPOConfig)  # type: ignore[arg-type]
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    return parser
+
+
+def parse_settings(flags: list[str]) -> dict[str, Any]:
+    """The fields of TICGRPOConfig that the flags name, and nothing else: `["--delta=3"]` gives `{"delta": 3.0}`.
+
+    Raises:
+        ValueError: for a flag that is no field of TICGRPOConfig, or a value of the wrong kind.
+    """
+    settings, unknown = _settings_parser().parse_known_args(flags)
+    if unknown:
+        raise ValueError(f"{' '.join(unknown)}: no field of TICGRPOConfig has this name.")
+    return vars(settings)
+
+
+def start_model(task: str, output_dir: Path) -> str:
+    """The folder of the weights that a task's runs start from; made where they do not ship with the package.
+
+    The longer task's weights are the starter's, taught longer chains and then the same mix of mostly direct answers.
+    """
+    if task == "starter":
+        return STARTER_MODEL
+    folder = output_dir / f"{task}-start"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "starter_card.json").exists():
+            print(f"making the weights that the {task!r} runs start from, in {folder} (two minutes)", flush=True)
+            spec, threads = TASKS[task], torch.get_num_threads()
+            torch.set_num_threads(1)  # the same weights, bit for bit, on every machine of a kind
+            build(
+                folder,
+                chain_steps=300,
+                remix_steps=60,
+                held_out=500,
+                term_counts=spec.term_counts,
+                max_new_tokens=spec.max_completion_length,
+                start=STARTER_MODEL,
+            )
+            torch.set_num_threads(threads)
+    return str(folder)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest complete checkpoint of a killed run; a half-written one lacks the file that is saved last."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+            return str(path)
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+class _Count(TrainerCallback):
+    """Tells `count` of every update."""
+
+    def __init__(self, count: Callable[[int], None]):
+        self.count = count
+
+    def on_step_end(self, *args, **kwargs):
+        self.count(1)
+
+
+def execute(run: Run, output_dir: Path, count: Callable[[int], None] = lambda updates: None) -> Path:
+    """Train one run to its end, from its last checkpoint if there is one, unless it is finished already.
+
+    Args:
+        run: what to train.
+        output_dir: of the study.
+        count: told how many updates have been done since it was last told, those of earlier attempts included.
+
+    Returns:
+        The run's folder with `run.json`, `log_history.json` and `summary.json` (written last: it marks a finished run).
+    """
+    folder = output_dir / "runs" / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # also against a worker that outlived a killed study
+        if (folder / "summary.json").exists():
+            count(run.steps)
+            return folder
+        (folder / "run.json").write_text(json.dumps(asdict(run), indent=2) + "\n")
+        args = run.config(folder)
+        checkpoint = last_checkpoint(folder)
+        if checkpoint:
+            args.eval_on_start = False  # it is in the checkpoint's history
+            count(int(checkpoint.rpartition("-")[2]))
+        spec = TASKS[run.task]
+        trainer = TICGRPOTrainer(
+            model=start_model(run.task, output_dir),
+            reward_funcs=exact_match_reward,
+            args=args,
+            train_dataset=make_dataset("train", 8000, seed=args.seed, term_counts=spec.term_counts),
+            eval_dataset=make_dataset("test", run.test_size, term_counts=spec.term_counts),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_Count(count))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        history = trainer.state.log_history
+        (folder / "log_history.json").write_text(json.dumps(history) + "\n")
+        summary = summarize_run(history, args, exact_match_reward.__name__)
+        partial = folder / "summary.json.partial"
+        partial.write_text(json.dumps(summary, indent=2) + "\n")
+        for path in folder.glob("checkpoint-*"):
+            shutil.rmtree(path)
+        partial.replace(folder / "summary.json")
+    return folder
+
+
+def _start_worker(log_file: str, threads: int, updates: Any) -> None:
+    """Quiet worker of `threads` threads; what it would print goes to `log_file`, its updates to a shared counter."""
+    global _updates
+    _updates = updates
+    log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    torch.set_num_threads(threads)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.basicConfig(format="%(message)s")
+
+
+def _follow_parent() -> None:
+    """End with the study: a pool's worker whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _execute_in_worker(run: Run, output_dir: Path) -> Path:
+    def count(updates: int) -> None:
+        with _updates.get_lock():
+            _updates.value += updates
+
+    return execute(run, output_dir, count)
+
+
+def execute_all(runs: Iterable[Run], output_dir: str | Path, workers: int = 2) -> list[Path]:
+    """Execute the runs, `workers` at a time, with a progress bar.
+
+    Every configuration is checked before the first run starts, and a run that fails does not stop the others.
+
+    Returns:
+        The runs' folders, in order.
+
+    Raises:
+        ValueError: for a run whose settings make no sense, or `workers` below 1, before anything runs.
+        RuntimeError: after all other runs, where some failed; names them and the file that says why.
+    """
+    if workers < 1:
+        raise ValueError(f"workers is {workers}: give the number of runs at a time, 1 or more.")
+    output_dir, runs = Path(output_dir), list(dict.fromkeys(runs))
+    for run in runs:
+        run.config(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for task in dict.fromkeys(run.task for run in runs):
+        start_model(task, output_dir)
+    log_file = output_dir / "workers.log"
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    failed: list[str] = []
+    context = multiprocessing.get_context("spawn")
+    updates = context.Value("q", 0)
+    with (
+        ProcessPoolExecutor(workers, context, _start_worker, (str(log_file), threads, updates)) as pool,
+        tqdm(total=sum(run.steps for run in runs), desc="study", unit="update", dynamic_ncols=True) as bar,
+    ):
+        futures = {pool.submit(_execute_in_worker, run, output_dir): run for run in runs}
+        left = set(futures)
+        while left:
+            done, left = wait(left, timeout=1)
+            for future in done:
+                if error := future.exception():
+                    failed.append(f"{futures[future].name} ({type(error).__name__}: {error})")
+            bar.set_postfix_str(f"{len(runs) - len(left)}/{len(runs)} runs")
+            bar.update(updates.value - bar.n)
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(runs)} runs failed, see {log_file}: " + "; ".join(failed))
+    return [output_dir / "runs" / run.name for run in runs]

@@ -1,0 +1,167 @@
+"""What the runs of a study measured, as numbers and markdown tables."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+
+from tic_grpo_trl.metrics.run_summary import LogHistory, accuracy_name, series
+from tic_grpo_trl.starter import exact_match_reward
+
+
+ACCURACY = accuracy_name(exact_match_reward.__name__)
+LAST_UPDATES = 32  # window of the reward at the end
+MEASURES = {
+    "accuracy": "held-out accuracy at the end",
+    "reward": "training reward, mean over the run",
+    "final_reward": f"training reward, last {LAST_UPDATES} updates",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Args:
+        algorithm: its algorithm, with the settings that were its own after a colon.
+        seed: its seed.
+        run: what it was, see [`~research.study.runs.Run`].
+        summary: as [`~tic_grpo_trl.metrics.run_summary.summarize_run`] made it.
+        history: its log history.
+    """
+
+    algorithm: str
+    seed: int
+    run: dict[str, Any]
+    summary: dict[str, Any]
+    history: LogHistory
+
+    def measure(self, name: str) -> float:
+        """One of [`MEASURES`], each a share of right answers between 0 and 1."""
+        if name == "accuracy":
+            return self.summary["accuracy_after"]
+        steps, rewards = series(self.history, "reward")  # one entry per rollout
+        first = 0 if name == "reward" else self.run["steps"] - LAST_UPDATES
+        return fmean(reward for step, reward in zip(steps, rewards, strict=True) if step > first)
+
+
+Results = dict[str, list[Result]]  # by algorithm, each in the order of its seeds
+
+
+def load(folders: Sequence[Path]) -> Results:
+    """Read finished runs; algorithms keep the order of the folders."""
+    results: Results = defaultdict(list)
+    for folder in folders:
+        run, summary, history = (
+            json.loads((folder / f"{name}.json").read_text()) for name in ("run", "summary", "log_history")
+        )
+        results[run["algorithm"]].append(Result(run["algorithm"], run["seed"], run, summary, history))
+    return {algorithm: sorted(runs, key=lambda result: result.seed) for algorithm, runs in results.items()}
+
+
+SHORT = {"learning_rate": "lr", "epsilon": "ε", "epsilon_high": "ε_high", "length_scaled_cap": "σ"}
+
+
+def short(settings: str) -> str:
+    """Settings as short text: `epsilon=0.1,learning_rate=0.01` gives `ε 0.1, lr 0.01`."""
+    pairs = (pair.partition("=") for pair in settings.split(",") if pair)
+    return ", ".join(f"{SHORT.get(key, key)} {value}" for key, _, value in pairs)
+
+
+def label(algorithm: str) -> str:
+    """An algorithm's specification as short text: `gspo:learning_rate=0.01` gives `gspo, lr 0.01`."""
+    name, _, own = algorithm.partition(":")
+    return f"{name}, {short(own)}" if own else name
+
+
+def bootstrap_interval(values: Sequence[float], resamples: int = 10_000) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean.
+
+    Args:
+        values: one per seed; differences, where algorithms are compared on the same seeds.
+        resamples: how often to draw as many values with replacement (numpy's generator, seed 0).
+
+    Returns:
+        Lower and upper end. With few values it is narrow: three values give at most their range.
+    """
+    array = np.asarray(values, dtype=float)
+    draws = np.random.default_rng(0).integers(len(array), size=(resamples, len(array)))
+    low, high = np.quantile(array[draws].mean(axis=1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def paired_differences(results: Sequence[Result], baseline: Sequence[Result], measure: str) -> list[float]:
+    """Differences to the baseline on the seeds that both have, in the order of the seeds."""
+    reference = {result.seed: result.measure(measure) for result in baseline}
+    return [result.measure(measure) - reference[result.seed] for result in results if result.seed in reference]
+
+
+def _cell(results: Sequence[Result], baseline: Sequence[Result] | None, measure: str) -> str:
+    values = [100 * result.measure(measure) for result in results]
+    text = f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+    differences = paired_differences(results, baseline, measure) if baseline else []
+    if not differences or baseline is results:
+        return text
+    if len(differences) == 1:
+        return f"{text} ({100 * differences[0]:+.1f})"
+    low, high = bootstrap_interval(differences)
+    return f"{text} ({100 * fmean(differences):+.1f}, {100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def comparison_table(results: Results, algorithms: Sequence[str], baseline: str = "grpo") -> str:
+    """A markdown table in the form of the paper's Tables 1 and 2, in points (per cent).
+
+    Each cell: mean over seeds ± standard deviation (mean difference to the baseline on the same seeds, its 95 %
+    bootstrap interval).
+
+    Args:
+        results: the finished runs.
+        algorithms: rows, in order; those without a run are left out.
+        baseline: the algorithm that the others are compared with, if it was run.
+
+    Returns:
+        The table's lines.
+    """
+    reference = results.get(baseline)
+    lines = [f"| algorithm | seeds | {' | '.join(MEASURES.values())} |", "|---|---|" + "---|" * len(MEASURES)]
+    for algorithm in algorithms:
+        if algorithm in results:
+            cells = (_cell(results[algorithm], reference, measure) for measure in MEASURES)
+            lines.append(f"| {label(algorithm)} | {len(results[algorithm])} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def mean_metric(result: Result, name: str) -> float | None:
+    """Mean of a logged metric over the run's updates; `None` where it was never logged."""
+    values = series(result.history, f"trajectory_ratio/{name}")[1]
+    return fmean(values) if values else None
+
+
+# What explains the differences: means over all updates of a run, of the mini-batch's trajectory ratios before the clip
+RATIO_METRICS = {
+    "log_std": "σ of R, nats",
+    "ess": "effective sample size, share",
+    "clip_high_pos": "A > 0 above the cap, %",
+    "clip_high_neg": "A < 0 above the cap, %",
+    "clip_low_neg": "A < 0 below the bound, %",
+}
+
+
+def ratio_table(results: Results, algorithms: Sequence[str]) -> str:
+    """A markdown table of [`RATIO_METRICS`], means over the updates of all seeds."""
+    lines = [f"| algorithm | {' | '.join(RATIO_METRICS.values())} |", "|---|" + "---|" * len(RATIO_METRICS)]
+    for algorithm in algorithms:
+        if algorithm not in results:
+            continue
+        cells = []
+        for name, title in RATIO_METRICS.items():
+            values = [value for result in results[algorithm] if (value := mean_metric(result, name)) is not None]
+            scale, digits = (100, 1) if title.endswith("%") else (1, 3)
+            cells.append(f"{scale * fmean(values):.{digits}f}" if values else "–")
+        lines.append(f"| {label(algorithm)} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,238 @@
+"""The dry run: what it counts, what it refuses, and that the real run then does just that."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pandas
+import pytest
+import torch
+from launching import CONFIGS, ON_CPU, ROOT, environment_of_script, run_script
+from peft import LoraConfig
+from transformers import AutoTokenizer, LlamaConfig, Qwen3Config
+from trl import ModelConfig, TrlParser
+
+from tic_grpo_trl.dry_run.memory import activation_bytes
+from tic_grpo_trl.dry_run.plan import GB, KNOWN_MODELS, Plan, load_model_config, plan_for
+from tic_grpo_trl.scripts.train import TrainArguments
+from tic_grpo_trl.starter import STARTER_MODEL
+
+
+RECIPES = sorted((ROOT / "examples/recipes").glob("*.yaml"))
+STARTER = ROOT / "examples/recipes/starter.yaml"
+
+
+def planned(*flags, topology=None, environ=None):
+    """Settings of the starter's recipe, read as the script's dry run reads them."""
+    words = ["--config", str(STARTER), *flags]
+    words += ["--accelerate_config", str(CONFIGS / f"{topology}.yaml")] if topology else []
+    config_class = plan_for(words, {} if environ is None else environ)
+    return TrlParser((TrainArguments, config_class, ModelConfig)).parse_args_and_config(words)[1]
+
+
+def run_dry(*arguments):
+    """The script's dry run by plain `python`: its labels and texts, and what it printed."""
+    command = [sys.executable, "-m", "tic_grpo_trl.scripts.train", *arguments, "--dry_run"]
+    done = subprocess.run(
+        list(map(str, command)), env=environment_of_script(), capture_output=True, text=True, timeout=300, check=False
+    )
+    return dict(re.findall(r"^  (\w[\w ]*?)  +(.*)$", done.stdout, re.MULTILINE)), done
+
+
+def shown(plan):
+    return dict(plan.lines())
+
+
+def starter_plan(*flags, topology=None, **kwargs):
+    config, note = load_model_config(STARTER_MODEL)
+    problems = {"num_prompts": 8000, "longest_prompt": 21} | kwargs
+    return Plan(planned(*flags, topology=topology), config, note, **problems)
+
+
+def test_starter_on_one_process():
+    lines = shown(starter_plan(eval_prompts=1000))
+    assert lines["rollout"] == "32 prompts x 8 responses = 256 responses"
+    assert lines["updates"].startswith("K = 4 of 64 responses (8 prompts), each in at most 1 passes of 64 full rows")
+    assert lines["run"] == "200 updates; an epoch of 8,000 prompts is 250 rollouts = 1,000 updates"
+    assert lines["tokens"] == "at most 64 x (21 + 48) = 4.42k an update, 17.7k a rollout"
+    assert lines["evaluation"] == "1,000 prompts x 1 = 1,000 responses"
+    assert lines["weights"].strip() == "0.7 MB"  # 167 thousand parameters of 4 bytes
+
+
+def test_starter_on_eight_processes_needs_no_eight():
+    lines = shown(starter_plan(topology="zero3"))
+    assert lines["topology"] == "zero3.yaml: 8 processes, DeepSpeed ZeRO-3"
+    assert lines["rollout"] == "256 prompts x 8 responses = 2,048 responses"
+    assert lines["run"].endswith("31 rollouts = 124 updates, 64 prompts left over")
+
+
+def test_epochs_count_where_no_number_of_updates_is_given():
+    lines = shown(starter_plan("--max_steps", "-1", "--num_train_epochs", "1.5"))
+    assert lines["run"].startswith("1,500 updates;")
+
+
+def test_updates_that_span_rollouts_and_split_groups_are_named():
+    flags = "--gradient_accumulation_steps 3 --steps_per_generation 4".split()
+    assert "make steps_per_generation a multiple" in shown(starter_plan(*flags))["updates"]
+    flags = "--per_device_train_batch_size 4 --steps_per_generation 4".split()
+    assert "groups are split" in shown(starter_plan(*flags))["updates"]
+    assert "on-policy" in shown(starter_plan("--steps_per_generation", "1"))["updates"]
+
+
+def test_unknown_data_leaves_the_rest():
+    assert shown(starter_plan(num_prompts=None))["run"].startswith("200 updates, the epoch's length is not known")
+
+
+def test_launched_topology_is_read_and_nothing_is_started():
+    environ = {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "nowhere", "HOME": "/"}
+    environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+    args = planned(environ=environ)
+    assert (args.topology.processes, args.topology.zero_stage, args.world_size) == (4, 2, 4)
+    assert args.distributed_state.num_processes == 1
+    assert set(environ) == {"MASTER_ADDR", "HOME"}
+    assert plan_for([], {"RANK": "1", "WORLD_SIZE": "4"}) is None
+
+
+def test_arithmetic_is_refused_before_trl_sees_it():
+    with pytest.raises(ValueError, match=r"Nearest: per_device_train_batch_size 63 or 70; .*num_generations 4 or 8\."):
+        planned("--num_generations", "7", "--steps_per_generation", "1")
+
+
+SMOLLM2 = LlamaConfig(
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    vocab_size=49152,
+    tie_word_embeddings=True,
+)
+BIG = Qwen3Config(**KNOWN_MODELS["Qwen/Qwen3-1.7B"])
+
+
+def test_models_without_a_hub_have_their_published_sizes():
+    sizes = {"Qwen/Qwen3-0.6B": 0.596, "Qwen/Qwen3-1.7B": 1.72, "Qwen/Qwen3-4B": 4.02, "Qwen/Qwen3-8B": 8.19}
+    for name, billions in sizes.items():
+        config, note = load_model_config(name)
+        plan = Plan(planned(), config, note)
+        assert plan.size.trained / 1e9 == pytest.approx(billions, rel=2e-3)
+        assert "hub" in note
+    with pytest.raises(ValueError, match=r"nobody/nothing: its config\.json cannot be read"):
+        load_model_config("nobody/nothing")
+
+
+def test_memory_that_is_not_there_is_refused_with_a_batch_that_fits():
+    flags = "--per_device_train_batch_size 16 --gradient_accumulation_steps 2 --steps_per_generation 8".split()
+    flags += "--gradient_checkpointing true --max_completion_length 2048".split()
+    with pytest.raises(ValueError, match=r"GB of each GPU, which has 40") as refused:
+        Plan(planned(*flags), BIG, gpu_memory=40 * GB)
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
+    rows, window, steps = (int(re.search(rf"{name} (\d+)", str(refused.value)).group(1)) for name in names)
+    assert (rows * window, rows * steps) == (32, 128)
+    flags = [
+        word for name, value in zip(names, (rows, window, steps), strict=True) for word in (f"--{name}", str(value))
+    ]
+    flags += "--gradient_checkpointing true --max_completion_length 2048".split()
+    fitting = Plan(planned(*flags), BIG, gpu_memory=40 * GB)
+    assert sum(fitting.memory().values()) <= 40 * GB < sum(fitting.memory(2 * rows).values())
+    with pytest.raises(ValueError, match="a topology that splits more"):
+        Plan(planned("--gradient_checkpointing", "true"), BIG, gpu_memory=20 * GB)
+
+
+def test_share_of_the_engine():
+    flags = "--use_vllm true --vllm_mode colocate --vllm_gpu_memory_utilization 0.25".split()
+    plan = Plan(planned(*flags), BIG, longest_prompt=21, gpu_memory=100 * GB)
+    assert plan.memory()["vLLM"] == 25 * GB
+    # keys and values of a token: 2 x 28 layers x 8 heads x 128 numbers of 2 bytes; weights 2 bytes each
+    tokens = int((25 * GB - 2 * plan.size.trained) / (2 * 28 * 8 * 128 * 2))
+    assert f"{tokens / 1e3:.0f}k tokens ({tokens // 69} full rows)" in shown(plan)["vLLM"]
+    asleep = Plan(planned(*flags, "--vllm_enable_sleep_mode", "true"), BIG, gpu_memory=100 * GB)
+    assert "vLLM" not in asleep.memory()
+    with pytest.raises(ValueError, match=r"Nearest: vllm_gpu_memory_utilization 0\.04\."):
+        Plan(planned(*flags[:-1], "0.03"), BIG, gpu_memory=100 * GB)
+
+
+def test_deepspeed_computes_in_bfloat16_and_adapters_split_the_counts():
+    args = planned("--bf16", "true", topology="zero2")
+    plan = Plan(args, BIG, gpu_memory=1000 * GB)
+    assert plan.memory()["weights"] == 2 * plan.size.trained
+    assert plan.size.stream == 2 * 2048
+    adapter = LoraConfig(r=8, target_modules="all-linear")
+    lora = Plan(planned("--bf16", "true"), BIG, peft_config=adapter)
+    assert "of 1.73B parameters are trained" in shown(lora)["model"]
+    assert (lora.autocast, lora.size.stream) == (True, 4 * 2048)
+    assert not Plan(planned("--bf16", "true"), BIG, weight_dtype=torch.bfloat16).autocast
+
+
+def test_activations_are_those_of_the_longest_rows():
+    plan = starter_plan("--gradient_checkpointing", "true")
+    assert plan.longest_row == 69
+    assert plan.memory()["activations"] == activation_bytes(plan.size, 64 * 69, True)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_has_a_dry_run(recipe, tmp_path):
+    """Through the script, as the recipe's own comment launches it, without a hub."""
+    launched = re.search(r"accelerate_configs/(\w+)\.yaml", recipe.read_text()).group(1)
+    config = CONFIGS / f"{launched}.yaml"
+    flags = ["--accelerate_config", config, "--output_dir", tmp_path / "out"]
+    if recipe.stem == "smollm2_135m":  # its model is made from a package; the plan needs the sizes alone
+        SMOLLM2.save_pretrained(tmp_path / "model")
+        AutoTokenizer.from_pretrained(STARTER_MODEL).save_pretrained(tmp_path / "model")
+        flags += ["--model_name_or_path", tmp_path / "model"]
+    lines, done = run_dry("--config", recipe, *flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert lines["topology"].startswith(f"{launched}.yaml")
+    assert lines["updates"].startswith("K = 4 of ")
+    assert {"model", "rollout", "run", "tokens", "weights", "gradients", "AdamW", "activations", "sum"} <= set(lines)
+    if recipe.stem in ("qwen3_1.7b_h200", "qwen3_8b_2nodes"):  # the papers' batches
+        assert lines["rollout"] == "128 prompts x 16 responses = 2,048 responses"
+        assert lines["updates"].startswith("K = 4 of 512 responses (32 prompts)")
+        assert "(2,000 + 18,000)" in lines["tokens"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_real_run_does_what_the_dry_run_said(tmp_path):
+    """One epoch of the starter: prompts, responses, updates and tokens of the plan against the run's own records."""
+    flags = "--train_size 40 --test_size 16 --per_device_train_batch_size 8 --gradient_accumulation_steps 2".split()
+    flags += "--steps_per_generation 8 --num_iterations 2 --max_steps -1 --num_train_epochs 1 --eval_steps 100".split()
+    flags += "--per_device_eval_batch_size 16 --num_generations_eval 2 --log_completions".split()
+    arguments = ("--config", STARTER, "--output_dir", tmp_path, *flags)
+    said, _ = run_dry(*arguments)
+    # 8 x 8 = 64 responses = 8 prompts; 40 prompts = 5 rollouts; each 8/2 mini-batches, twice
+    assert said["rollout"] == "8 prompts x 8 responses = 64 responses"
+    assert said["updates"].startswith("K = 8 of 16 responses (2 prompts)")
+    assert said["run"] == "40 updates; an epoch of 40 prompts is 5 rollouts = 40 updates"
+    assert said["evaluation"] == "16 prompts x 2 = 32 responses"
+
+    done = run_script(*arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["global_step"] == 40
+    rollouts = [entry for entry in state["log_history"] if "reward" in entry]
+    assert len(rollouts) == 5
+    most = 64 * (int(re.search(r"\((\d+) \+", said["tokens"]).group(1)) + 48)
+    assert 0 < rollouts[0]["num_tokens"] <= most
+    assert max(int(k) for k in re.findall(r"inner_(\d+)/ess", json.dumps(state["log_history"]))) == 8
+    tables = sorted((tmp_path / "completions").glob("*.parquet"))
+    assert {len(pandas.read_parquet(table)) for table in tables} == {64, 32}  # of rollouts and of the evaluation
+
+
+def test_launched_by_accelerate_only_the_first_process_speaks():
+    done = run_script("--config", STARTER, "--dry_run", config=CONFIGS / "zero3.yaml", flags=ON_CPU)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("topology         as launched: 2 processes, DeepSpeed ZeRO-3") == 1
+    assert "64 prompts x 8 responses = 512 responses" in done.stdout
+
+
+def test_refusals_of_the_script(tmp_path):
+    out = ("--output_dir", tmp_path / "out")
+    _, done = run_dry("--config", STARTER, "--per_device_train_batch_size", "3", *out)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("Dry run: refused. per_device_train_batch_size 3 x")
+    assert "Traceback" not in done.stderr
+    late = tmp_path / "late.yaml"
+    late.write_text("dry_run: true\nuse_cpu: true\nbf16: false\n")
+    assert "give it as a flag, --dry_run" in run_script("--config", late, *out).stderr
+    assert not (tmp_path / "out").exists()

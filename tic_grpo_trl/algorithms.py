@@ -1,0 +1,113 @@
+"""Every algorithm of the two papers, of the code their authors released, TRL's other losses, and some of our own: data,
+not branches."""
+
+from typing import Any
+
+
+ALGORITHM_FIELDS = (
+    "importance_sampling_level",
+    "clip_mode",
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "length_scaled_cap",
+    "loss_type",
+    "scale_rewards",
+)
+
+# Which bounds a clip rule reads; any other has no effect.
+BOUNDS = ("epsilon", "epsilon_high", "delta", "length_scaled_cap")
+BOUNDS_READ = {
+    "up_only": {"epsilon_high", "delta", "length_scaled_cap"},
+    "two_sided": {"epsilon", "epsilon_high", "delta", "length_scaled_cap"},
+    "capped": {"epsilon_high", "delta", "length_scaled_cap"},
+    "truncated": {"epsilon", "epsilon_high", "length_scaled_cap"},
+    "none": set(),
+}
+ANCHORED_LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo")
+
+# TRL's losses that define their own weight of a token, and which bounds they read
+OTHER_LOSS_TYPES = {
+    "cispo": {"epsilon_high"},
+    "sapo": set(),
+    "luspo": {"epsilon", "epsilon_high", "delta"},
+    "vespo": set(),
+}
+CISPO_CAP = 5.0  # the weight's cap itself, not 1 + epsilon_high (ScaleRL, arXiv 2510.13786)
+
+_UP_ONLY = {"importance_sampling_level": "trajectory", "clip_mode": "up_only"}
+# The weight that TRL's own losses have by default
+BY_TOKEN = {"importance_sampling_level": "token", "clip_mode": "two_sided"}
+_DAPO_CLIP = {"epsilon": 0.2, "epsilon_high": 0.28}
+
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    # v5 Eq. 8 and Table 1
+    "tic_grpo": _UP_ONLY | {"epsilon_high": 0.28, "loss_type": "dr_grpo", "scale_rewards": "none"},
+    # the authors' released loss: cap σ√|o_i| for A > 0, dual clip 3.0 for A < 0
+    "tic_grpo_released": _UP_ONLY
+    | {"length_scaled_cap": 0.01, "delta": 3.0, "loss_type": "dr_grpo", "scale_rewards": "group"},
+    # ours: truncated importance sampling, min(w', 1+ε_high)·A·∇log π_θ for either sign of A
+    "tic_grpo_capped": _UP_ONLY
+    | {"clip_mode": "capped", "epsilon_high": 0.28, "loss_type": "dr_grpo", "scale_rewards": "none"},
+    # ours: the same for A < 0, PPO's rule for A > 0, PPO's lower bound
+    "tic_grpo_truncated": {
+        "importance_sampling_level": "trajectory",
+        "clip_mode": "truncated",
+        "loss_type": "dr_grpo",
+        "scale_rewards": "none",
+    }
+    | _DAPO_CLIP,
+    # v2 Eq. 9 and Algorithm 2
+    "tic_grpo_v2": _UP_ONLY | {"epsilon_high": 0.28, "loss_type": "grpo", "scale_rewards": "group"},
+    # DAPO's loss, the baseline of both papers
+    "grpo": BY_TOKEN | {"loss_type": "dapo", "scale_rewards": "none"} | _DAPO_CLIP,
+    # v5 Eq. 14, "GRPO2" in the theory and "GRPO+UB_Clip" in Table 2
+    "grpo2": {
+        "importance_sampling_level": "token",
+        "clip_mode": "up_only",
+        "epsilon_high": 0.28,
+        "loss_type": "dr_grpo",
+        "scale_rewards": "none",
+    },
+    # v5 Table 2, "GRPO+Traj_IS"
+    "grpo_traj_is": {
+        "importance_sampling_level": "trajectory",
+        "clip_mode": "two_sided",
+        "loss_type": "dapo",
+        "scale_rewards": "none",
+    }
+    | _DAPO_CLIP,
+    # GSPO (arXiv 2507.18071), the baseline of v5
+    "gspo": {
+        "importance_sampling_level": "sequence",
+        "clip_mode": "two_sided",
+        "epsilon": 3e-4,
+        "epsilon_high": 4e-4,
+        "loss_type": "grpo",
+        "scale_rewards": "group",
+    },
+    # TRL's losses under their own names: ScaleRL's CISPO, SAPO (arXiv 2511.20347), LUSPO (arXiv 2602.05261, §5.1),
+    # VESPO (arXiv 2602.10693)
+    "cispo": BY_TOKEN | {"epsilon_high": CISPO_CAP, "loss_type": "cispo", "scale_rewards": "batch"},
+    "sapo": BY_TOKEN | {"loss_type": "sapo", "scale_rewards": "group"},
+    "luspo": BY_TOKEN
+    | {
+        "importance_sampling_level": "sequence",
+        "epsilon": 2e-3,
+        "epsilon_high": 2.5e-3,
+        "loss_type": "luspo",
+        "scale_rewards": "group",
+    },
+    "vespo": BY_TOKEN | {"loss_type": "vespo", "scale_rewards": "group"},
+    # v2 Fig. 1 and v5 Fig. 1: importance sampling removed
+    "grpo_no_is": {
+        "importance_sampling_level": "none",
+        "clip_mode": "none",
+        "loss_type": "dapo",
+        "scale_rewards": "none",
+    },
+}
+ALGORITHMS["grpo_ub_clip"] = ALGORITHMS["grpo2"]
+
+# Those whose weight is one of the family's three axes
+FAMILY = [name for name, algorithm in ALGORITHMS.items() if algorithm["loss_type"] in ANCHORED_LOSS_TYPES]

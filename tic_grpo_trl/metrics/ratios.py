@@ -1,0 +1,160 @@
+"""What to watch while it trains: pure functions from ratios to metrics.
+
+All of it describes the trajectory ratio w' = exp(R) of the *policy* before any cap, whatever weight the algorithm uses,
+so that algorithms can be compared. The loss path only builds a small tensor per micro-batch; every number is read at
+log time.
+"""
+
+import math
+
+import torch
+
+from ..objective import ClippedWeight
+
+
+QUANTILES = {"log_q05": 0.05, "log_q50": 0.5, "log_q95": 0.95}
+LOW_RATIO = 0.1
+
+
+def ratio_statistics(
+    log_ratio: torch.Tensor,  # (B, T)
+    clipped: ClippedWeight,
+    advantages: torch.Tensor,  # (B,) or (B, T)
+    mask: torch.Tensor,  # (B, T)
+    sampler_log_ratio: torch.Tensor | None = None,  # (B, T)
+) -> torch.Tensor:
+    """One row of ratio statistics per response, cheap to gather.
+
+    Args:
+        log_ratio: r_{i,t}, 0 at masked positions, in nats.
+        clipped: what the algorithm's clip rule did to its weight.
+        advantages: A_i, (B,) or per token (B, T).
+        mask: 1 on the tokens that count.
+        sampler_log_ratio: log P_old − log P_sampler of every token, in nats, NaN where the sampler gave none; `None`
+            where it is unknown.
+
+    Returns:
+        (B, 9) float32: has tokens (0 or 1); R_i in nats; share of its tokens with A > 0; with A < 0; with A > 0 above
+        the upper bound; with A < 0 above it; with A < 0 below the lower bound; sum of `sampler_log_ratio` and number of
+        the tokens that have one. Shares are 0 or 1 where weight and A are per response.
+    """
+    if advantages.dim() == 1:
+        advantages = advantages.unsqueeze(1)  # (B, 1)
+    length = mask.sum(dim=-1)  # (B,)
+
+    def share(flag: torch.Tensor) -> torch.Tensor:  # (B, 1) or (B, T) -> (B,)
+        return flag.squeeze(1).float() if flag.size(1) == 1 else (flag * mask).sum(dim=-1) / length.clamp(min=1)
+
+    gains, losses = advantages > 0, advantages < 0
+    if sampler_log_ratio is None:
+        total = known = torch.zeros_like(length)
+    else:
+        is_known = mask.bool() & ~sampler_log_ratio.isnan()
+        total, known = sampler_log_ratio.where(is_known, 0.0).sum(dim=-1), is_known.sum(dim=-1)
+    columns = [
+        length.gt(0).float(),
+        log_ratio.sum(dim=-1),
+        share(gains),
+        share(losses),
+        share(gains & clipped.above),
+        share(losses & clipped.above),
+        share(losses & clipped.below),
+        total,
+        known,
+    ]
+    return torch.stack([column.float() for column in columns], dim=1)
+
+
+def effective_sample_size(log_weights: torch.Tensor) -> torch.Tensor:
+    """(Σw)²/(n·Σw²) of the weights w = exp(`log_weights`), computed in log space.
+
+    Args:
+        log_weights: (n,) log-weights in nats, n ≥ 1; any finite values, ±1e4 included.
+
+    Returns:
+        Scalar between 1/n (one weight dominates) and 1 (all weights equal).
+    """
+    n = log_weights.numel()
+    log_weights = log_weights - log_weights.max()  # a common factor cancels
+    return torch.exp(2 * torch.logsumexp(log_weights, 0) - torch.logsumexp(2 * log_weights, 0) - math.log(n))
+
+
+def ratio_metrics(rows: torch.Tensor) -> dict[str, float]:
+    """Metrics of one mini-batch.
+
+    Args:
+        rows: (n, 9), from [`ratio_statistics`], of every process.
+
+    Returns:
+        Floats by name: `ess` (share of n), `log_mean`, `log_std` (of R, nats, population), `log_min`, `log_max`,
+        `log_q05`, `log_q50`, `log_q95`, `share_below_0.1` (of responses with w' < 0.1), and the shares
+        `clip_high_pos` (of A > 0 above the bound), `clip_high_neg` and `clip_low_neg` (of A < 0 above and below). A
+        share of nothing is left out; without any response that has tokens the result is empty.
+    """
+    rows = rows[rows[:, 0] > 0].double()
+    if rows.size(0) == 0:
+        return {}
+    log_ratio = rows[:, 1]
+    metrics = {
+        "ess": effective_sample_size(log_ratio).item(),
+        "log_mean": log_ratio.mean().item(),
+        "log_std": log_ratio.std(correction=0).item(),
+        "log_min": log_ratio.min().item(),
+        "log_max": log_ratio.max().item(),
+        f"share_below_{LOW_RATIO}": (log_ratio < math.log(LOW_RATIO)).double().mean().item(),
+    }
+    levels = torch.tensor(list(QUANTILES.values()), dtype=rows.dtype, device=rows.device)
+    metrics |= dict(zip(QUANTILES, torch.quantile(log_ratio, levels).tolist(), strict=True))
+    gains, losses, high_pos, high_neg, low_neg = rows[:, 2:7].sum(dim=0).tolist()
+    if gains > 0:
+        metrics["clip_high_pos"] = high_pos / gains
+    if losses > 0:
+        metrics["clip_high_neg"] = high_neg / losses
+        metrics["clip_low_neg"] = low_neg / losses
+    return metrics
+
+
+def mean_sampler_ratio(steps: list[tuple[int | None, torch.Tensor]]) -> float | None:
+    """Geometric mean over tokens of P_old/P_sampler: exp(−KL(sampler‖old)) per token, as sampled.
+
+    An engine with the policy's weights gives 1 up to its numerics, one with other weights less. The arithmetic mean
+    would not tell: its expectation is 1 for any sampler.
+
+    Args:
+        steps: as in [`merge_steps`].
+
+    Returns:
+        The mean, held between e^-700 and e^700, or `None` where no token has a ratio.
+    """
+    total, tokens = torch.stack([rows[:, 7:].double().sum(dim=0) for _, rows in steps]).sum(dim=0).tolist()
+    return math.exp(max(-700.0, min(700.0, total / tokens))) if tokens else None
+
+
+def merge_steps(steps: list[tuple[int | None, torch.Tensor]]) -> dict[str, float]:
+    """Metrics of all mini-batches since the last log: overall, and per inner step.
+
+    Args:
+        steps: (k, rows) per optimizer step: the inner step k = 1 … K since π_old was refreshed (`None` where there is
+            no inner loop), and its (n, 9) rows.
+
+    Returns:
+        The names of [`ratio_metrics`], each the mean over steps (`log_min` the smallest, `log_max` the largest), and
+        the same under `inner_<k>/` for every k seen.
+    """
+    per_step = [(k, ratio_metrics(rows.cpu())) for k, rows in steps]
+
+    def merged(metrics: list[dict[str, float]]) -> dict[str, float]:
+        by_name: dict[str, list[float]] = {}
+        for step in metrics:
+            for name, value in step.items():
+                by_name.setdefault(name, []).append(value)
+        how = {"log_min": min, "log_max": max}
+        return {
+            name: how[name](values) if name in how else sum(values) / len(values) for name, values in by_name.items()
+        }
+
+    result = merged([metrics for _, metrics in per_step])
+    for inner_step in sorted({k for k, _ in per_step if k is not None}):
+        inner = merged([metrics for k, metrics in per_step if k == inner_step])
+        result |= {f"inner_{inner_step}/{name}": value for name, value in inner.items()}
+    return result

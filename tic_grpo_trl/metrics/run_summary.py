@@ -1,0 +1,161 @@
+"""Figures and summaries from the log history of a run (`trainer.state.log_history`)."""
+
+import re
+from bisect import bisect_right
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from ..config import TICGRPOConfig
+from .ratios import QUANTILES
+
+
+# Okabe and Ito's colours, told apart by colour-blind readers too
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+AMBER, SKY, PURPLE = "#E69F00", "#56B4E9", "#CC79A7"
+
+NOISE_FLOOR = "trajectory_ratio/noise_floor"
+# What a summary holds of the ratios, beside the metrics of non-finite numbers and skipped updates
+RATIOS = ("ess", "log_std", *QUANTILES, "clip_high_pos", "clip_high_neg", "clip_low_neg")
+INNER_STEP = re.compile(r"trajectory_ratio/inner_(\d+)/ess")
+LINES = 4  # inner steps that a figure shows at most
+
+LogHistory = list[dict[str, Any]]
+
+
+def series(log_history: LogHistory, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric, in order; entries without it (or with `None`) are left out."""
+    points = [(entry["step"], entry[name]) for entry in log_history if entry.get(name) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def accuracy_name(reward_name: str) -> str:
+    """The log history's name for the mean held-out reward of a reward function."""
+    return f"eval_rewards/{reward_name}/mean"
+
+
+def inner_steps(log_history: LogHistory) -> list[int]:
+    """The inner steps k = 1 … K that have metrics of their own, in order."""
+    found = {match[1] for entry in log_history for match in map(INNER_STEP.fullmatch, entry) if match}
+    return sorted(map(int, found))
+
+
+def ratio_means(log_history: LogHistory) -> dict[str, float]:
+    """What warns of trouble, as means over a run: of all updates and, under `inner_<k>/`, of each inner step.
+
+    Args:
+        log_history: as the trainer kept it.
+
+    Returns:
+        Floats by the metrics' names without `trajectory_ratio/`: `ess`, `log_std`, the quantiles and clip shares of
+        [`~tic_grpo_trl.metrics.ratios.ratio_metrics`]; `noise_floor`, `frac_non_finite` and `update/skipped` where they
+        were logged.
+    """
+    places = ["", *(f"inner_{k}/" for k in inner_steps(log_history))]
+    names = {f"{place}{name}": f"trajectory_ratio/{place}{name}" for place in places for name in RATIOS}
+    names |= {"noise_floor": NOISE_FLOOR, "frac_non_finite": "frac_non_finite", "update/skipped": "update/skipped"}
+    values = {short: series(log_history, name)[1] for short, name in names.items()}
+    return {short: fmean(of_name) for short, of_name in values.items() if of_name}
+
+
+def summarize_run(log_history: LogHistory, args: TICGRPOConfig, reward_name: str) -> dict[str, Any]:
+    """What a run was and what came out.
+
+    Args:
+        log_history: as the trainer kept it.
+        args: the run's configuration.
+        reward_name: the reward function whose held-out mean is the accuracy.
+
+    Returns:
+        JSON-ready: `accuracy_before` and `accuracy_after` (first and last evaluation, `None` without one), `updates`,
+        `seconds` (of `train()`, evaluations included), `seed`, the algorithm's settings in force, `ratios` (see
+        [`ratio_means`]), `versions`.
+    """
+    _, accuracy = series(log_history, accuracy_name(reward_name))
+    _, seconds = series(log_history, "train_runtime")
+    packages = ("tic-grpo-trl", "trl", "transformers", "torch", "accelerate")
+    return {
+        "accuracy_before": accuracy[0] if accuracy else None,
+        "accuracy_after": accuracy[-1] if accuracy else None,
+        "updates": log_history[-1]["step"] if log_history else 0,
+        "seconds": sum(seconds),
+        "seed": args.seed,
+        **args.resolved_algorithm,
+        "ratios": ratio_means(log_history),
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def smooth(steps: list[int], values: list[float], window: int) -> list[float]:
+    """Mean of the values whose step lies within the last `window` steps, for each step (in order)."""
+    return [fmean(values[bisect_right(steps, step - window) : bisect_right(steps, step)]) for step in steps]
+
+
+def plot_curves(log_history: LogHistory, path: str | Path, reward_name: str, window: int = 20) -> None:
+    """Draw a run's learning curves and what its ratios did: reward and held-out accuracy, response length, effective
+    sample size and spread of R per inner step, quantiles of R, clip shares by the advantage's sign.
+
+    Args:
+        log_history: as the trainer kept it.
+        path: where to write the figure (the ending decides the format).
+        reward_name: the reward function whose held-out mean is the accuracy.
+        window: updates to average over for the thick lines.
+    """
+    figure, axes = plt.subplots(3, 2, figsize=(10, 9.4), sharex=True, constrained_layout=True)
+
+    def draw(axis, name: str, label: str, colour, faint: bool = True):
+        steps, values = series(log_history, name)
+        if values:
+            if faint:
+                axis.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
+            axis.plot(steps, smooth(steps, values, window), color=colour, linewidth=2, label=label)
+
+    draw(axes[0, 0], "reward", "training reward", BLUE)
+    steps, accuracy = series(log_history, accuracy_name(reward_name))
+    if accuracy:
+        axes[0, 0].plot(steps, accuracy, "o-", color=ORANGE, linewidth=2, label="held-out accuracy")
+    axes[0, 0].set(ylabel="mean reward per response", ylim=(0, 1) if not accuracy or max(accuracy) <= 1 else None)
+    draw(axes[0, 1], "completions/mean_length", "mean response length", GREEN)
+    axes[0, 1].set(ylabel="tokens", ylim=(0, None))
+
+    inner = inner_steps(log_history)
+    if not inner:  # one update per rollout, or a history that has only means over the inner steps
+        draw(axes[1, 0], "trajectory_ratio/ess", "effective sample size", BLUE)
+        draw(axes[1, 1], "trajectory_ratio/log_std", "all updates", BLUE)
+    shown = sorted({inner[i * (len(inner) - 1) // (LINES - 1)] for i in range(LINES)}) if inner else []
+    for k in shown:
+        colour = plt.get_cmap("viridis")(0.9 - 0.9 * shown.index(k) / max(1, len(shown) - 1))  # the last k is darkest
+        draw(axes[1, 0], f"trajectory_ratio/inner_{k}/ess", f"k = {k}", colour, faint=k == shown[-1])
+        label = f"k = {k}" + " (noise floor)" * (k == 1)
+        draw(axes[1, 1], f"trajectory_ratio/inner_{k}/log_std", label, colour, faint=k == shown[-1])
+    for step, noise in zip(*series(log_history, NOISE_FLOOR), strict=True):
+        axes[1, 1].axhline(noise, color=GREY, linestyle=":", label=f"measured at update {step}: {noise:.2g}")
+    axes[1, 0].set(ylabel="effective sample size, share of n", ylim=(0, 1.02))
+    axes[1, 1].set(ylabel="standard deviation of R, nats", ylim=(0, None))
+
+    last, at = (f"inner_{inner[-1]}/", f" at k = {inner[-1]}") if inner else ("", "")
+    for name, text, line in zip(QUANTILES, ("5 %", "50 %", "95 %"), (ORANGE, GREY, BLUE), strict=True):
+        draw(axes[2, 0], f"trajectory_ratio/{last}{name}", text, line)
+    axes[2, 0].set(ylabel=f"quantiles of R{at}, nats")
+    draw(axes[2, 1], "trajectory_ratio/clip_high_pos", "above the cap, A > 0", BLUE)
+    draw(axes[2, 1], "trajectory_ratio/clip_high_neg", "above the cap, A < 0", ORANGE)
+    if any(series(log_history, "trajectory_ratio/clip_low_neg")[1]):  # rules without a lower bound log zeros
+        draw(axes[2, 1], "trajectory_ratio/clip_low_neg", "below the lower bound, A < 0", GREY)
+    axes[2, 1].set(ylabel="share of responses of that sign", ylim=(0, None))
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, loc="lower right" if axis is axes[1, 0] else "best")
+    for axis in axes[-1]:
+        axis.set_xlabel("update")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

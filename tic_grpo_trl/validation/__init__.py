@@ -1,0 +1,1 @@
+"""Errors before any compute: each names the option and the fix."""
