@@ -111,6 +111,7 @@ FORMULAS = {
     "tic_grpo_truncated": (tic_grpo_truncated, "constant"),
     "tic_grpo_v2": (tic_grpo, "per response"),
     "grpo": (grpo, "all tokens"),
+    "dapo": (grpo, "all tokens"),
     "grpo2": (grpo2, "constant"),
     "grpo_ub_clip": (grpo2, "constant"),
     "grpo_traj_is": (grpo_traj_is, "all tokens"),

@@ -1,4 +1,4 @@
-"""config.py: the algorithms, explicit values, refusals by name, round trips, parsers."""
+"""Test TICGRPOConfig: algorithms, explicit values, errors, round trips, parsers."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from conftest import CPU
 from trl import GRPOConfig, ModelConfig, TrlParser
 
 from tic_grpo_trl import ALGORITHMS, TICGRPOConfig
-from tic_grpo_trl.config import ALGORITHM_FIELDS
+from tic_grpo_trl.algorithms import ALGORITHM_FIELDS, ALIASES
 
 
 def config(**fields) -> TICGRPOConfig:
@@ -25,6 +25,7 @@ TABLE = {
     "tic_grpo_truncated": ("trajectory", "truncated", "dr_grpo", "none", 0.2, 0.28, None, None),
     "tic_grpo_v2": ("trajectory", "up_only", "grpo", "group", None, 0.28, None, None),
     "grpo": ("token", "two_sided", "dapo", "none", 0.2, 0.28, None, None),
+    "dapo": ("token", "two_sided", "dapo", "none", 0.2, 0.28, None, None),
     "grpo2": ("token", "up_only", "dr_grpo", "none", None, 0.28, None, None),
     "grpo_ub_clip": ("token", "up_only", "dr_grpo", "none", None, 0.28, None, None),
     "grpo_traj_is": ("trajectory", "two_sided", "dapo", "none", 0.2, 0.28, None, None),
@@ -38,14 +39,21 @@ TABLE = {
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_arms_resolve_to_the_table(algorithm):
+def test_algorithms_resolve_to_the_table(algorithm):
     args = config(algorithm=algorithm)
     names = ("importance_sampling_level", "clip_mode", "loss_type", "scale_rewards")
     names += ("epsilon", "epsilon_high", "delta", "length_scaled_cap")
     assert tuple(getattr(args, name) for name in names) == TABLE[algorithm]
     assert args.resolved_algorithm == {"algorithm": algorithm} | dict(zip(names, TABLE[algorithm], strict=True))
-    assert args.is_anchored == (algorithm not in ("grpo", "gspo", "cispo", "sapo", "luspo", "vespo"))
+    assert args.is_anchored == (algorithm not in ("grpo", "dapo", "gspo", "cispo", "sapo", "luspo", "vespo"))
     assert args.beta == 0.0
+
+
+@pytest.mark.parametrize(("alias", "name"), ALIASES.items())
+def test_an_alias_is_its_algorithm(alias, name):
+    assert config(algorithm=alias).resolved_algorithm == config(algorithm=name).resolved_algorithm | {
+        "algorithm": alias
+    }
 
 
 def test_default_is_tic_grpo():
@@ -53,7 +61,7 @@ def test_default_is_tic_grpo():
     assert config().resolved_algorithm == config(algorithm="tic_grpo").resolved_algorithm
 
 
-def test_every_arm_names_only_known_fields():
+def test_every_algorithm_has_only_known_fields():
     assert all(set(fields) <= set(ALGORITHM_FIELDS) for fields in ALGORITHMS.values())
     assert set(ALGORITHM_FIELDS) <= {field.name for field in dataclasses.fields(TICGRPOConfig)}
     unset = {f.name: f.default for f in dataclasses.fields(TICGRPOConfig) if f.name in ALGORITHM_FIELDS}
@@ -64,8 +72,8 @@ def test_new_fields_have_help_and_are_documented():
     inherited = {field.name for field in dataclasses.fields(GRPOConfig)}
     for field in dataclasses.fields(TICGRPOConfig):
         if field.name not in inherited or field.name in ALGORITHM_FIELDS:
-            assert field.metadata["help"]
             assert f"        {field.name} (`" in TICGRPOConfig.__doc__
+            assert " ".join(field.metadata["help"].split()) in " ".join(TICGRPOConfig.__doc__.split())
 
 
 @pytest.mark.parametrize(
@@ -107,16 +115,16 @@ REFUSED = [
     ({"loss_type": "vespo", "length_scaled_cap": 0.1}, r"length_scaled_cap=0.1 has no effect with loss_type='vespo'"),
     (
         {"algorithm": "grpo_no_is", "clip_mode": "up_only"},
-        r"importance_sampling_level='none' does not go with clip_mode",
+        r"importance_sampling_level='none' cannot be combined with clip_mode",
     ),
-    ({"clip_mode": "none"}, r"importance_sampling_level='trajectory' does not go with clip_mode='none'"),
+    ({"clip_mode": "none"}, r"importance_sampling_level='trajectory' cannot be combined with clip_mode='none'"),
     ({"epsilon_high": 0.2, "length_scaled_cap": 0.01}, r"both set the upper bound of the weight: remove one"),
     ({"algorithm": "grpo2", "length_scaled_cap": 0.01}, r"length_scaled_cap=0.01 bounds a trajectory ratio"),
     ({"max_completion_length": None}, r"loss_type='dr_grpo' divides by the constant T = max_completion_length"),
-    ({"epsilon_high": -0.1}, r"epsilon_high=-0.1 must be a positive number"),
-    ({"epsilon_high": float("nan")}, r"epsilon_high=nan must be a positive number"),
-    ({"length_scaled_cap": -1.0}, r"length_scaled_cap=-1.0 must be a positive number"),
-    ({"algorithm": "grpo", "epsilon": 1.5}, r"epsilon=1.5 must lie in \(0, 1\]"),
+    ({"epsilon_high": -0.1}, r"epsilon_high=-0.1 must be in \(0, inf\), for example 0.28"),
+    ({"epsilon_high": float("nan")}, r"epsilon_high=nan must be in \(0, inf\)"),
+    ({"length_scaled_cap": -1.0}, r"length_scaled_cap=-1.0 must be in \[0, inf\), for example 0.01"),
+    ({"algorithm": "grpo", "epsilon": 1.5}, r"epsilon=1.5 must be in \(0, 1\]"),
     ({"delta": 1.1}, r"delta=1.1 must be greater than 1 \+ epsilon_high = 1.28"),
     *[
         (
@@ -128,7 +136,7 @@ REFUSED = [
     ({"clip_mode": "up_only", "loss_type": "cispo"}, r"loss_type='cispo' defines its own importance weight"),
     (
         {"generation_batch_size": 32, "steps_per_generation": 2},
-        r"generation_batch_size=32 contradicts steps_per_generation=2, which makes 16",
+        r"generation_batch_size=32 contradicts steps_per_generation=2, which makes it 16",
     ),
 ]
 
@@ -175,8 +183,8 @@ def test_an_explicit_loss_type_of_trl_brings_its_weight(algorithm, loss_type):
     bounds = {"cispo": (None, 5.0), "luspo": (0.2, 0.28)}.get(loss_type, (None, None))
     assert (args.epsilon, args.epsilon_high, args.delta) == (*bounds, None)
     assert args.notes == [
-        f"loss_type='{loss_type}' brings its own weight: importance_sampling_level='token', clip_mode='two_sided' "
-        "instead of the algorithm's."
+        f"loss_type='{loss_type}' defines its own weight: using importance_sampling_level='token', "
+        "clip_mode='two_sided' instead of the algorithm's."
     ]
 
 
@@ -189,7 +197,7 @@ def test_a_loss_type_of_trl_keeps_a_weight_that_goes_with_it():
         assert config(algorithm=algorithm, loss_type=loss_type).notes == []
 
 
-def test_a_loss_type_of_the_family_has_its_own_bounds_in_an_arm_of_another():
+def test_a_loss_type_of_the_family_has_its_own_bounds_in_another_algorithm():
     assert (
         config(algorithm="cispo", loss_type="dapo").epsilon,
         config(algorithm="cispo", loss_type="dapo").epsilon_high,
@@ -218,7 +226,7 @@ def test_a_loss_type_of_the_family_has_its_own_bounds_in_an_arm_of_another():
         (
             {"algorithm": "grpo", "epsilon": 0.1},
             0.1,
-            "epsilon=0.1 is the lower bound; the upper one is epsilon_high=0.28, where TRL takes epsilon for both.",
+            "epsilon=0.1 sets only the lower bound here, unlike in TRL; the upper bound is epsilon_high=0.28.",
         ),
     ],
 )
@@ -230,9 +238,11 @@ def test_a_bound_carried_over_from_trl_is_taken_or_said_to_be_unused(fields, exp
 
 
 def test_a_cap_below_one_for_cispo_warns():
-    with pytest.warns(UserWarning, match=r"the cap is epsilon_high=0.28 itself, .* Set epsilon_high=5.0"):
+    with pytest.warns(UserWarning, match=r"the cap is epsilon_high=0.28 itself, .* Set epsilon_high=5.0") as caught:
         args = config(loss_type="cispo", epsilon_high=0.28)
     assert args.epsilon_high == 0.28
+    (warning,) = (warning for warning in caught if "cap is" in str(warning.message))
+    assert warning.filename == config.__code__.co_filename  # where the config was made
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         config(loss_type="cispo", epsilon_high=1.5)

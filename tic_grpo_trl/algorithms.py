@@ -1,5 +1,4 @@
-"""Every algorithm of the two papers, of the code their authors released, TRL's other losses, and some of our own: data,
-not branches."""
+"""Define every algorithm as data: the values of its fields, with their source."""
 
 from typing import Any
 
@@ -15,7 +14,7 @@ ALGORITHM_FIELDS = (
     "scale_rewards",
 )
 
-# Which bounds a clip rule reads; any other has no effect.
+# The bounds that each clip mode reads. Other bounds have no effect.
 BOUNDS = ("epsilon", "epsilon_high", "delta", "length_scaled_cap")
 BOUNDS_READ = {
     "up_only": {"epsilon_high", "delta", "length_scaled_cap"},
@@ -26,17 +25,17 @@ BOUNDS_READ = {
 }
 ANCHORED_LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo")
 
-# TRL's losses that define their own weight of a token, and which bounds they read
+# TRL's losses with an importance weight of their own, and the bounds that each reads
 OTHER_LOSS_TYPES = {
     "cispo": {"epsilon_high"},
     "sapo": set(),
     "luspo": {"epsilon", "epsilon_high", "delta"},
     "vespo": set(),
 }
-CISPO_CAP = 5.0  # the weight's cap itself, not 1 + epsilon_high (ScaleRL, arXiv 2510.13786)
+CISPO_CAP = 5.0  # the cap itself, not 1 + epsilon_high (ScaleRL, arXiv 2510.13786)
 
 _UP_ONLY = {"importance_sampling_level": "trajectory", "clip_mode": "up_only"}
-# The weight that TRL's own losses have by default
+# TRL's default importance weight
 BY_TOKEN = {"importance_sampling_level": "token", "clip_mode": "two_sided"}
 _DAPO_CLIP = {"epsilon": 0.2, "epsilon_high": 0.28}
 
@@ -46,10 +45,10 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     # the authors' released loss: cap σ√|o_i| for A > 0, dual clip 3.0 for A < 0
     "tic_grpo_released": _UP_ONLY
     | {"length_scaled_cap": 0.01, "delta": 3.0, "loss_type": "dr_grpo", "scale_rewards": "group"},
-    # ours: truncated importance sampling, min(w', 1+ε_high)·A·∇log π_θ for either sign of A
+    # ours: truncated importance sampling, min(w', 1 + ε_high)·A·∇log π_θ for both signs of A
     "tic_grpo_capped": _UP_ONLY
     | {"clip_mode": "capped", "epsilon_high": 0.28, "loss_type": "dr_grpo", "scale_rewards": "none"},
-    # ours: the same for A < 0, PPO's rule for A > 0, PPO's lower bound
+    # ours: as tic_grpo_capped for A < 0, with PPO's lower bound; PPO's rule for A > 0
     "tic_grpo_truncated": {
         "importance_sampling_level": "trajectory",
         "clip_mode": "truncated",
@@ -59,7 +58,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     | _DAPO_CLIP,
     # v2 Eq. 9 and Algorithm 2
     "tic_grpo_v2": _UP_ONLY | {"epsilon_high": 0.28, "loss_type": "grpo", "scale_rewards": "group"},
-    # DAPO's loss, the baseline of both papers
+    # DAPO's loss (arXiv 2503.14476), the baseline of both papers
     "grpo": BY_TOKEN | {"loss_type": "dapo", "scale_rewards": "none"} | _DAPO_CLIP,
     # v5 Eq. 14, "GRPO2" in the theory and "GRPO+UB_Clip" in Table 2
     "grpo2": {
@@ -99,7 +98,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "scale_rewards": "group",
     },
     "vespo": BY_TOKEN | {"loss_type": "vespo", "scale_rewards": "group"},
-    # v2 Fig. 1 and v5 Fig. 1: importance sampling removed
+    # no importance sampling: v2 Fig. 1 and v5 Fig. 1
     "grpo_no_is": {
         "importance_sampling_level": "none",
         "clip_mode": "none",
@@ -107,7 +106,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "scale_rewards": "none",
     },
 }
-ALGORITHMS["grpo_ub_clip"] = ALGORITHMS["grpo2"]
-
-# Those whose weight is one of the family's three axes
+# Algorithms made of a level, a clip mode and a length normaliser, without TRL's other losses and the aliases
 FAMILY = [name for name, algorithm in ALGORITHMS.items() if algorithm["loss_type"] in ANCHORED_LOSS_TYPES]
+
+ALIASES = {"dapo": "grpo", "grpo_ub_clip": "grpo2"}
+ALGORITHMS |= {alias: ALGORITHMS[name] for alias, name in ALIASES.items()}

@@ -1,251 +1,228 @@
-"""TICGRPOConfig: GRPOConfig plus the three axes of the family, and the named algorithms that set them."""
+"""TICGRPOConfig: GRPOConfig with the fields of the algorithm, and their values resolved from its name."""
 
+import dataclasses
 import math
+import textwrap
+import typing
 import warnings
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 from trl import GRPOConfig
 
-from .algorithms import ALGORITHM_FIELDS, ALGORITHMS, BOUNDS, BOUNDS_READ, BY_TOKEN, CISPO_CAP, OTHER_LOSS_TYPES
-from .objective import CLIP_MODES, CORRECTION_MODES, Clip
+from .algorithms import (
+    ALGORITHM_FIELDS,
+    ALGORITHMS,
+    ANCHORED_LOSS_TYPES,
+    BOUNDS,
+    BOUNDS_READ,
+    BY_TOKEN,
+    CISPO_CAP,
+    OTHER_LOSS_TYPES,
+)
+from .objective import CLIP_MODES, LEVELS, Clip
 from .safety.credentials import WithoutCredentials
 from .validation.batch_sizes import check_batches
-from .validation.settings import check_bounds, check_guards, check_ranges, check_weight, convert_types
+from .validation.settings import Range, check_choices, check_combinations, check_ranges, convert_types
+
+
+def _option(default: Any, description: str) -> Any:
+    """A field whose description `--help` and the class docstring show."""
+    return dataclasses.field(default=default, metadata={"help": description})
+
+
+def _document(cls):
+    """Add the fields that a class declares to its docstring."""
+    hints = typing.get_type_hints(cls)
+    entries = [cls.__doc__.rstrip(), "", "    Parameters:"]
+    for name in cls.__annotations__:
+        field, hint = cls.__dataclass_fields__[name], hints[name]
+        kind = hint.__name__ if isinstance(hint, type) else hint
+        entries.append(f"        {name} (`{kind}`, *optional*, defaults to `{field.default!r}`):")
+        text = textwrap.fill(field.metadata["help"], 107, break_on_hyphens=False)
+        entries.append(textwrap.indent(text, " " * 12))
+    cls.__doc__ = "\n".join([*entries, "    "])
+    return cls
 
 
 def _is_of_trl(level: str | None, clip_mode: str | None) -> bool:
-    """Whether TRL's own losses compute such a weight."""
+    """Whether TRL's default loss computes this importance weight."""
     return level in ("token", "sequence") and clip_mode == "two_sided"
 
 
+@_document
 @dataclass(repr=False)
 class TICGRPOConfig(WithoutCredentials, GRPOConfig):
     r"""
     Configuration class for the [`TICGRPOTrainer`].
 
-    It inherits every parameter of [`~trl.GRPOConfig`]. The fields below are new, or have `None` as their default, which
-    means "from the algorithm". An explicit value always wins over the algorithm's, from Python, YAML and the command
-    line alike.
+    It inherits every parameter of [`~trl.GRPOConfig`]. The parameters below are new or have another default. Those of
+    the algorithm default to `None`, which takes the value from `algorithm`. An explicit value always wins over the
+    algorithm's, whether it comes from Python, YAML or the command line. `bf16` defaults to `False` on a machine
+    without an accelerator.
 
-    Parameters:
-        algorithm (`str`, *optional*, defaults to `"tic_grpo"`):
-            Named settings of the papers' algorithms: `tic_grpo`, `tic_grpo_released`, `tic_grpo_capped`,
-            `tic_grpo_truncated`, `tic_grpo_v2`, `grpo`, `grpo2` (= `grpo_ub_clip`), `grpo_traj_is`, `gspo`,
-            `grpo_no_is`; and TRL's losses `cispo`, `sapo`, `luspo`, `vespo`.
-        importance_sampling_level (`str`, *optional*):
-            `"token"` and `"sequence"` as in TRL; `"trajectory"`: one weight per response, the *product* of its token
-            ratios, P_θ/P_old; `"none"`: weight 1 and gradient A·∇log π_θ.
-        clip_mode (`str`, *optional*):
-            `"up_only"`: above `1 + epsilon_high` the gradient is 0 for either sign of the advantage, no lower bound;
-            `"capped"`: the weight is held at `1 + epsilon_high` with its gradient kept, for either sign;
-            `"two_sided"`: PPO's rule, with TRL's optional `delta`; `"truncated"`: PPO's rule, except that for A < 0 the
-            weight is held at `1 + epsilon_high` with its gradient kept; `"none"`: only with level `"none"`.
-        epsilon (`float`, *optional*):
-            Lower bound `1 - epsilon` of the weight. 0.2 in the modes that have a lower bound.
-        epsilon_high (`float`, *optional*):
-            Upper bound `1 + epsilon_high` of the weight, 0.28 (DAPO's value; the script that the papers' authors
-            released uses 0.03). With `loss_type="cispo"` the bound itself, 5.0.
-        delta (`float`, *optional*):
-            Upper bound for A < 0 where it differs from `1 + epsilon_high`; `inf` removes an algorithm's.
-        length_scaled_cap (`float`, *optional*):
-            σ of the length-scaled upper bound exp(σ·√|o_i|), which then replaces `1 + epsilon_high` (0.01 in the
-            authors' released code). 0 turns an algorithm's off. Trajectory level only.
-        loss_type (`str`, *optional*):
-            Length normalisation, see [`~trl.GRPOConfig`]: `"grpo"` (1/|o_i|), `"dr_grpo"` (1/T, constant), `"dapo"`,
-            `"bnpo"`. TRL's `"cispo"`, `"sapo"`, `"luspo"` and `"vespo"` have a weight of their own, which replaces the
-            algorithm's level and clip mode.
-        scale_rewards (`str` or `bool`, *optional*):
-            `"none"` (reward − group mean, v5), `"group"` (divided by the group's std, v2) or `"batch"`.
-        partition_by_prompt (`bool`, *optional*, defaults to `True`):
-            Cut a rollout into mini-batches of whole groups, uniformly at random (v5 §2.2), where the batch sizes allow
-            it: `per_device_train_batch_size * gradient_accumulation_steps * number of processes` must be a multiple of
-            `num_generations`, and `steps_per_generation` one of `gradient_accumulation_steps`. Where the groups of a
-            mini-batch have to span processes, these exchange rows once per rollout; rollouts with images cannot. Where
-            it is not possible, a message says why and responses are shuffled across mini-batches, as TRL does and as
-            `False` asks for.
-        padding_free (`bool`, *optional*, defaults to `True`):
-            Forward real tokens only: responses share rows where the model keeps them apart (found out by a test at the
-            start), else each has a row of its own. A mini-batch is then made of as few forward passes as fit in
-            `per_device_train_batch_size` rows of its longest response. Rollouts with images, and models whose
-            log-probabilities depend on padding, stay as they are in TRL.
-        skip_zero_advantage (`bool`, *optional*, defaults to `True`):
-            Leave out responses that cannot move the weights: without any token that counts, or with an advantage of
-            exactly 0 while `beta` is 0. They still count in every normaliser.
-        skip_on_policy_logps (`bool`, *optional*, defaults to `True`):
-            Do not score what the first update of a rollout trains on: the policy is still the one that sampled it, so
-            every ratio is exactly 1. `False` measures the noise of the numerics there.
-        behaviour_policy (`str`, *optional*, defaults to `"trainer"`):
-            The policy in the denominator of the ratios: `"trainer"`, the trained model's weights before the first
-            update of a rollout, or `"sampler"`, whose log-probabilities vLLM (or a `rollout_func`) returns with the
-            samples. With `"sampler"` the trajectory ratio is that of what was really sampled, no old policy is scored
-            (but for responses that lack a log-probability), and TRL's vLLM correction is off because the ratio contains
-            it.
-        min_ess (`float`, *optional*):
-            Effective sample size, as a share of a mini-batch's responses, below which its update and the remaining ones
-            of the rollout are skipped, and counted. Off by default.
-        max_non_finite_steps (`int`, *optional*, defaults to `3`):
-            Training stops when so many updates in a row had to be skipped because of NaN or infinite numbers.
-        reward_timeout (`float`, *optional*):
-            Seconds that one call of a reward function may take; a run whose reward function takes longer ends on every
-            process. No limit by default.
-        discard_rollout_on_resume (`bool`, *optional*, defaults to `False`):
-            Resume from a checkpoint inside a rollout by generating a new rollout. Needed where the algorithm has
-            changed since, which is refused otherwise: the rest of the old rollout has its advantages and ratios.
-        completions_total_limit (`int`, *optional*):
-            Keep the newest so many tables of `log_completions` (`completions/*.parquet`, one per entry of the log), as
-            `save_total_limit` does with checkpoints. All by default.
-        vllm_importance_sampling_correction (`bool`, *optional*):
-            As in TRL `True` where unset, but `False` with `behaviour_policy="sampler"`. At level `"trajectory"` only
-            the sequence modes of `vllm_importance_sampling_mode` are taken: the weight of a response is then the
-            algorithm's bounded P_θ/P_old times P_old/P_sampler, truncated or masked at
-            `vllm_importance_sampling_clip_max`.
-        disable_dropout (`bool`, *optional*, defaults to `True`):
-            Differs from TRL: active dropout (LoRA's too) makes R a sum of noise that grows with √T.
-        bf16 (`bool`, *optional*):
-            As in TRL `True` where unset, but `False` on a machine without an accelerator.
+    Some settings depend on which responses share a micro-batch: `loss_type="bnpo"` and `"vespo"`, an entropy bonus,
+    `top_entropy_quantile` < 1 and a router loss. They keep TRL's micro-batches, including zero-advantage responses,
+    but still without padding.
 
-    Loss types and terms that depend on which responses share a micro-batch (`loss_type="bnpo"` and `"vespo"`, an
-    entropy bonus, `top_entropy_quantile` < 1, a router loss) keep TRL's micro-batches and their dead rows, without
-    padding.
-
-    With `use_bias_correction_kl=True` (TRL's default) the KL term is multiplied by the *clipped* weight of the
-    algorithm.
+    With `use_bias_correction_kl=True` (TRL's default) the KL term is multiplied by the *clipped* weight.
     """
 
-    algorithm: str = field(
-        default="tic_grpo",
-        metadata={"help": "Named settings of the papers' algorithms: " + ", ".join(ALGORITHMS) + "."},
+    algorithm: Annotated[str, tuple(ALGORITHMS)] = _option(
+        "tic_grpo",
+        f"Name of the algorithm, which sets the parameters from importance_sampling_level to scale_rewards. One of "
+        f"{', '.join(ALGORITHMS)}. dapo is an alias of grpo, grpo_ub_clip of grpo2.",
     )
-    importance_sampling_level: str | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={
-            "help": "'trajectory' (product of the token ratios), 'token', 'sequence' (their mean) or 'none'. Default: "
-            "from the algorithm."
-        },
+    importance_sampling_level: Annotated[str | None, LEVELS] = _option(  # type: ignore[assignment]
+        None,
+        "Importance weight: 'token' and 'sequence' as in TRL; 'trajectory' for one weight per response, the product "
+        "P_θ/P_old of its token ratios; 'none' for weight 1 and the gradient A·∇log π_θ.",
     )
-    clip_mode: str | None = field(
-        default=None,
-        metadata={
-            "help": "'up_only' (gradient 0 above the cap, for either sign of the advantage), 'capped' (gradient kept), "
-            "'two_sided' (PPO), 'truncated' or 'none'. Default: from the algorithm."
-        },
+    clip_mode: Annotated[str | None, CLIP_MODES] = _option(
+        None,
+        "How the weight is bounded. 'up_only': above 1 + epsilon_high the gradient is 0 for both signs of the "
+        "advantage, and there is no lower bound. 'capped': the weight is capped at 1 + epsilon_high and keeps its "
+        "gradient, for both signs. 'two_sided': PPO's rule, with TRL's optional delta. 'truncated': PPO's rule, but "
+        "for A < 0 the weight is capped at 1 + epsilon_high and keeps its gradient. 'none': only with level 'none'.",
     )
-    epsilon: float | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={
-            "help": "Lower bound 1 - epsilon of the weight, where the clip mode has one. Default: from the algorithm."
-        },
+    epsilon: Annotated[float | None, Range("(0, 1]", 0.2)] = _option(  # type: ignore[assignment]
+        None, "Lower bound 1 - epsilon of the weight, for the clip modes that have one (0.2 by default)."
     )
-    epsilon_high: float | None = field(
-        default=None,
-        metadata={"help": "Upper bound 1 + epsilon_high of the weight. Default: from the algorithm."},
+    epsilon_high: Annotated[float | None, Range("(0, inf)", 0.28)] = _option(
+        None,
+        "Upper bound 1 + epsilon_high of the weight. Most algorithms use 0.28, DAPO's value; the script that the "
+        "papers' authors released uses 0.03. With loss_type='cispo' it is the bound itself, 5.0 by default.",
     )
-    delta: float | None = field(
-        default=None,
-        metadata={
-            "help": "Upper bound of the weight for negative advantages, if different. Default: from the algorithm."
-        },
+    delta: float | None = _option(
+        None,
+        "Upper bound of the weight for A < 0, where it differs from 1 + epsilon_high. Infinity removes an algorithm's.",
     )
-    length_scaled_cap: float | None = field(
-        default=None,
-        metadata={
-            "help": "Sigma of the upper bound exp(sigma * sqrt(response length)), instead of 1 + epsilon_high; 0: off. "
-            "Default: from the algorithm."
-        },
+    length_scaled_cap: Annotated[float | None, Range("[0, inf)", 0.01)] = _option(
+        None,
+        "σ of the upper bound exp(σ·√|o_i|) for a response of |o_i| tokens, which replaces 1 + epsilon_high. The "
+        "authors' released code uses 0.01. 0 turns an algorithm's off. Only with level 'trajectory'.",
     )
-    loss_type: str | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={"help": "Length normalisation: 'grpo', 'dr_grpo', 'dapo' or 'bnpo'. Default: from the algorithm."},
+    loss_type: Annotated[str | None, (*ANCHORED_LOSS_TYPES, *OTHER_LOSS_TYPES)] = _option(  # type: ignore[assignment]
+        None,
+        "Length normalisation as in TRL: 'grpo' (1/|o_i|), 'dr_grpo' (1/T with the constant T = "
+        "max_completion_length), 'dapo' or 'bnpo'. TRL's 'cispo', 'sapo', 'luspo' and 'vespo' define a weight of "
+        "their own, which replaces the algorithm's level and clip mode.",
     )
-    scale_rewards: str | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={"help": "'none', 'group' or 'batch'. Default: from the algorithm."},
+    scale_rewards: Annotated[str | None, ("none", "group", "batch")] = _option(  # type: ignore[assignment]
+        None,
+        "Advantage: 'none' for the reward minus the group mean (v5), 'group' to divide it by the group's standard "
+        "deviation (v2), 'batch' to divide it by the batch's. True means 'group', False means 'none'.",
     )
-    partition_by_prompt: bool = field(
-        default=True,
-        metadata={"help": "Mini-batches of whole groups, no prompt in two of them. False: shuffle responses, as TRL."},
+    partition_by_prompt: bool = _option(
+        True,
+        "Split a rollout into mini-batches of complete groups, uniformly at random (v5 §2.2). This needs "
+        "per_device_train_batch_size * gradient_accumulation_steps * number of processes to be a multiple of "
+        "num_generations, and steps_per_generation of gradient_accumulation_steps. If a mini-batch's groups span "
+        "processes, the processes exchange responses once per rollout, which rollouts with images cannot do. Where "
+        "the split is impossible, a warning says why and responses are shuffled across mini-batches, as TRL does and "
+        "as False asks for.",
     )
-    padding_free: bool = field(
-        default=True,
-        metadata={"help": "Forward real tokens only: no padding, as few forward passes as fit in TRL's memory."},
+    padding_free: bool = _option(
+        True,
+        "Forward real tokens only. Responses share packed rows if a test at the start shows that the model keeps them "
+        "apart; otherwise each has its own row. A mini-batch then takes as few forward passes as fit into the memory "
+        "of per_device_train_batch_size responses of its longest length. Rollouts with images, and models whose "
+        "log-probabilities depend on padding, keep TRL's passes.",
     )
-    skip_zero_advantage: bool = field(
-        default=True,
-        metadata={"help": "Leave out responses that cannot move the weights (advantage exactly 0, or no tokens)."},
+    skip_zero_advantage: bool = _option(
+        True,
+        "Leave out responses that cannot move the weights: those without tokens in the loss, and those with an "
+        "advantage of exactly 0 while beta is 0. Every normaliser still counts them.",
     )
-    skip_on_policy_logps: bool = field(
-        default=True,
-        metadata={"help": "Do not score what the first update of a rollout trains on: its ratios are exactly 1."},
+    skip_on_policy_logps: bool = _option(
+        True,
+        "Skip scoring the responses of a rollout's first update. The policy is still the one that sampled them, so "
+        "every ratio is exactly 1. False measures the numerical noise of these ratios.",
     )
-    behaviour_policy: str = field(
-        default="trainer",
-        metadata={
-            "help": "Denominator of the ratios: 'trainer' (old log-probabilities of the trained model) or 'sampler' "
-            "(those that vLLM or a rollout_func returned)."
-        },
+    behaviour_policy: Annotated[str, ("trainer", "sampler")] = _option(
+        "trainer",
+        "The policy in the denominator of the ratios: 'trainer' for the trained model's weights before a rollout's "
+        "first update, or 'sampler' for the log-probabilities that vLLM or a rollout_func returned with the samples. "
+        "With 'sampler' the trajectory ratio is that of the policy that really sampled, the old policy is not scored "
+        "(except for responses that lack a log-probability), and TRL's vLLM correction is off, because the ratio "
+        "already contains it.",
     )
-    min_ess: float | None = field(
-        default=None,
-        metadata={
-            "help": "Skip the rest of a rollout's updates when the effective sample size (0 to 1) is below this."
-        },
+    min_ess: Annotated[float | None, Range("[0, 1]", 0.1)] = _option(
+        None,
+        "Skip an update and the rest of its rollout, and count them, when the effective sample size is below this "
+        "share of the mini-batch's responses. Off by default.",
     )
-    max_non_finite_steps: int = field(
-        default=3,
-        metadata={"help": "Stop when so many updates in a row were skipped because of NaN or infinite numbers."},
+    max_non_finite_steps: Annotated[int, Range("[1, inf)", 3)] = _option(
+        3, "Stop training when this many updates in a row were skipped because of NaN or infinite numbers."
     )
-    reward_timeout: float | None = field(
-        default=None, metadata={"help": "Seconds that one call of a reward function may take. Default: no limit."}
+    reward_timeout: Annotated[float | None, Range("(0, inf)", 60.0)] = _option(
+        None,
+        "Seconds that one call of a reward function may take. If a call takes longer, the run ends on every process. "
+        "No limit by default.",
     )
-    discard_rollout_on_resume: bool = field(
-        default=False,
-        metadata={"help": "Resume inside a rollout by generating a new one, as another algorithm needs."},
+    discard_rollout_on_resume: bool = _option(
+        False,
+        "When resuming from a checkpoint inside a rollout, generate a new rollout instead of finishing the saved one. "
+        "Needed after a change of the algorithm, which is otherwise refused, because the saved rollout has the "
+        "advantages and ratios of the old algorithm.",
     )
-    completions_total_limit: int | None = field(
-        default=None, metadata={"help": "Keep the newest so many tables of log_completions. Default: all."}
+    completions_total_limit: Annotated[int | None, Range("[1, inf)", 10)] = _option(
+        None,
+        "Keep only this many of the newest log_completions tables (completions/*.parquet, one per log entry), as "
+        "save_total_limit does with checkpoints. All by default.",
     )
-    vllm_importance_sampling_correction: bool | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={
-            "help": "TRL's correction of the vLLM mismatch. Default: True, False with behaviour_policy 'sampler'."
-        },
+    vllm_importance_sampling_correction: bool | None = _option(  # type: ignore[assignment]
+        None,
+        "TRL's correction for the mismatch between vLLM and the trained model. True by default, False with "
+        "behaviour_policy='sampler'. At level 'trajectory' it needs a sequence mode of vllm_importance_sampling_mode: "
+        "a response's weight is then the bounded P_θ/P_old times P_old/P_sampler, truncated or masked at "
+        "vllm_importance_sampling_clip_max.",
     )
-    disable_dropout: bool = field(
-        default=True,
-        metadata={"help": "Disable dropout (LoRA's too), which would make the trajectory ratio noise."},
+    disable_dropout: bool = _option(
+        True,
+        "Disable dropout, including LoRA's. Unlike in TRL this is the default, because dropout turns the "
+        "log-ratio of a response into a sum of noise that grows with the square root of its length.",
     )
 
     def __post_init__(self):
+        # Flags and YAML may give TRL's booleans as strings
+        self.scale_rewards = {"true": "group", "false": "none"}.get(str(self.scale_rewards).lower(), self.scale_rewards)
         convert_types(self)
+        check_choices(self)
         if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
             self.bf16 = False
+        if self.vllm_importance_sampling_correction is None:
+            self.vllm_importance_sampling_correction = self.behaviour_policy != "sampler"
         self._resolve_algorithm()
-        check_weight(self)
-        check_bounds(self)
-        check_guards(self)
         check_ranges(self)
-        self._resolve_behaviour_policy()
-        # A saved config holds both of these, which TRL refuses although one follows from the other.
+        check_combinations(self)
+        if self.loss_type == "cispo" and self.epsilon_high is not None and self.epsilon_high < 1:
+            warnings.warn(
+                f"With loss_type='cispo' the cap is epsilon_high={self.epsilon_high} itself, not 1 + epsilon_high, so "
+                f"it reduces nearly every weight to {self.epsilon_high}. Set epsilon_high={CISPO_CAP}.",
+                UserWarning,
+                stacklevel=3,
+            )
+        # A saved config has both of these. TRL refuses them together, although one follows from the other.
         generation_batch_size = self.generation_batch_size
         if self.steps_per_generation is not None:
             self.generation_batch_size = None
         try:
             super().__post_init__()
         except ValueError as error:
-            if "divisible by" in str(error):  # of sizes that may follow from others
+            if "divisible by" in str(error):  # our error has the nearest valid batch sizes
                 check_batches(self, self.world_size)
             raise
         if generation_batch_size not in (None, self.generation_batch_size):
             raise ValueError(
                 f"generation_batch_size={generation_batch_size} contradicts steps_per_generation="
-                f"{self.steps_per_generation}, which makes {self.generation_batch_size}: remove one of them."
+                f"{self.steps_per_generation}, which makes it {self.generation_batch_size}: remove one of them."
             )
 
     @property
     def resolved_algorithm(self) -> dict[str, Any]:
-        """The algorithm's name and the value of each of its fields that is in force."""
+        """The algorithm's name and the values of its fields, as resolved."""
         return {"algorithm": self.algorithm} | {name: getattr(self, name) for name in ALGORITHM_FIELDS}
 
     @property
@@ -261,63 +238,64 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
 
     @property
     def is_anchored(self) -> bool:
-        """Whether the weight is not one that TRL's own loss computes."""
+        """Whether this package computes the importance weight, because TRL's loss cannot."""
         return not _is_of_trl(self.importance_sampling_level, self.clip_mode)
 
+    @property
+    def changed_sampling(self) -> dict[str, Any]:
+        """Sampling settings, by name, that make the sampler differ from the policy that is scored."""
+        sampler = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
+        neutral = {"top_p": (1.0,), "top_k": (0, -1), "min_p": (0.0,), "repetition_penalty": (1.0,)}
+        kwargs = self.generation_kwargs if isinstance(self.generation_kwargs, dict) else {}
+        sampler |= {name: value for name, value in kwargs.items() if name in neutral}
+        return {name: value for name, value in sampler.items() if value is not None and value not in neutral[name]}
+
     def _resolve_algorithm(self):
-        """Fill what the user left unset from the algorithm, then from the loss type and the clip mode."""
-        if self.algorithm not in ALGORITHMS:
-            raise ValueError(f"Unknown algorithm {self.algorithm!r}: choose one of {', '.join(ALGORITHMS)}.")
+        """Fill the fields that the user left unset from the algorithm, the loss type and the clip mode."""
+        self.notes = []  # printed when training starts
         algorithm = dict(ALGORITHMS[self.algorithm])
         explicit = {name for name in ALGORITHM_FIELDS if getattr(self, name) is not None}
-        self.notes = []
-        if self.loss_type != algorithm["loss_type"] and {self.loss_type, algorithm["loss_type"]} & set(
-            OTHER_LOSS_TYPES
-        ):
+        if self.loss_type not in (None, algorithm["loss_type"]):
             self._follow_loss_type(algorithm, explicit)
         for name in ALGORITHM_FIELDS:
             if name not in explicit:
                 setattr(self, name, algorithm.get(name))
 
-        # The level and the clip mode "none" belong together: whichever the user set decides, unless both are set.
+        # Level "none" and clip mode "none" go together. If the user set only one of the fields, it decides.
         if self.importance_sampling_level == "none" and "clip_mode" not in explicit:
             self.clip_mode = "none"
         elif self.clip_mode == "none" and "clip_mode" not in explicit:
             self.clip_mode = "up_only" if self.importance_sampling_level == "trajectory" else "two_sided"
-        if self.clip_mode not in CLIP_MODES:
-            raise ValueError(f"Unknown clip_mode {self.clip_mode!r}: choose one of {', '.join(CLIP_MODES)}.")
         self._resolve_bounds(explicit)
 
-        # Flags and YAML may give TRL's booleans as text
-        self.scale_rewards = {"true": "group", "false": "none"}.get(str(self.scale_rewards).lower(), self.scale_rewards)
-
     def _follow_loss_type(self, algorithm: dict[str, Any], explicit: set[str]):
-        """Let the algorithm's weight give way to the one that a loss type brings along, or that goes with it."""
-        if self.loss_type is None:
+        """Replace the algorithm's weight and bounds where an explicit loss type comes with its own."""
+        own_weight, was_own_weight = (loss in OTHER_LOSS_TYPES for loss in (self.loss_type, algorithm["loss_type"]))
+        if not (own_weight or was_own_weight):
             return
         fits = _is_of_trl(algorithm["importance_sampling_level"], algorithm["clip_mode"])
-        if not (fits and self.loss_type == "luspo" and algorithm["loss_type"] not in OTHER_LOSS_TYPES):
+        if not (fits and self.loss_type == "luspo" and not was_own_weight):
             for name in BOUNDS:
                 algorithm.pop(name, None)
         if self.loss_type == "cispo":
             algorithm["epsilon_high"] = CISPO_CAP
-        if fits or self.loss_type not in OTHER_LOSS_TYPES:
-            return
-        algorithm |= BY_TOKEN
-        if followed := [f"{name}={value!r}" for name, value in BY_TOKEN.items() if name not in explicit]:
-            self.notes.append(
-                f"loss_type={self.loss_type!r} brings its own weight: {', '.join(followed)} instead of the algorithm's."
-            )
+        if own_weight and not fits:
+            algorithm |= BY_TOKEN
+            if followed := [f"{name}={value!r}" for name, value in BY_TOKEN.items() if name not in explicit]:
+                self.notes.append(
+                    f"loss_type={self.loss_type!r} defines its own weight: using {', '.join(followed)} instead of the "
+                    "algorithm's."
+                )
 
     def _resolve_bounds(self, explicit: set[str]):
-        """Keep the bounds that the loss reads, and say which of those that the user set it does not."""
-        of_loss_type = self.loss_type in OTHER_LOSS_TYPES
-        read = OTHER_LOSS_TYPES[str(self.loss_type)] if of_loss_type else BOUNDS_READ[str(self.clip_mode)]
+        """Drop the bounds that the loss does not read, and fill those that it does."""
+        has_own_weight = self.loss_type in OTHER_LOSS_TYPES
+        read = OTHER_LOSS_TYPES[str(self.loss_type)] if has_own_weight else BOUNDS_READ[str(self.clip_mode)]
         for name in BOUNDS:
             if name in read:
                 continue
             if name in explicit:
-                reader = f"loss_type={self.loss_type!r}" if of_loss_type else f"clip_mode={self.clip_mode!r}"
+                reader = f"loss_type={self.loss_type!r}" if has_own_weight else f"clip_mode={self.clip_mode!r}"
                 unused = f"{name}={getattr(self, name)} has no effect with {reader}"
                 if name == "length_scaled_cap" and self.length_scaled_cap:
                     raise ValueError(f"{unused}: remove {name}.")
@@ -338,45 +316,6 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
             self.epsilon = 0.2
         if "epsilon" in explicit & read and "epsilon_high" not in explicit and not self.length_scaled_cap:
             self.notes.append(
-                f"epsilon={self.epsilon} is the lower bound; the upper one is epsilon_high={self.epsilon_high}, where "
-                "TRL takes epsilon for both."
+                f"epsilon={self.epsilon} sets only the lower bound here, unlike in TRL; the upper bound is "
+                f"epsilon_high={self.epsilon_high}."
             )
-        if self.loss_type == "cispo" and self.epsilon_high is not None and self.epsilon_high < 1:
-            warnings.warn(
-                f"With loss_type='cispo' the cap is epsilon_high={self.epsilon_high} itself, not 1 + epsilon_high: it "
-                f"holds nearly every weight at {self.epsilon_high}. Set epsilon_high={CISPO_CAP}.",
-                UserWarning,
-                stacklevel=5,
-            )
-
-    def _resolve_behaviour_policy(self):
-        if self.behaviour_policy not in ("trainer", "sampler"):
-            raise ValueError(f"Unknown behaviour_policy {self.behaviour_policy!r}: choose 'trainer' or 'sampler'.")
-        sampler = self.behaviour_policy == "sampler"
-        if self.vllm_importance_sampling_correction is None:
-            self.vllm_importance_sampling_correction = not sampler
-        if sampler and self.vllm_importance_sampling_correction:
-            raise ValueError(
-                "behaviour_policy='sampler' puts the sampler's log-probabilities into the ratio, which "
-                "vllm_importance_sampling_correction=True would correct for once more: remove one of them."
-            )
-        mode, corrects = self.vllm_importance_sampling_mode, self.vllm_importance_sampling_correction
-        if mode not in CORRECTION_MODES:
-            raise ValueError(
-                f"Unknown vllm_importance_sampling_mode {mode!r}: choose one of {', '.join(CORRECTION_MODES)}."
-            )
-        if self.use_vllm and corrects and mode.startswith("token_") and self.importance_sampling_level == "trajectory":
-            raise ValueError(
-                f"vllm_importance_sampling_mode={mode!r} gives every token its own factor, which does not go with one "
-                "weight per trajectory: their product is no ratio of trajectories. Choose 'sequence_mask' or "
-                "'sequence_truncate', behaviour_policy='sampler', or importance_sampling_level='token'."
-            )
-
-    @property
-    def changed_sampling(self) -> dict[str, Any]:
-        """Settings, by name, that make the sampler another policy than the one whose log-probabilities are computed."""
-        sampler = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
-        neutral = {"top_p": (1.0,), "top_k": (0, -1), "min_p": (0.0,), "repetition_penalty": (1.0,)}
-        kwargs = self.generation_kwargs if isinstance(self.generation_kwargs, dict) else {}
-        sampler |= {name: value for name, value in kwargs.items() if name in neutral}
-        return {name: value for name, value in sampler.items() if value is not None and value not in neutral[name]}

@@ -1,4 +1,4 @@
-"""Batches against hand-counted numbers; every refusal names settings that work."""
+"""Compare batches with hand-counted numbers, and check that every error proposes settings that work."""
 
 import re
 from types import SimpleNamespace
@@ -63,7 +63,7 @@ def test_nearest_numbers():
 
 
 def applied(args, message):
-    """The settings with each of the message's proposals in turn."""
+    """The settings with each of the error's proposals in turn."""
     for names, values in re.findall(r"(\w+) ([\d,]+(?: or [\d,]+)*)", message.partition("Nearest:")[2]):
         for value in values.split(" or "):
             yield SimpleNamespace(**vars(args) | {names: int(value.replace(",", ""))})
@@ -105,7 +105,7 @@ def test_evaluation_counts_only_where_it_is_on():
     check_batches(settings(per_device_eval_batch_size=6), 1)
 
 
-def test_rows_must_fit_the_engine():
+def test_responses_must_fit_the_engine():
     args = settings(use_vllm=True, vllm_max_model_length=120)
     check_length(args, 20)
     with pytest.raises(ValueError, match=r"Nearest: vllm_max_model_length 121\."):
@@ -115,7 +115,7 @@ def test_rows_must_fit_the_engine():
 def test_data_must_fill_a_rollout():
     batches = check_batches(settings(), 8)
     check_prompts(batches, 128)
-    with pytest.raises(ValueError, match=r"takes 128 prompts, the data has 127.*steps_per_generation 24") as refused:
+    with pytest.raises(ValueError, match=r"takes 128 prompts, .* has only 127.*steps_per_generation 24") as refused:
         check_prompts(batches, 127)
     (fitting,) = applied(settings(), str(refused.value))
     assert check_batches(fitting, 8).prompts == 96

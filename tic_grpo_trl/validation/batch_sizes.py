@@ -1,4 +1,4 @@
-"""Batch sizes that divide evenly, with the nearest valid values where they don't."""
+"""Reject batch sizes that don't divide evenly or don't fit, with the nearest valid values."""
 
 import math
 from collections.abc import Iterable
@@ -8,20 +8,20 @@ from ..rollout.schedule import RolloutSchedule
 
 
 def nearest_multiples(value: int, of: int) -> list[int]:
-    """The multiples of `of` next to `value`: itself, or the ones below (unless that is 0) and above."""
+    """Return `value` if it is a multiple of `of`, otherwise the positive multiples just below and above."""
     below = value // of * of
     return [value] if below == value else [n for n in (below, below + of) if n]
 
 
 def nearest_divisors(value: int, of: int, least: int = 2) -> list[int]:
-    """The divisors of `of`, `least` or more, next to `value` on both sides."""
+    """Return the divisors of `of` just below and above `value`, from `least` on."""
     divisors = [n for n in range(least, of + 1) if of % n == 0]
     below, above = [n for n in divisors if n < value], [n for n in divisors if n > value]
     return [*below[-1:], *above[:1]]
 
 
 def least_factor(value: int, of: int) -> int:
-    """The smallest n for which n x `value` is a multiple of `of`."""
+    """Return the smallest n for which n x `value` is a multiple of `of`."""
     return of // math.gcd(of, value)
 
 
@@ -30,66 +30,66 @@ def _either(values: Iterable[Any]) -> str:
 
 
 def check_batches(args: Any, processes: int) -> RolloutSchedule:
-    """Refuses batches that cannot be formed.
+    """Check that batch sizes divide evenly.
 
     Args:
         args: a `TICGRPOConfig`, or settings of the same names.
         processes: number of training processes.
 
     Returns:
-        The batches.
+        The schedule that they make.
 
     Raises:
-        ValueError: with the numbers that do not go together and the nearest ones that do.
+        ValueError: with the sizes that don't divide evenly and the nearest valid values.
     """
     per_step = args.per_device_train_batch_size * processes
     whole = args.generation_batch_size
     if args.steps_per_generation is None and whole is not None and whole % per_step:
         raise ValueError(
-            f"generation_batch_size {whole} is no multiple of per_device_train_batch_size "
+            f"generation_batch_size {whole} is not divisible by per_device_train_batch_size "
             f"{args.per_device_train_batch_size} x {processes} processes = {per_step}. Nearest: "
             f"generation_batch_size {_either(nearest_multiples(whole, per_step))}."
         )
     batches = RolloutSchedule.of(args, processes)
-    rows, group = batches.per_device_train_batch_size, batches.num_generations
+    size, group = batches.per_device_train_batch_size, batches.num_generations
     if group < 2:
-        raise ValueError(f"num_generations {group}: an advantage needs a group. Nearest: num_generations 2.")
+        raise ValueError(f"num_generations {group}: a group needs two responses or more. Nearest: num_generations 2.")
     if batches.responses % group:
         steps = batches.steps_per_generation
-        rows_step = least_factor(processes * steps, of=group)
-        whole_updates = batches.gradient_accumulation_steps if batches.updates.is_integer() else 1
-        steps_step = math.lcm(least_factor(processes * rows, of=group), whole_updates)
+        size_step = least_factor(processes * steps, of=group)
+        whole_updates = batches.gradient_accumulation_steps if float(batches.updates).is_integer() else 1
+        steps_step = math.lcm(least_factor(processes * size, of=group), whole_updates)
         raise ValueError(
-            f"per_device_train_batch_size {rows} x steps_per_generation {steps} x {processes} processes = "
-            f"{batches.responses} responses per rollout, which is no multiple of num_generations {group}. Nearest: "
-            f"per_device_train_batch_size {_either(nearest_multiples(rows, rows_step))}; or steps_per_generation "
+            f"per_device_train_batch_size {size} x steps_per_generation {steps} x {processes} processes = "
+            f"{batches.responses} responses per rollout, which is not divisible by num_generations {group}. Nearest: "
+            f"per_device_train_batch_size {_either(nearest_multiples(size, size_step))}; or steps_per_generation "
             f"{_either(nearest_multiples(steps, steps_step))}; or num_generations "
             f"{_either(nearest_divisors(group, batches.responses))}."
         )
     eval_group = args.num_generations_eval or group
-    eval_rows = args.per_device_eval_batch_size
-    if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no" and eval_rows * processes % eval_group:
+    eval_size = args.per_device_eval_batch_size
+    if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no" and eval_size * processes % eval_group:
         step = least_factor(processes, of=eval_group)
         raise ValueError(
-            f"per_device_eval_batch_size {eval_rows} x {processes} processes = {eval_rows * processes} responses, "
-            f"which is no multiple of num_generations_eval {eval_group}. Nearest: per_device_eval_batch_size "
-            f"{_either(nearest_multiples(eval_rows, step))}; or num_generations_eval "
-            f"{_either(nearest_divisors(eval_group, eval_rows * processes, least=1))}."
+            f"per_device_eval_batch_size {eval_size} x {processes} processes = {eval_size * processes} responses, "
+            f"which is not divisible by num_generations_eval {eval_group}. Nearest: per_device_eval_batch_size "
+            f"{_either(nearest_multiples(eval_size, step))}; or num_generations_eval "
+            f"{_either(nearest_divisors(eval_group, eval_size * processes, least=1))}."
         )
     shards = args.vllm_tensor_parallel_size
     if args.use_vllm and args.vllm_mode == "colocate" and processes % shards:
         raise ValueError(
-            f"vllm_tensor_parallel_size {shards} does not divide {processes} processes. Nearest: "
+            f"{processes} processes are not divisible by vllm_tensor_parallel_size {shards}. Nearest: "
             f"vllm_tensor_parallel_size {_either(nearest_divisors(shards, processes, least=1))}."
         )
     return batches
 
 
 def check_length(args: Any, max_prompt_length: int | None):
-    """Refuses rows that the engine has no room for.
+    """Check that a prompt and a completion of full length fit into `vllm_max_model_length`.
 
     Raises:
-        ValueError: if a prompt and a response of full length do not fit into `vllm_max_model_length`.
+        ValueError: with the nearest `vllm_max_model_length` that fits.
     """
     if args.use_vllm and args.vllm_mode == "colocate" and args.vllm_max_model_length:
         longest = (max_prompt_length or 0) + args.max_completion_length
@@ -102,7 +102,7 @@ def check_length(args: Any, max_prompt_length: int | None):
 
 
 def check_prompts(batches: RolloutSchedule, num_prompts: int):
-    """Refuses data that does not fill one rollout.
+    """Check that the data has enough prompts for one rollout.
 
     Raises:
         ValueError: with the nearest `steps_per_generation` that it fills.
@@ -110,11 +110,11 @@ def check_prompts(batches: RolloutSchedule, num_prompts: int):
     if num_prompts >= batches.prompts:
         return
     window = batches.gradient_accumulation_steps if batches.steps_per_generation > 1 else 1
-    rows = batches.processes * batches.per_device_train_batch_size
-    step = math.lcm(window, least_factor(rows, of=batches.num_generations))
-    fits = num_prompts * batches.num_generations // rows // step * step
+    size = batches.processes * batches.per_device_train_batch_size
+    step = math.lcm(window, least_factor(size, of=batches.num_generations))
+    fits = num_prompts * batches.num_generations // size // step * step
     nearest = f"steps_per_generation {fits}" if fits else "a smaller per_device_train_batch_size"
     raise ValueError(
-        f"A rollout takes {batches.prompts:,} prompts, the data has {num_prompts:,}: no epoch would make an update. "
-        f"Nearest: {nearest}."
+        f"A rollout takes {batches.prompts:,} prompts, but the data has only {num_prompts:,}, so no update would be "
+        f"made. Nearest: {nearest}."
     )
