@@ -1,4 +1,4 @@
-"""Corners that no other test turns: what a dry run says of an engine, a gated data set, weights that are made once."""
+"""Test rare cases: vLLM in a dry run, a gated data set, weights that are made once."""
 
 import json
 
@@ -84,7 +84,7 @@ def test_weights_that_runs_start_from_are_made_once_and_by_one_thread(tmp_path, 
     assert capsys.readouterr().out.count("two minutes") == 1
 
 
-def test_tuned_study_refuses_an_arm_without_a_grid_before_any_run(tmp_path, monkeypatch):
+def test_tuned_study_refuses_an_algorithm_without_a_grid_before_any_run(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "execute_all", lambda *_: pytest.fail("a run was started"))
     args = study.StudyArguments(plan="tuned", algorithms=["tic_grpo", "gspo", "mine"], output_dir=tmp_path)
     with pytest.raises(ValueError, match="--algorithms mine: the grid has tic_grpo, "):

@@ -1,4 +1,4 @@
-"""Estimates against what real passes of real models allocate, and against the bytes in accelerate_configs/."""
+"""Compare the estimates with what real passes of real models allocate, and with the bytes in accelerate_configs/."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ def small_config(kind=Qwen3Config, **changes):
 
 
 def peak_of(step):
-    """Most bytes that were allocated at once during a call, beyond those before it."""
+    """The most bytes allocated at once during a call, beyond those before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -58,14 +58,14 @@ def pass_of(config, autocast, adapter, checkpointing):
             log_probs = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
         log_probs.sum().backward()
 
-    step()  # makes what stays for good
+    step()  # allocates what stays allocated
     return step
 
 
 @pytest.mark.parametrize("kind", [Qwen3Config, LlamaConfig])
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize(("autocast", "adapter"), [(False, None), (True, None), (False, LORA)])
-def test_activations_are_what_a_real_pass_allocates(monkeypatch, kind, checkpointing, autocast, adapter):
+def test_activations_match_a_real_pass(monkeypatch, kind, checkpointing, autocast, adapter):
     monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 64)  # the layers' peak, not the head's
     monkeypatch.setattr(memory, "TILE_BYTES_PER_TOKEN", 4 * 64)
     config = small_config(kind)
@@ -75,7 +75,7 @@ def test_activations_are_what_a_real_pass_allocates(monkeypatch, kind, checkpoin
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_tile_of_the_head_is_what_a_real_pass_allocates(checkpointing):
+def test_the_tile_of_the_head_matches_a_real_pass(checkpointing):
     config = small_config(num_hidden_layers=1)
     estimated = activation_bytes(model_size(config, torch.float32), TOKENS, checkpointing)
     assert estimated > TOKENS * 4 * 32768
@@ -92,7 +92,7 @@ def test_sizes_of_a_small_model_counted_by_hand():
     # embeddings and head; a layer: q and o 2 x 128 x 128, k and v 2 x 128 x 64, mlp 3 x 128 x 512, four norms
     layer = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 512 + 2 * 128 + 2 * 64
     assert (size.trained, size.frozen) == (2 * 64 * 128 + 3 * layer + 128, 0)
-    assert (size.layers, size.head, size.cache, size.stream) == (3, 64 * 128, 2 * 3 * 64, 4 * 128)
+    assert (size.layers, size.cache, size.stream) == (3, 2 * 3 * 64, 4 * 128)
     assert size.widest == 4 * 512  # of the feed-forward layer
 
 
@@ -103,7 +103,7 @@ def test_adapters_are_counted():
     assert size.frozen == model_size(small_config(num_hidden_layers=1), torch.float32).trained
 
 
-SIZE = ModelSize(trained=10**9, frozen=0, layers=1, head=1, cache=1, stream=1, layer=1, rest=1, widest=1)
+SIZE = ModelSize(trained=10**9, frozen=0, layers=1, cache=1, stream=1, layer=1, rest=1, widest=1)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ SIZE = ModelSize(trained=10**9, frozen=0, layers=1, head=1, cache=1, stream=1, l
     ],
 )
 def test_states_are_the_bytes_of_the_configurations(topology, expected):
-    """Bytes per parameter as README's table and accelerate_configs/ have them."""
+    """Bytes per parameter as documented in docs/scaling.md and accelerate_configs/."""
     parts = state_bytes(SIZE, topology, weight_bytes=4, bf16=True, reference=False)
     assert sum(parts.values()) == pytest.approx(expected * 10**9)
 

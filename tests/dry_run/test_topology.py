@@ -1,3 +1,5 @@
+"""Test how a topology is read from a file and from the environment."""
+
 import pytest
 from launching import CONFIGS
 
@@ -7,8 +9,8 @@ from tic_grpo_trl.dry_run.topology import Topology
 @pytest.mark.parametrize(
     ("name", "processes", "kind"),
     [
-        ("cpu", 1, "nothing is split"),
-        ("single_gpu", 1, "nothing is split"),
+        ("cpu", 1, "nothing is sharded"),
+        ("single_gpu", 1, "nothing is sharded"),
         ("multi_gpu", 8, "DDP"),
         ("zero2", 8, "DeepSpeed ZeRO-2"),
         ("zero3", 8, "DeepSpeed ZeRO-3"),
@@ -31,7 +33,7 @@ def test_another_file_is_refused(tmp_path, text):
     path = tmp_path / "config.yaml"
     if text:
         path.write_text(text)
-    with pytest.raises(ValueError, match=r"--accelerate_config .*config.yaml: give one of"):
+    with pytest.raises(ValueError, match=r"--accelerate_config .*config.yaml: not a file of accelerate. Give one of"):
         Topology.from_file(path)
 
 
@@ -40,4 +42,4 @@ def test_environment_of_accelerate_launch():
     assert Topology.from_environment(deepspeed) == Topology(4, "as launched", zero_stage=3)
     fsdp = {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}
     assert Topology.from_environment(fsdp) == Topology(2, "as launched", fsdp=True)
-    assert Topology.from_environment({}).kind == "nothing is split"
+    assert Topology.from_environment({}).kind == "nothing is sharded"

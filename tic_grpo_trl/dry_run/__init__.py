@@ -1,1 +1,1 @@
-"""What a run will do and need, before anything is loaded."""
+"""Plan a run and estimate its memory, before anything is loaded."""

@@ -1,39 +1,35 @@
-"""What a training process needs of its GPU's memory, worked out before anything is loaded.
+"""Estimate the GPU memory of a training process from the model's configuration, before anything is loaded.
 
-Weights, gradients and Adam's states are bytes per parameter, as measured for the files in `accelerate_configs/`.
-Activations come from the model's own code, run on PyTorch's fake tensors, which have shapes and nothing else: what
-autograd keeps is counted. The CUDA context, buffers of the communication library and fragmentation are not.
+Weights, gradients and Adam's states are bytes per parameter, as documented in `accelerate_configs/`. Activations are
+counted in the way of Korthikanti et al. (arXiv 2205.05198, section 4), for a decoder with RMSNorm, grouped-query
+attention without a stored attention matrix, and a gated MLP. For other architectures they are a rough guide. Not
+included: the CUDA context, communication buffers and fragmentation.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import get_peft_model
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from .topology import Topology
 
 
-# Length of the row that is counted: a prime, so that its tensors are told from weights by their shape
-ROW = 1009
 # TRL's fused head computes logits in float32, in tiles of 4,096 tokens and 32,768 columns (trl.kernels)
 TILE_TOKENS, TILE_BYTES_PER_TOKEN = 4096, 4 * 32768
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What the memory of a training process depends on. Bytes are per token of a forward pass.
+    """Store what the memory of a training process depends on. Bytes are per token of a forward pass.
 
     Attributes:
         trained, frozen: numbers of parameters.
         layers: number of decoder layers.
-        head: parameters of the output projection.
-        cache: numbers that keys and values of one token take, in all layers.
+        cache: numbers of the key-value cache for one token, over all layers.
         stream: bytes of the residual stream.
-        layer: bytes that autograd keeps of one layer.
+        layer: bytes that autograd keeps for one layer.
         rest: bytes that autograd keeps outside the layers.
         widest: bytes of the widest tensor.
     """
@@ -41,7 +37,6 @@ class ModelSize:
     trained: int
     frozen: int
     layers: int
-    head: int
     cache: int
     stream: int
     layer: int
@@ -49,107 +44,66 @@ class ModelSize:
     widest: int
 
 
-def _make_model(config: PretrainedConfig, layers: int, dtype: torch.dtype, peft_config: Any) -> Any:
-    """The model with so many layers, on the device `meta`."""
-    config = copy.deepcopy(config)
-    text: Any = config.get_text_config()
-    text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = (text.layer_types * layers)[:layers]
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-        if peft_config is not None:
-            model = get_peft_model(model, peft_config)
-            model.enable_input_require_grads()  # as TRL does: gradients pass through the frozen embeddings
-    return model.train()
-
-
-def _make_fake(model: Any):
-    """Put the weights of a `meta` model on a CPU that is none; to be called under FakeTensorMode."""
-    made: dict[int, Any] = {}
-    for module in model.modules():
-        for values in (module._parameters, module._buffers):
-            for name, value in values.items():
-                if value is not None:
-                    fake = torch.empty(value.shape, dtype=value.dtype)
-                    if isinstance(value, torch.nn.Parameter):
-                        fake = torch.nn.Parameter(fake, requires_grad=value.requires_grad)
-                    values[name] = made.setdefault(id(value), fake)
-
-
-def _kept_by_autograd(model: Any, autocast: bool) -> tuple[int, int, int]:
-    """Bytes per token that autograd keeps of a pass without its head, of the widest tensor, and of the output."""
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        # weights (and their copies in bfloat16) have no dimension of the row's length, a causal mask has two
-        if sum(size == ROW for size in tensor.shape) == 1:
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with (
-        FakeTensorMode(),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-    ):
-        _make_fake(model)
-        decoder = model.get_base_model().base_model if hasattr(model, "peft_config") else model.base_model
-        output = decoder(input_ids=torch.zeros(1, ROW, dtype=torch.long), use_cache=False).last_hidden_state
-    return sum(kept.values()) // ROW, max(kept.values()) // ROW, output.nbytes // ROW
-
-
 def model_size(
     config: PretrainedConfig, dtype: torch.dtype, autocast: bool = False, peft_config: Any = None
 ) -> ModelSize:
-    """Sizes of a model that is never allocated.
+    """Compute the sizes of a model without allocating it.
 
     Args:
         config: the model's configuration.
-        dtype: of the weights as they are computed with.
+        dtype: of the weights in the forward pass.
         autocast: whether mixed precision computes in bfloat16 on weights of another dtype.
-        peft_config: an adapter to train, `None` for all weights.
-
-    Returns:
-        The sizes.
+        peft_config: an adapter to train, or `None` to train all weights.
     """
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     text: Any = config.get_text_config()
-    whole = _make_model(config, text.num_hidden_layers, dtype, peft_config)
-    trained = sum(p.numel() for p in whole.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in whole.parameters()) - trained
-    kept_1, widest, stream = _kept_by_autograd(_make_model(config, 1, dtype, peft_config), autocast)
-    kept_2, _, _ = _kept_by_autograd(_make_model(config, 2, dtype, peft_config), autocast)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cache = 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    hidden, layers, heads = text.hidden_size, text.num_hidden_layers, text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or hidden // heads
+    queries, keys = heads * head_dim, (getattr(text, "num_key_value_heads", None) or heads) * head_dim
+    mlp = getattr(text, "intermediate_size", None) or 4 * hidden
+
+    # Bytes of a number: in the residual stream, in the result of a matrix product, in an adapter's input (float32)
+    stream, product = dtype.itemsize, 2 if autocast else dtype.itemsize
+    adapter = 0 if peft_config is None or autocast or dtype == torch.float32 else 4
+    has_qk_norm = any(name.endswith("q_norm") for name, _ in model.named_modules())
+    normed = 2 * hidden + (queries + keys if has_qk_norm else 0)
+    layer = 4 * normed  # RMSNorm keeps its input in float32, and what a trained weight is multiplied by
+    layer += stream * normed if peft_config is None else 0
+    layer += (3 * stream + product) * queries  # queries, keys and values of every head, and their result
+    layer += 3 * product * mlp  # gate before and after its activation, up
+    # Inputs of the projections: attention and MLP share theirs, but each adapter converts its own
+    layer += adapter * (5 * hidden + queries + mlp) if adapter else product * (2 * hidden + mlp)
     return ModelSize(
         trained=trained,
-        frozen=frozen,
-        layers=text.num_hidden_layers,
-        head=whole.get_output_embeddings().weight.numel(),
-        cache=cache * head_dim,
-        stream=stream,
-        layer=kept_2 - kept_1,
-        rest=2 * kept_1 - kept_2,
-        widest=widest,
+        frozen=sum(p.numel() for p in model.parameters()) - trained,
+        layers=layers,
+        cache=2 * layers * keys,
+        stream=stream * hidden,
+        layer=layer,
+        rest=(4 + (stream if peft_config is None else 0)) * hidden,  # the last norm
+        widest=max(product, adapter) * mlp,
     )
 
 
 def activation_bytes(size: ModelSize, tokens: int, checkpointing: bool, autocast: bool = False) -> int:
-    """Peak of what a forward and backward pass needs beside weights and gradients.
+    """Estimate the peak memory of a forward and backward pass, besides weights and gradients.
 
-    With gradient checkpointing every layer leaves its input behind, and one layer at a time is computed again; the
-    gradient of the widest tensor comes on top. Logits exist only as tiles of TRL's fused head, before any layer is
-    computed again.
+    With gradient checkpointing every layer keeps its input, and one layer at a time is recomputed. The gradient of the
+    widest tensor is added. Logits exist only as tiles of TRL's fused head, before any layer is recomputed.
 
     Args:
         size: of the model.
-        tokens: in the pass, all rows together.
+        tokens: in the pass, over all rows.
         checkpointing: whether gradient checkpointing is on.
-        autocast: whether mixed precision makes copies of the weights in bfloat16: autograd keeps them, and with
-            checkpointing the forward pass.
+        autocast: whether mixed precision copies the weights to bfloat16. Autograd keeps these copies; with
+            checkpointing only until the backward pass.
 
     Returns:
-        Bytes; measured against real passes in `tests/dry_run/test_memory.py`.
+        Bytes, compared with real passes in `tests/dry_run/test_memory.py`.
     """
     head = min(tokens, TILE_TOKENS) * TILE_BYTES_PER_TOKEN
     copies = 2 * size.trained if autocast else 0
@@ -163,37 +117,35 @@ def activation_bytes(size: ModelSize, tokens: int, checkpointing: bool, autocast
 def state_bytes(
     size: ModelSize, topology: Topology, weight_bytes: int, bf16: bool, reference: bool
 ) -> dict[str, float]:
-    """Bytes of one process that do not depend on the batch, AdamW assumed.
+    """Estimate the memory of one process that does not depend on the batch, with AdamW.
 
     Args:
         size: of the model.
         topology: of the run.
         weight_bytes: of a weight as it is loaded (`--dtype`): 4 or 2.
         bf16: whether `bf16` mixed precision is on.
-        reference: whether a reference policy is held besides (`beta` > 0 without an adapter).
+        reference: whether there is also a reference model (`beta` > 0 without an adapter).
 
     Returns:
-        Bytes by what they are for: on the GPU, or with offload in the memory of the machine.
+        Bytes by purpose: on the GPU, or with offload in the machine's memory.
     """
     shards, trained, frozen = topology.processes, size.trained, size.frozen
-    adapter = frozen > 0
-    if topology.zero_stage:  # computes in bf16 whatever --dtype says, and keeps fp32 weights behind
+    if topology.zero_stage:  # computes in bf16 whatever --dtype says, and keeps fp32 weights
         compute = 2 if bf16 else 4
-        whole = topology.zero_stage < 3
-        weights = compute * (trained + frozen) / (1 if whole else shards)
+        weight_shards = shards if topology.zero_stage == 3 else 1
+        weights = reference_bytes = compute * (trained + frozen) / weight_shards
         gradients = compute * trained / (shards if topology.zero_stage > 1 else 1)
         optimizer = 12 * trained / shards  # fp32 weights 4, Adam's moments 8
         if topology.offload:
             gradients += 4 * trained / shards
-        reference_bytes = compute * (trained + frozen) / (1 if whole else shards)
-    elif topology.fsdp:  # trained weights are held in fp32 and gathered in bf16
+    elif topology.fsdp:  # trained weights are stored in fp32 and gathered in bf16
         weights = (4 * trained + weight_bytes * frozen) / shards
         gradients, optimizer = 4 * trained / shards, 8 * trained / shards
         reference_bytes = weight_bytes * (trained + frozen) / shards
     else:
-        trained_bytes = 4 if adapter else weight_bytes  # peft keeps adapters in fp32
+        trained_bytes = 4 if frozen else weight_bytes  # peft keeps adapters in fp32
         weights = trained_bytes * trained + weight_bytes * frozen
-        gradients = trained_bytes * trained * (2 if topology.processes > 1 else 1)  # DDP's buckets hold them again
+        gradients = trained_bytes * trained * (2 if topology.processes > 1 else 1)  # DDP's buckets are a second copy
         optimizer = 2 * trained_bytes * trained
         reference_bytes = weight_bytes * (trained + frozen)
     parts = {"weights": weights, "gradients": gradients, "AdamW": optimizer}

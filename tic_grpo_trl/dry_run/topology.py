@@ -1,4 +1,4 @@
-"""Over how many processes a run is spread, and what they split: as accelerate was told."""
+"""Describe how a run is spread over processes, as accelerate's configuration says."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,13 +10,14 @@ import yaml
 
 @dataclass(frozen=True)
 class Topology:
-    """
+    """Store the number of training processes and what they shard.
+
     Attributes:
-        processes: number of training processes, one for each GPU.
-        name: what is shown, such as the file's name.
-        zero_stage: of DeepSpeed; 0 without it.
-        fsdp: whether PyTorch's FSDP2 splits weights, gradients and optimizer states.
-        offload: whether DeepSpeed keeps what is split in the memory of the machine.
+        processes: number of training processes, one per GPU.
+        name: what to print, such as the file's name.
+        zero_stage: DeepSpeed's ZeRO stage, 0 without DeepSpeed.
+        fsdp: whether PyTorch's FSDP2 shards weights, gradients and optimizer states.
+        offload: whether DeepSpeed keeps the shards in the machine's memory.
     """
 
     processes: int = 1
@@ -27,34 +28,31 @@ class Topology:
 
     @property
     def kind(self) -> str:
-        """What splits the model, in words."""
+        """Name what shards the model."""
         if self.zero_stage:
             return f"DeepSpeed ZeRO-{self.zero_stage}" + (" with offload" if self.offload else "")
         if self.fsdp:
             return "FSDP2"
-        return "DDP" if self.processes > 1 else "nothing is split"
+        return "DDP" if self.processes > 1 else "nothing is sharded"
 
     @classmethod
     def from_file(cls, path: str | Path, processes: int | None = None) -> "Topology":
-        """The topology of a file of `accelerate config`, such as those in `accelerate_configs/`.
+        """Read a file of `accelerate config`, such as those in `accelerate_configs/`.
 
         Args:
-            path: the YAML.
-            processes: takes the place of the file's `num_processes`, as `--num_processes` does for `accelerate launch`.
-
-        Returns:
-            The topology.
+            path: of the YAML file.
+            processes: overrides the file's `num_processes`, like `accelerate launch --num_processes`.
 
         Raises:
-            ValueError: if there is no such file, or it is none of accelerate's.
+            ValueError: if the file does not exist or is not accelerate's.
         """
         try:
             config: Any = yaml.safe_load(Path(path).read_text())
             kind = str(config["distributed_type"])
         except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
             raise ValueError(
-                f"--accelerate_config {path}: give one of accelerate_configs/*.yaml, or a file that `accelerate "
-                "config` wrote."
+                f"--accelerate_config {path}: not a file of accelerate. Give one of accelerate_configs/*.yaml, or a "
+                "file that `accelerate config` wrote."
             ) from error
         deepspeed = config.get("deepspeed_config") or {} if kind == "DEEPSPEED" else {}
         return cls(
@@ -67,13 +65,10 @@ class Topology:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> "Topology":
-        """The topology that `accelerate launch` set up for this process, one process where nothing did.
+        """Read what `accelerate launch` set up for this process; without it, one process.
 
         Args:
             environ: the environment variables.
-
-        Returns:
-            The topology.
         """
         deepspeed = environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         return cls(
