@@ -1,4 +1,4 @@
-"""progress.py: what stands behind a real bar, and that it stays one line of a terminal."""
+"""Test what the progress bar shows, and that it stays within one line of the terminal."""
 
 import io
 import re
@@ -52,7 +52,7 @@ def test_several_inner_steps_in_one_entry():
 
 @pytest.mark.parametrize("columns", [60, 80, 100, 140])
 def test_what_does_not_fit_is_left_out_whole(columns):
-    """Half a number would be another number."""
+    """A number that is cut off would be another number."""
     stream = io.StringIO()
     bar = tqdm(total=1200, initial=1199, file=stream, ncols=columns)
     values = dict.fromkeys(ORDER, "0.123") | {"R": "-10/-0.55/0.22"}

@@ -1,4 +1,4 @@
-"""report.py: numbers from a log history, and a figure that is really drawn."""
+"""Test the numbers from a log history and the figure drawn from them."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Data, tokenizers, models and rewards as they come: each input of docs/trouble.md and what happens with it."""
+"""Test what happens with each faulty or unusual input that docs/trouble.md lists."""
 
 import math
 import warnings
@@ -108,12 +108,12 @@ def with_eos_bias(bias: float):
 # Refused before anything is computed
 
 
-NOT_ENOUGH = "A rollout takes 2 prompts, the data has 1: no epoch would make an update"
+NOT_ENOUGH = "A rollout takes 2 prompts, but the data has only 1, so no update would be made"
 REFUSED = {
     "fewer prompts than a rollout": ({"train_dataset": prompts(["a b"])}, NOT_ENOUGH),
     "a stream of fewer": ({"train_dataset": stream(["a b"])}, NOT_ENOUGH),
-    "no rows": ({"train_dataset": TINY_PROMPTS.select([])}, "train_dataset is empty"),
-    "a stream without rows": ({"train_dataset": stream([])}, "train_dataset is empty: its stream ends"),
+    "no examples": ({"train_dataset": TINY_PROMPTS.select([])}, "train_dataset is empty"),
+    "a stream without examples": ({"train_dataset": stream([])}, "train_dataset is empty"),
     "no prompt column": (
         {"train_dataset": TINY_PROMPTS.rename_column("prompt", "question")},
         r"train_dataset has no column 'prompt', only 'question': rename .* with dataset.rename_column",
@@ -124,16 +124,19 @@ REFUSED = {
     ),
     "a prompt that is None": (
         {"train_dataset": prompts(["a"] * 20 + [None] + ["b"] * 20)},
-        "Row 20 of train_dataset has None as its prompt: drop such rows",
+        "The prompt of example 20 of train_dataset is None: drop such examples",
     ),
     "a conversation without messages": (
         {"train_dataset": prompts([[{"role": "user", "content": "a"}], []] * 8)},
-        "Row 1 of train_dataset has a conversation without messages",
+        "The prompt of example 1 of train_dataset is a conversation without messages",
     ),
-    "prompts that are numbers": ({"train_dataset": prompts(range(16))}, "Prompt 0 of train_dataset is 0: a prompt is"),
+    "prompts that are numbers": (
+        {"train_dataset": prompts(range(16))},
+        "Prompt 0 of train_dataset is 0: a prompt must",
+    ),
     "prompts of two kinds": (
         {"train_dataset": stream(["a b", [{"role": "user", "content": "a"}]] * 4)},
-        "Prompt 1 of train_dataset is a conversation, those before it are not",
+        "Prompt 1 of train_dataset is a conversation, unlike those before it",
     ),
     "a prompt without tokens": ({"train_dataset": prompts(["a b", "a", ""] * 8)}, "A prompt has no tokens: drop it"),
     "an empty evaluation set": (
@@ -161,8 +164,8 @@ REFUSED = {
         {"use_vllm": True, "vllm_max_model_length": 3},
         "max_completion_length 4 = 4 tokens, more than vllm_max_model_length 3",
     ),
-    "a reference model from nowhere": ({"beta": 0.1}, "beta=0.1 needs a reference model, .* came from nowhere"),
-    "a group of one": ({"num_generations": 1}, "num_generations=1 must lie in"),
+    "a reference model from nowhere": ({"beta": 0.1}, "beta=0.1 needs a reference model, .* this model has neither"),
+    "a group of one": ({"num_generations": 1}, "num_generations=1 must be in"),
     "no reward": ({"reward_funcs": []}, "No reward source provided"),
 }
 
@@ -176,7 +179,7 @@ def test_refused_before_anything_is_computed(case, tmp_path, monkeypatch):
 
 
 def test_rewards_that_are_none(tmp_path):
-    with pytest.raises(TypeError, match=r"reward_funcs holds 0\.5, which is no reward function"):
+    with pytest.raises(TypeError, match=r"reward_funcs contains 0\.5, which is not a reward function"):
         trainer_of(tmp_path, reward_funcs=[count_a, 0.5])
 
 
@@ -204,8 +207,8 @@ def rollout(prompt_ids, completion_ids):
 @pytest.mark.parametrize(
     ("prompt_ids", "completion_ids", "message"),
     [
-        ([1, 2], [], "A response has no tokens: it has to hold the EOS token at least. Prompt: '"),
-        ([1, 2], [3, 6, 0], "A response has the token 6, but the model's embeddings end at 5: tokenizer, engine and"),
+        ([1, 2], [], "A response has no tokens: it must contain at least the EOS token. Prompt: '"),
+        ([1, 2], [3, 6, 0], "A response has the token 6, but the model's embeddings end at 5: the tokenizer or vLLM"),
         ([1, -1], [3, 0], "A prompt has the token -1"),
         ([], [3, 0], "A prompt has no tokens"),
     ],
@@ -220,9 +223,9 @@ def test_rollouts_that_the_model_cannot_read(prompt_ids, completion_ids, message
 
 
 def test_an_engine_with_another_vocabulary(tmp_path, monkeypatch):
-    """Tokens from any engine take this way, also those of vLLM."""
+    """Tokens of every sampler are checked here, including vLLM's."""
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", lambda self, ids, *rest: ([[7, 0]] * len(ids), None))
-    with pytest.raises(ValueError, match=r"A response has the token 7, .*: tokenizer, engine and model .* Prompt: '"):
+    with pytest.raises(ValueError, match=r"A response has the token 7, .* does not match the model.* Prompt: '"):
         trainer_of(tmp_path).train()
 
 
@@ -231,12 +234,12 @@ def test_prompts_over_the_learned_positions(tmp_path):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=6, n_positions=16, n_embd=16, n_layer=1, n_head=2, eos_token_id=0))
     fits = prompts(["a " * 12] * 8)
     assert trained(tmp_path, model=model, train_dataset=fits, max_steps=1)[1]
-    with pytest.raises(ValueError, match=r"14 tokens of a prompt .* are 18, but the model has 16 learned positions"):
+    with pytest.raises(ValueError, match=r"A prompt of 14 tokens .* make 18, but the model has 16 learned positions"):
         trainer_of(tmp_path, model=model, train_dataset=prompts(["a " * 14] * 8)).train()
 
 
 def test_prompts_over_what_the_model_was_made_for(tmp_path):
-    with pytest.warns(UserWarning, match=r"62 tokens of a prompt .* more than the 64 positions") as caught:
+    with pytest.warns(UserWarning, match=r"A prompt of 62 tokens .* more than the 64 positions") as caught:
         _, moved, _ = trained(tmp_path, train_dataset=prompts(["a " * 62] * 8))
     assert moved
     assert len([w for w in caught if "drop_long_prompts" in str(w.message)]) == 1
@@ -245,7 +248,7 @@ def test_prompts_over_what_the_model_was_made_for(tmp_path):
 def test_learned_positions_of_another_modality(tmp_path):
     """This model's audio tower has a table of positions, its language model has rotary ones and a smaller limit."""
     model = zoo.tiny_model("moss_transcribe_diarize", max_position_embeddings=16)
-    with pytest.warns(UserWarning, match=r"14 tokens of a prompt .* more than the 16 positions"):
+    with pytest.warns(UserWarning, match=r"A prompt of 14 tokens .* more than the 16 positions"):
         assert trained(tmp_path, model=model, train_dataset=prompts(["a " * 14] * 8), max_steps=1)[1]
 
 
@@ -279,7 +282,7 @@ def test_responses_of_one_token(tmp_path, algorithm):
 
 
 def test_rewards_that_are_all_equal(tmp_path):
-    """No gradient; without weight decay nothing moves, with it the weights shrink as in TRL."""
+    """Without a gradient the weights stay, or shrink by weight decay as in TRL."""
     trainer, moved, log = trained(tmp_path, reward_funcs=equal, max_steps=8)
     assert not moved
     assert all(entry["frac_reward_zero_std"] == 1 for entry in log)
@@ -292,7 +295,7 @@ def test_rewards_that_are_all_equal(tmp_path):
 
 
 def test_rewards_that_become_equal(tmp_path):
-    """The optimizer's momentum moves the weights on, exactly as TRL's trainer does."""
+    """The optimizer's momentum keeps moving the weights, exactly as in TRL's trainer."""
     ends = []
     for trl in (False, True):
         calls = []
@@ -333,7 +336,7 @@ def test_none_for_all(tmp_path, kind, scale_rewards):
 
 
 def test_none_for_all_but_one(tmp_path):
-    """A group of one that counts has no baseline but itself."""
+    """The only reward of a group is its own baseline."""
 
     def first(completions, **kwargs):
         return [1.0] + [None] * (len(completions) - 1)
@@ -351,18 +354,18 @@ def test_a_tokenizer_without_padding(tmp_path):
 
 
 def test_a_tokenizer_that_knows_more_than_the_model(tmp_path):
-    """As long as it makes none of these tokens, which no prompt of the data holds."""
+    """Such a tokenizer is fine as long as no prompt contains one of these tokens."""
     assert trained(tmp_path, processing_class=tokenizer(4))[1]
 
 
 @pytest.mark.parametrize("conversational", [False, True])
 def test_a_stream_with_half_a_surrogate_pair(tmp_path, conversational):
-    """As JSON can hold one; no encoding has it."""
+    """JSON can contain half a surrogate pair, which no encoding has."""
     texts = ["a b", "c \ud83d d", "b a"] * 8
     values = [[{"role": "user", "content": text}] if conversational else text for text in texts]
     reader = tokenizer()
     reader.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    with pytest.raises(ValueError, match=r"The tokenizer cannot take prompt \d+ of a batch, .*c \\ud83d d.*correct it"):
+    with pytest.raises(ValueError, match=r"cannot encode prompt \d+ of a batch, .*c \\ud83d d.*correct it"):
         trained(tmp_path, train_dataset=stream(values), processing_class=reader)
 
 
@@ -374,7 +377,7 @@ def test_an_evaluation_set_smaller_than_a_batch(tmp_path):
 
 
 def test_a_stream(tmp_path):
-    """What was looked at before the first step is not lost."""
+    """Examples that were checked before the first step are not lost."""
     seen = []
 
     def note(prompts, **kwargs):

@@ -1,4 +1,4 @@
-"""What TRL's model card leaves out: how the run was set up, on what, and what came of it."""
+"""Complete TRL's model card with the run's settings, data and results."""
 
 from typing import Any
 
@@ -29,17 +29,17 @@ def complete_card(
     base_model: str,
     model: str,
 ) -> str:
-    """TRL's card with the run's settings and results.
+    """Add the run's settings and results to TRL's model card.
 
     Args:
         card: what TRL wrote.
         args: the run's `TICGRPOConfig`.
-        log_history: as the trainer kept it.
+        log_history: of the trainer's state.
         processes: number of training processes.
-        reward_names: of the reward functions, the one that is the accuracy first.
-        data: name of the training data, `None` where it is not known.
-        base_model: name of the model that was trained.
-        model: the trained model's, for the example of its use.
+        reward_names: of the reward functions; the first one is the accuracy.
+        data: name of the training data, if known.
+        base_model: name of the model before training.
+        model: name of the trained model, for the usage example.
 
     Returns:
         The card, as Markdown.
@@ -63,6 +63,6 @@ def complete_card(
     settings = table(["setting", "value"], [[f"`{k}`" if hasattr(args, k) else k, str(v)] for k, v in rows.items()])
     heading = "### Framework versions\n\n"
     card = card.replace(heading, f"{settings}\n\n{heading}- tic-grpo-trl: {__version__}\n")
-    # TRL writes "None" for a base model that is a local folder, and for a model that is on no hub.
+    # TRL writes "None" for a base model in a local folder, and for a model that is not on the hub.
     card = card.replace("[None](https://huggingface.co/None)", f"`{base_model}`")
     return card.replace('model="None"', f'model="{model}"')

@@ -1,4 +1,4 @@
-"""Figures and summaries from the log history of a run (`trainer.state.log_history`)."""
+"""Summarize and plot a run from its log history (`trainer.state.log_history`)."""
 
 import re
 from bisect import bisect_right
@@ -13,52 +13,51 @@ from ..config import TICGRPOConfig
 from .ratios import QUANTILES
 
 
-# Okabe and Ito's colours, told apart by colour-blind readers too
+# Okabe and Ito's colours, which colour-blind readers can tell apart
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 AMBER, SKY, PURPLE = "#E69F00", "#56B4E9", "#CC79A7"
 
 NOISE_FLOOR = "trajectory_ratio/noise_floor"
-# What a summary holds of the ratios, beside the metrics of non-finite numbers and skipped updates
+# Ratio metrics of a summary
 RATIOS = ("ess", "log_std", *QUANTILES, "clip_high_pos", "clip_high_neg", "clip_low_neg")
 INNER_STEP = re.compile(r"trajectory_ratio/inner_(\d+)/ess")
-LINES = 4  # inner steps that a figure shows at most
+LINES = 4  # most inner steps in a figure
 
 LogHistory = list[dict[str, Any]]
 
 
 def series(log_history: LogHistory, name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric, in order; entries without it (or with `None`) are left out."""
+    """Return the steps and values of one metric, in order, from the entries that have it."""
     points = [(entry["step"], entry[name]) for entry in log_history if entry.get(name) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def accuracy_name(reward_name: str) -> str:
-    """The log history's name for the mean held-out reward of a reward function."""
+    """Return the metric with the mean held-out reward of a reward function."""
     return f"eval_rewards/{reward_name}/mean"
 
 
 def inner_steps(log_history: LogHistory) -> list[int]:
-    """The inner steps k = 1 … K that have metrics of their own, in order."""
+    """Return the inner steps k = 1 … K that have their own metrics, in order."""
     found = {match[1] for entry in log_history for match in map(INNER_STEP.fullmatch, entry) if match}
     return sorted(map(int, found))
 
 
 def ratio_means(log_history: LogHistory) -> dict[str, float]:
-    """What warns of trouble, as means over a run: of all updates and, under `inner_<k>/`, of each inner step.
+    """Average the ratio metrics over a run: over all updates and, under `inner_<k>/`, over each inner step.
 
     Args:
-        log_history: as the trainer kept it.
+        log_history: of the trainer's state.
 
     Returns:
-        Floats by the metrics' names without `trajectory_ratio/`: `ess`, `log_std`, the quantiles and clip shares of
-        [`~tic_grpo_trl.metrics.ratios.ratio_metrics`]; `noise_floor`, `frac_non_finite` and `update/skipped` where they
-        were logged.
+        Means by the metrics' names without `trajectory_ratio/`: `ess`, `log_std`, the quantiles of R in nats and the
+        clip shares; `noise_floor`, `frac_non_finite` and `update/skipped` if they were logged.
     """
     places = ["", *(f"inner_{k}/" for k in inner_steps(log_history))]
     names = {f"{place}{name}": f"trajectory_ratio/{place}{name}" for place in places for name in RATIOS}
@@ -68,17 +67,17 @@ def ratio_means(log_history: LogHistory) -> dict[str, float]:
 
 
 def summarize_run(log_history: LogHistory, args: TICGRPOConfig, reward_name: str) -> dict[str, Any]:
-    """What a run was and what came out.
+    """Summarize a run's settings and results.
 
     Args:
-        log_history: as the trainer kept it.
+        log_history: of the trainer's state.
         args: the run's configuration.
         reward_name: the reward function whose held-out mean is the accuracy.
 
     Returns:
-        JSON-ready: `accuracy_before` and `accuracy_after` (first and last evaluation, `None` without one), `updates`,
-        `seconds` (of `train()`, evaluations included), `seed`, the algorithm's settings in force, `ratios` (see
-        [`ratio_means`]), `versions`.
+        Values that JSON can store: `accuracy_before` and `accuracy_after` (first and last evaluation, or `None`),
+        `updates`, `seconds` (of `train()` with its evaluations), `seed`, the resolved algorithm, `ratios` (see
+        [`ratio_means`]) and `versions`.
     """
     _, accuracy = series(log_history, accuracy_name(reward_name))
     _, seconds = series(log_history, "train_runtime")
@@ -96,19 +95,21 @@ def summarize_run(log_history: LogHistory, args: TICGRPOConfig, reward_name: str
 
 
 def smooth(steps: list[int], values: list[float], window: int) -> list[float]:
-    """Mean of the values whose step lies within the last `window` steps, for each step (in order)."""
+    """Average, for each step in order, the values of the last `window` steps."""
     return [fmean(values[bisect_right(steps, step - window) : bisect_right(steps, step)]) for step in steps]
 
 
 def plot_curves(log_history: LogHistory, path: str | Path, reward_name: str, window: int = 20) -> None:
-    """Draw a run's learning curves and what its ratios did: reward and held-out accuracy, response length, effective
-    sample size and spread of R per inner step, quantiles of R, clip shares by the advantage's sign.
+    """Plot a run's learning curves and its ratios.
+
+    The panels show reward and held-out accuracy, response length, effective sample size and spread of R per inner step,
+    quantiles of R, and clip shares by the advantage's sign.
 
     Args:
-        log_history: as the trainer kept it.
-        path: where to write the figure (the ending decides the format).
+        log_history: of the trainer's state.
+        path: of the figure; its extension decides the format.
         reward_name: the reward function whose held-out mean is the accuracy.
-        window: updates to average over for the thick lines.
+        window: number of updates that the thick lines average over.
     """
     figure, axes = plt.subplots(3, 2, figsize=(10, 9.4), sharex=True, constrained_layout=True)
 
@@ -128,12 +129,12 @@ def plot_curves(log_history: LogHistory, path: str | Path, reward_name: str, win
     axes[0, 1].set(ylabel="tokens", ylim=(0, None))
 
     inner = inner_steps(log_history)
-    if not inner:  # one update per rollout, or a history that has only means over the inner steps
+    if not inner:  # one update per rollout, or a history with only means over the inner steps
         draw(axes[1, 0], "trajectory_ratio/ess", "effective sample size", BLUE)
         draw(axes[1, 1], "trajectory_ratio/log_std", "all updates", BLUE)
     shown = sorted({inner[i * (len(inner) - 1) // (LINES - 1)] for i in range(LINES)}) if inner else []
     for k in shown:
-        colour = plt.get_cmap("viridis")(0.9 - 0.9 * shown.index(k) / max(1, len(shown) - 1))  # the last k is darkest
+        colour = plt.get_cmap("viridis")(0.9 - 0.9 * shown.index(k) / max(1, len(shown) - 1))  # the last k darkest
         draw(axes[1, 0], f"trajectory_ratio/inner_{k}/ess", f"k = {k}", colour, faint=k == shown[-1])
         label = f"k = {k}" + " (noise floor)" * (k == 1)
         draw(axes[1, 1], f"trajectory_ratio/inner_{k}/log_std", label, colour, faint=k == shown[-1])
@@ -148,7 +149,7 @@ def plot_curves(log_history: LogHistory, path: str | Path, reward_name: str, win
     axes[2, 0].set(ylabel=f"quantiles of R{at}, nats")
     draw(axes[2, 1], "trajectory_ratio/clip_high_pos", "above the cap, A > 0", BLUE)
     draw(axes[2, 1], "trajectory_ratio/clip_high_neg", "above the cap, A < 0", ORANGE)
-    if any(series(log_history, "trajectory_ratio/clip_low_neg")[1]):  # rules without a lower bound log zeros
+    if any(series(log_history, "trajectory_ratio/clip_low_neg")[1]):  # clip modes without a lower bound log zeros
         draw(axes[2, 1], "trajectory_ratio/clip_low_neg", "below the lower bound, A < 0", GREY)
     axes[2, 1].set(ylabel="share of responses of that sign", ylim=(0, None))
     for axis in axes.flat:

@@ -1,7 +1,7 @@
-"""Credentials among a run's settings stay out of what it writes: `training_args.bin`, trackers, printed settings.
+"""Keep credentials out of what a run writes: `training_args.bin`, trackers, printed settings.
 
-transformers masks `hub_token` for trackers only: `training_args.bin`, which is pushed to the hub with the model, holds
-it in plain text, and nothing masks a token in `model_init_kwargs`. wandb also keeps the command line.
+transformers masks `hub_token` for trackers only. `training_args.bin`, which is pushed to the hub with the model, would
+contain it in plain text, and nothing masks a token in `model_init_kwargs`. wandb also saves the command line.
 """
 
 from collections.abc import Sequence
@@ -12,22 +12,22 @@ NAMES = frozenset({"token", "hub_token", "hf_token", "auth_token", "access_token
 
 
 def without_credentials(value: Any) -> Any:
-    """A copy of nested dictionaries and lists with `None` for every value whose key is one of `NAMES`."""
+    """Copy nested dicts and lists, replacing every value whose key is in `NAMES` by `None`."""
     if type(value) is dict:
         return {key: None if key in NAMES else without_credentials(inner) for key, inner in value.items()}
     return [without_credentials(inner) for inner in value] if type(value) is list else value
 
 
 def credentials_in(value: Any) -> set[str]:
-    """The texts that `without_credentials` leaves out."""
+    """Return the strings that `without_credentials` removes."""
     if type(value) is dict:
-        own = {inner for key, inner in value.items() if key in NAMES and isinstance(inner, str) and inner}
-        return own.union(*map(credentials_in, value.values()))
+        found = {inner for key, inner in value.items() if key in NAMES and isinstance(inner, str) and inner}
+        return found.union(*map(credentials_in, value.values()))
     return set().union(*map(credentials_in, value)) if type(value) is list else set()
 
 
 def hide_credentials(arguments: Sequence[str], config: Any) -> list[str]:
-    """A command line without the credentials that a configuration was given."""
+    """Replace the credentials of a configuration in a command line by `<hidden>`."""
     hidden = list(arguments)
     for credential in credentials_in(vars(config)):
         hidden = [argument.replace(credential, "<hidden>") for argument in hidden]
@@ -35,9 +35,9 @@ def hide_credentials(arguments: Sequence[str], config: Any) -> list[str]:
 
 
 class WithoutCredentials:
-    """Training arguments that keep their credentials to themselves.
+    """Make training arguments hide their credentials.
 
-    The object has them; a dictionary, a text, a pickle or a copy of it (`copy.deepcopy`) has `None` instead.
+    Only the object itself has them. Its dict, string, pickle or copy (`copy.deepcopy`) has `None` instead.
     """
 
     def to_dict(self) -> dict[str, Any]:

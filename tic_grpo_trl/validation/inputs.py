@@ -1,4 +1,4 @@
-"""Checks of model, tokenizer, rewards and data before anything is computed; every error names the input and the fix."""
+"""Check the model, tokenizer, rewards and data before anything is computed. Every error names the input and the fix."""
 
 import itertools
 import warnings
@@ -20,7 +20,7 @@ from ..rollout.schedule import RolloutSchedule
 from .batch_sizes import check_length, check_prompts
 
 
-ROWS = 10_000  # of a data set that are looked at together
+EXAMPLES = 10_000  # of a data set, checked at once
 
 
 def check_inputs(
@@ -33,14 +33,14 @@ def check_inputs(
     environment_factory: Any = None,
     **others: Any,
 ):
-    """What can be said before a model is loaded or an engine started.
+    """Check what can be known before a model is loaded or vLLM started.
 
     Args:
         model, reward_funcs, args, train_dataset, eval_dataset, processing_class, environment_factory, **others:
             as given to the trainer.
 
     Raises:
-        ValueError, TypeError: naming what is wrong and what to do.
+        ValueError, TypeError: naming what is wrong and how to fix it.
     """
     check_length(args, None)
     if isinstance(model, nn.Module):
@@ -49,32 +49,26 @@ def check_inputs(
     for function in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
         if not (function is None or isinstance(function, str) or callable(function)):
             raise TypeError(
-                f"reward_funcs holds {function!r}, which is no reward function: pass functions, reward models or names "
-                "of such models."
+                f"reward_funcs contains {function!r}, which is not a reward function: pass functions, reward models or "
+                "names of reward models."
             )
     if processing_class is not None:
         check_tokenizer(processing_class)
     if environment_factory is not None:
-        return  # prompts come from the environment
+        return  # the prompts come from the environment
     if isinstance(train_dataset, Dataset | IterableDataset):
         batches = RolloutSchedule.of(args, args.world_size)
-        if isinstance(train_dataset, Dataset):
-            _check_rows("train_dataset", train_dataset)
-            check_prompts(batches, len(train_dataset))
-        else:
-            check_prompts(batches, _check_first("train_dataset", train_dataset, batches.prompts))
+        check_prompts(batches, _check_examples("train_dataset", train_dataset, batches.prompts))
     if args.eval_strategy != "no":
         of_eval = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
         for name, dataset in of_eval.items():
-            if isinstance(dataset, Dataset):
-                _check_rows(name, dataset)
-            elif isinstance(dataset, IterableDataset):
-                _check_first(name, dataset, 1)
+            if isinstance(dataset, Dataset | IterableDataset):
+                _check_examples(name, dataset, 1)
 
 
 def _check_device(model: nn.Module):
     if is_fsdp_enabled():
-        return  # which loads the weights on one process and hands them out
+        return  # FSDP loads the weights on one process and distributes them
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if empty:
         raise ValueError(
@@ -84,20 +78,20 @@ def _check_device(model: nn.Module):
 
 
 def _check_reference(model: Any, args: TICGRPOConfig, peft_config: Any):
-    """TRL loads the reference model from where the policy came from."""
-    adapted = peft_config is not None or is_peft_model(model)  # which are their own reference
+    """TRL loads the reference model from the folder or hub id that the policy was loaded from."""
+    adapted = peft_config is not None or is_peft_model(model)  # the reference is then the model without its adapter
     if args.beta != 0.0 and not adapted and not get_config_model_id(model.config):
         raise ValueError(
-            f"beta={args.beta} needs a reference model, which is loaded from where the model came from, but this one "
-            "came from nowhere: save it with save_pretrained and pass the folder's name, or set beta=0.0."
+            f"beta={args.beta} needs a reference model, which TRL loads from the model's folder or hub id, but this "
+            "model has neither: save it with save_pretrained and pass the folder's name, or set beta=0.0."
         )
 
 
 def check_tokenizer(processing_class: Any):
-    """A tokenizer, and one that knows how a response ends."""
+    """Check that a tokenizer has an EOS token."""
     tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        return  # which TRL refuses
+        return  # TRL refuses it
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"The tokenizer ({type(tokenizer).__name__} {tokenizer.name_or_path!r}) has no EOS token, so no response "
@@ -106,83 +100,83 @@ def check_tokenizer(processing_class: Any):
 
 
 def _check_column(name: str, columns: list[str] | None):
-    if columns is None or "prompt" in columns:  # unknown for some streams
-        return
-    raise ValueError(
-        f"{name} has no column 'prompt', only {', '.join(map(repr, columns)) or 'none'}: rename the one that holds the "
-        "prompts, with dataset.rename_column(name, 'prompt')."
-    )
+    if columns is not None and "prompt" not in columns:  # some streams don't know their columns
+        raise ValueError(
+            f"{name} has no column 'prompt', only {', '.join(map(repr, columns)) or 'none'}: rename the column with "
+            "the prompts, with dataset.rename_column(name, 'prompt')."
+        )
 
 
-def _check_rows(name: str, dataset: Dataset):
-    """Every row has a prompt."""
+def _check_examples(name: str, dataset: Dataset | IterableDataset, count: int) -> int:
+    """Check the prompts of a data set, or the first `count` of a stream, and return how many there are."""
     _check_column(name, dataset.column_names)
-    if len(dataset) == 0:
+    if isinstance(dataset, Dataset):
+        _check_missing(name, dataset)
+        size, first = len(dataset), list(dataset.select_columns("prompt").select(range(min(8, len(dataset)))))
+    else:
+        first = list(itertools.islice(dataset, count))
+        size = len(first)
+    if not size:
         raise ValueError(f"{name} is empty: pass a data set with prompts.")
-    for start, table in enumerate(dataset.select_columns("prompt").with_format("arrow").iter(ROWS)):
+    for example in first:
+        _check_column(name, list(example))
+    check_kinds(name, [example["prompt"] for example in first])
+    return size
+
+
+def _check_missing(name: str, dataset: Dataset):
+    """Refuse examples whose prompt is `None` or a conversation without messages."""
+    for start, table in enumerate(dataset.select_columns("prompt").with_format("arrow").iter(EXAMPLES)):
         prompts = table["prompt"].combine_chunks()
-        lacks = pc.is_null(prompts)
+        missing = pc.is_null(prompts)
         if pa.types.is_list(prompts.type) or pa.types.is_large_list(prompts.type):
-            lacks = pc.or_(lacks, pc.equal(pc.fill_null(pc.list_value_length(prompts), 0), 0))
-        if (row := pc.index(lacks, True).as_py()) >= 0:
-            what = "None" if prompts[row].as_py() is None else "a conversation without messages"
+            missing = pc.or_(missing, pc.equal(pc.fill_null(pc.list_value_length(prompts), 0), 0))
+        if (index := pc.index(missing, True).as_py()) >= 0:
+            what = "None" if prompts[index].as_py() is None else "a conversation without messages"
             raise ValueError(
-                f"Row {start * ROWS + row} of {name} has {what} as its prompt: drop such rows, with "
-                "dataset.filter(lambda row: row['prompt'])."
+                f"The prompt of example {start * EXAMPLES + index} of {name} is {what}: drop such examples, with "
+                "dataset.filter(lambda example: example['prompt'])."
             )
-    check_kinds(name, [row["prompt"] for row in dataset.select_columns("prompt").select(range(min(8, len(dataset))))])
-
-
-def _check_first(name: str, dataset: IterableDataset, count: int) -> int:
-    """How many of the first `count` rows a stream has; they have prompts."""
-    _check_column(name, dataset.column_names)
-    rows = list(itertools.islice(dataset, count))
-    if not rows:
-        raise ValueError(f"{name} is empty: its stream ends before the first row.")
-    for row in rows:
-        _check_column(name, list(row))
-    check_kinds(name, [row["prompt"] for row in rows])
-    return len(rows)
 
 
 def check_kinds(name: str, prompts: list):
-    """Prompts of one kind: texts, or conversations.
+    """Check that prompts are either all strings or all conversations.
 
     Args:
-        name: where they come from.
-        prompts: of a batch.
+        name: of the data set or batch.
+        prompts: to check.
 
     Raises:
-        ValueError: naming the first that is neither, or of another kind than the others.
+        ValueError: naming the first prompt that is neither, or differs from those before it.
     """
     kinds = set()
     for index, prompt in enumerate(prompts):
         if isinstance(prompt, str):
-            kinds.add("text")
+            kinds.add("string")
         elif isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt):
             kinds.add("conversation")
         else:
             raise ValueError(
-                f"Prompt {index} of {name} is {_shortened(prompt)}: a prompt is a text, or a list of messages with "
-                "'role' and 'content'."
+                f"Prompt {index} of {name} is {_shortened(prompt)}: a prompt must be a string, or a list of messages "
+                "with 'role' and 'content'."
             )
         if len(kinds) > 1:
             raise ValueError(
-                f"Prompt {index} of {name} is a {'text' if isinstance(prompt, str) else 'conversation'}, those before "
-                "it are not: make all of them texts, or all of them lists of messages."
+                f"Prompt {index} of {name} is a {'string' if isinstance(prompt, str) else 'conversation'}, unlike "
+                "those before it: make all prompts strings, or all lists of messages."
             )
 
 
 @contextmanager
 def naming_refused_prompt(tokenize: Callable[[list], Any], prompts: list) -> Iterator[None]:
-    """Name the prompt that a tokenizer cannot take, such as a text with half a surrogate pair.
+    """Name the prompt in a tokenizer's error, for example a string with half a surrogate pair.
 
     Args:
-        tokenize: what the block does with all prompts at once.
-        prompts: of a batch, or none where a prompt alone cannot be tried.
+        tokenize: what the block does with all prompts at once; called again with one prompt at a time.
+        prompts: of the batch, empty if a prompt cannot be tokenized alone.
 
     Raises:
-        ValueError: instead of the tokenizer's own error, if one of the prompts alone raises one, too.
+        ValueError: instead of the tokenizer's error, if a prompt fails alone, too.
     """
     try:
         yield
@@ -193,17 +187,17 @@ def naming_refused_prompt(tokenize: Callable[[list], Any], prompts: list) -> Ite
             except Exception as alone:
                 reason = str(alone).splitlines()[0] if str(alone) else type(alone).__name__
                 raise ValueError(
-                    f"The tokenizer cannot take prompt {index} of a batch, {_shortened(prompt)} ({reason}): correct it "
-                    "in the data, or drop it."
+                    f"The tokenizer cannot encode prompt {index} of a batch, {_shortened(prompt)} ({reason}): correct "
+                    "it in the data, or drop it."
                 ) from error
         raise
 
 
 def check_loaded(trainer: Any):
-    """What needs the model and the tokenizer that the trainer loaded, before it computes anything.
+    """Check what needs the loaded model and tokenizer, before the trainer computes anything.
 
     Raises:
-        ValueError: naming what is wrong and what to do.
+        ValueError: naming what is wrong and how to fix it.
     """
     check_tokenizer(trainer._tokenizer)
     tokenizer, size = trainer._tokenizer, vocabulary_size(trainer.model)
@@ -211,47 +205,46 @@ def check_loaded(trainer: Any):
         if (number := getattr(tokenizer, f"{name}_id")) is not None and number >= size:
             raise ValueError(
                 f"The tokenizer's {name} {getattr(tokenizer, name)!r} has the id {number}, but the model's embeddings "
-                f"end at {size - 1}: set tokenizer.{name} to a token that the model knows, or call "
+                f"end at {size - 1}: set tokenizer.{name} to a token that the model has, or call "
                 f"model.resize_token_embeddings({len(tokenizer)})."
             )
     dataset = trainer.train_dataset
     if not isinstance(dataset, Dataset) or trainer._is_vlm or trainer.environment_factories or trainer.rollout_func:
         return
-    # Each prompt is looked at only where some may be out of range: some models' tokenizers know tokens that the model
-    # does not, and never make them.
+    # Some tokenizers have more tokens than their model but never produce them, so only the prompts can tell.
     if len(tokenizer) > size:
         for batch in dataset.select_columns("prompt").iter(1000):
             trainer._tokenize_prompts(batch["prompt"])
     elif pa.types.is_string(dataset.features.arrow_schema.field("prompt").type):
-        for table in dataset.select_columns("prompt").with_format("arrow").iter(ROWS):
+        for table in dataset.select_columns("prompt").with_format("arrow").iter(EXAMPLES):
             if pc.any(pc.equal(table["prompt"], "")).as_py():
                 trainer._tokenize_prompts([""])
                 return
 
 
 def check_ids(trainer: Any, ids: list[list[int]], prompt_of: Callable[[int], Any], what: str = "prompt"):
-    """Prompts, or responses to them, that the model can read.
+    """Check that the model can read the token ids of prompts or responses.
 
     Args:
         trainer: with the model.
         ids: token ids of a batch, B lists.
-        prompt_of: the prompt of a row, to be shown.
+        prompt_of: returns the prompt of an index, for the error.
         what: `"prompt"` or `"response"`.
 
     Raises:
-        ValueError: if one has no token, an id beyond the model's vocabulary, or does not fit into the model.
+        ValueError: if one is empty, has an id beyond the model's vocabulary, or is too long for the model.
     """
     size = vocabulary_size(trainer.model)
-    for index, row in enumerate(ids):
-        if len(row) == 0:
-            hint = "drop it from the data" if what == "prompt" else "it has to hold the EOS token at least"
+    for index, tokens in enumerate(ids):
+        if len(tokens) == 0:
+            hint = "drop it from the data" if what == "prompt" else "it must contain at least the EOS token"
             raise ValueError(f"A {what} has no tokens: {hint}. Prompt: {_shortened(prompt_of(index))}")
-        if not 0 <= min(row) <= max(row) < size:
-            number = max(row) if max(row) >= size else min(row)
+        if not 0 <= min(tokens) <= max(tokens) < size:
+            number = max(tokens) if max(tokens) >= size else min(tokens)
             raise ValueError(
-                f"A {what} has the token {number}, but the model's embeddings end at {size - 1}: tokenizer, engine and "
-                "model do not belong together. Use the model's own tokenizer, or model.resize_token_embeddings. "
-                f"Prompt: {_shortened(prompt_of(index))}"
+                f"A {what} has the token {number}, but the model's embeddings end at {size - 1}: the tokenizer or vLLM "
+                "does not match the model. Use the model's own tokenizer, or model.resize_token_embeddings. Prompt: "
+                f"{_shortened(prompt_of(index))}"
             )
     if what == "prompt":
         longest = max(range(len(ids)), key=lambda index: len(ids[index]))
@@ -259,7 +252,7 @@ def check_ids(trainer: Any, ids: list[list[int]], prompt_of: Callable[[int], Any
 
 
 def checked_rollout(rollout_func: Callable | None) -> Callable | None:
-    """A `rollout_func` whose prompts and responses are checked, as those of the trainer are."""
+    """Wrap a `rollout_func` so that the token ids that it returns are checked."""
     if rollout_func is None:
         return None
 
@@ -287,8 +280,8 @@ def _check_room(trainer: Any, length: int, prompt: Any):
     longest = length + (args.max_completion_length or 0)
     if limit is None or longest <= limit:
         return
-    what = f"{length} tokens of a prompt + max_completion_length={args.max_completion_length} are {longest}"
-    # A table of learned positions ends there; OPT's has two more, and one of another size is another modality's
+    what = f"A prompt of {length} tokens + max_completion_length={args.max_completion_length} make {longest}"
+    # Learned positions end there. OPT's table has two more; a table of another size belongs to another modality.
     names = ("wpe", "embed_positions", "position_embeddings")
     tables = (m for n, m in trainer.model.named_modules() if n.rpartition(".")[2] in names)
     if any(isinstance(m, nn.Embedding) and limit <= m.num_embeddings <= limit + 2 for m in tables):
@@ -296,15 +289,15 @@ def _check_room(trainer: Any, length: int, prompt: Any):
     if not getattr(trainer, "_warned_of_length", False):
         trainer._warned_of_length = True
         warnings.warn(
-            f"{what}, more than the {limit} positions that the model was made for (max_position_embeddings): what it "
-            f"generates beyond them may be worthless. If that is not wanted, {fix}. {where}",
+            f"{what}, more than the {limit} positions that the model was trained for (max_position_embeddings), so "
+            f"the text beyond them may be poor. To avoid this, {fix}. {where}",
             UserWarning,
             stacklevel=2,
         )
 
 
 def vocabulary_size(model: Any) -> int:
-    """Rows of the model's input embeddings, also where DeepSpeed or FSDP has sharded them."""
+    """Return the number of the model's input embeddings, also if DeepSpeed or FSDP has sharded them."""
     size = getattr(model.get_input_embeddings(), "num_embeddings", None)
     return size or model.config.get_text_config().vocab_size
 
