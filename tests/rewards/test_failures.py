@@ -107,7 +107,7 @@ def test_a_reward_that_is_given_environments_alone(is_async):
         ([1.0, 1.0, float("inf")], "returned inf, which is not finite"),
         ([1.0, 1.0, -np.float64(1e39)], "1e\\+39.*, which is not finite in float32"),
         ([1.0, 1.0, torch.tensor(float("nan"))], "nan.*which is not finite"),
-        ([1.0, 1.0, "0.5"], "returned '0.5', which is a text, not a number"),
+        ([1.0, 1.0, "0.5"], "returned '0.5', which is a string, not a number"),
         ([1.0, 1.0, [0.5]], r"returned \[0.5\], which is not a number"),
         ([1.0, 1.0, torch.ones(2)], "which is not a number"),
         ([1.0, 1.0, 10**400], "which is not a number"),
@@ -126,14 +126,14 @@ def test_values_that_are_no_rewards(output, message):
     [
         ([1.0, 1.0], "returned 2 rewards instead of 3"),
         ([1.0] * 4, "returned 4 rewards instead of 3"),
-        (0.5, "returned 0.5 instead of a list of 3 rewards"),
-        (None, "returned None instead of a list"),
+        (0.5, "returned a float, 0.5, instead of a list of 3 rewards"),
+        (None, "returned a NoneType, None, instead of a list"),
     ],
 )
 def test_another_number_of_rewards(output, message):
     with pytest.raises(RewardError, match=message) as caught:
         score(returning(output), batch())
-    assert "Sample 0 of 3, the batch's first\n  prompt: 'prompt 0'" in str(caught.value)
+    assert "Sample 0 of 3 (the first of the batch)\n  prompt: 'prompt 0'" in str(caught.value)
 
 
 def test_the_sample_of_an_exception_is_found():
@@ -162,7 +162,7 @@ def test_an_exception_of_the_batch_alone_and_a_search_without_time(monkeypatch):
 
     with pytest.raises(RewardError, match="raised KeyError: 'answer'") as caught:
         score(my_reward, batch())
-    assert "Sample 0 of 3, the batch's first" in str(caught.value)
+    assert "Sample 0 of 3 (the first of the batch)" in str(caught.value)
 
     calls = []
 

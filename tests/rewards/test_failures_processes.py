@@ -65,4 +65,4 @@ def test_a_process_that_nothing_can_interrupt_ends_both(tmp_path):
     text = log.read_text()
     assert "Reward function 'fragile' did not return within reward_timeout = 20 s" in text
     assert "libc.pthread_mutex_lock(lock)" in text
-    assert "Nothing could interrupt it: this process ends." in text
+    assert "Nothing could interrupt it, so this process ends." in text

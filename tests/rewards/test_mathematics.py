@@ -167,7 +167,7 @@ def test_errors_name_the_remedy(monkeypatch):
         MathReward(workers=0)
     monkeypatch.setenv("PYTHONPATH", "/nowhere")
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(RuntimeError, match="does `import math_verify` work"):
+    with pytest.raises(RuntimeError, match="check that `import math_verify` works"):
         MathReward(workers=1)(["\\boxed{24}"], solution=["24"])
 
 

@@ -103,18 +103,18 @@ def test_a_function_that_hangs_is_interrupted(function):
     assert error is None
     assert message.startswith(
         f"Reward function '{function.__name__}' did not return within reward_timeout = 0.3 s.\n"
-        "Sample 0 of 3, the batch's first\n  prompt: 'prompt 0'\n  completion: 'completion 0'\n"
-        "Where it was then (most recent call last):\n"
+        "Sample 0 of 3 (the first of the batch)\n  prompt: 'prompt 0'\n  completion: 'completion 0'\n"
+        "Its stack at that time (most recent call last):\n"
     )
     assert HANGS[function] in message
-    assert "in handle" not in message
+    assert "in raise_out_of_time" not in message
     assert LIMIT <= seconds < END / 2
 
 
 def test_nothing_is_left_in_force():
     call(sleeps, batch())
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
-    assert not deadline._deadlines
+    assert not deadline._active
     signal.raise_signal(deadline.SIGNAL)  # one that comes late
     for _ in range(100):  # the watching threads end with their calls
         if not any("_watch" in thread.name for thread in threading.enumerate()):
@@ -182,7 +182,7 @@ def test_the_search_for_the_sample_that_raised_has_the_limit_too():
     values, failure, seconds = call(hangs_alone, batch())
     assert values == [float("inf")] * 3
     assert "raised KeyError: 'answer'" in failure[0]
-    assert "the batch's first" in failure[0]
+    assert "the first of the batch" in failure[0]
     assert seconds < END / 2
 
 
@@ -249,7 +249,7 @@ def test_what_nothing_interrupts_ends_the_process(kind, tmp_path):
     assert f"Reward function '{function.__name__}' did not return within reward_timeout = 0.3 s." in log
     assert "  prompt: 'prompt 0'\n  completion: 'completion 0'\n" in log
     assert where in log
-    assert log.endswith("Nothing could interrupt it: this process ends.\n")
+    assert log.endswith("Nothing could interrupt it, so this process ends.\n")
 
 
 def test_what_keeps_the_interpreter_ends_the_process_with_its_stack(tmp_path):

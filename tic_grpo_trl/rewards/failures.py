@@ -1,9 +1,9 @@
-"""Reward functions that fail: one clear error on every process instead of a run that hangs or learns from garbage.
+"""Turn a failing reward function into one clear error on every process, instead of a hang or bad rewards.
 
-TRL calls the reward functions and then gathers their rewards; a process whose function raises leaves the others waiting
-there. A function wrapped by `checked` therefore never raises: it notes what went wrong and returns infinities, which it
-allows no function to return otherwise. They reach every process with the rewards, at no cost while nothing fails, and
-every process raises the same error.
+TRL calls the reward functions and then gathers their rewards. If a function raises in one process, the others wait in
+that collective. So a function wrapped by `checked` never raises: it records what went wrong and returns infinities,
+which are not valid rewards. The gathered rewards carry them to every process at no extra cost, and every process raises
+the same error.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,25 +23,34 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 from .deadline import Deadline, OutOfTime
 
 
-SHOWN = 400  # characters of a text in an error
-SEARCH_SECONDS = 30.0  # for the sample on which a function raised
+MAX_SHOWN = 400  # characters of a value in an error message
+SEARCH_SECONDS = 30.0  # for finding the sample on which a function raised
 LARGEST = torch.finfo(torch.float32).max  # TRL's rewards are float32
 
 
 class RewardError(RuntimeError):
-    """A reward function or model failed; the message names it, the sample and its texts. Raised on every process."""
+    """Raised on every process when a reward function or model fails. Names the function, the prompt and completion."""
+
+
+@dataclass
+class Attempt:
+    """How one call of a reward function ended: with an output, an error, or its stack at the time limit."""
+
+    output: Any = None
+    error: BaseException | None = None
+    stack: str | None = None
 
 
 class CheckedReward:
     """
-    A reward function whose failures end the run on every process; see [`raise_failures`].
+    Call a reward function without ever raising; [`raise_failures`] ends the run later.
 
     Args:
         reward_func: function in TRL's reward-function signature.
-        timeout: seconds that a call may take; `None`: no limit.
+        timeout: seconds per call; `None` for no limit.
 
     Attributes:
-        failure: what went wrong in the last call, if anything: a text, and the exception if there was one.
+        failure: a message and the exception, if there was one; `None` if the last call succeeded.
     """
 
     def __init__(self, reward_func: Callable, timeout: float | None = None):
@@ -50,108 +60,95 @@ class CheckedReward:
         self.failure: tuple[str, BaseException | None] | None = None
 
     def __call__(self, **columns: Any) -> list[float | None]:
+        try:
+            self._score(columns).send(None)  # runs to its end, because `_attempt` has nothing to wait for
+        except StopIteration as finished:
+            return finished.value
+        raise AssertionError
+
+    async def _attempt(self, columns: dict[str, Any]) -> Attempt:
         deadline = self._deadline(columns)
         try:
             with deadline:
-                output = self._all(self.reward_func(**columns))
+                output = _evaluate(self.reward_func(**columns))
         except OutOfTime:
-            output = None
+            return Attempt(stack=deadline.stack)
         except (Exception, SystemExit) as error:
-            return self._raised(error, self._find(type(error), columns), columns)
-        return self._hung(deadline.stack, columns) if deadline.passed else self._values(output, columns)
+            return Attempt(error=error)
+        return Attempt(output, stack=deadline.stack if deadline.passed else None)
 
-    def _deadline(self, columns: dict[str, Any], raises: bool = True) -> Deadline:
-        def describe(stack: str) -> str:
-            self._hung(stack, columns)
-            assert self.failure
-            return f"{self.failure[0]}\nNothing could interrupt it: this process ends."
-
-        return Deadline(self.timeout, describe, raises)
-
-    @staticmethod
-    def _all(output: Any) -> Any:
-        """A generator has computed nothing yet."""
-        return list(output) if isinstance(output, Iterator) else output
-
-    def _find(self, kind: type[BaseException], columns: dict[str, Any]) -> int | None:
-        """The sample that raises such an error alone, if there is time to find one."""
-        for sample, alone in _one_by_one(columns):
-            try:
-                with self._deadline(alone):
-                    self._all(self.reward_func(**alone))
-            except OutOfTime:
-                return None
-            except (Exception, SystemExit) as error:
-                if type(error) is kind:
-                    return sample
-        return None
-
-    def _values(self, output: Any, columns: dict[str, Any]) -> list[float | None]:
-        """What the function returned as Python numbers, or infinities."""
+    async def _score(self, columns: dict[str, Any]) -> list[float | None]:
+        """Return the rewards, or infinities after a failure."""
         self.failure = None
-        size = _size(columns)
-        if isinstance(output, Mapping | Set | str | bytes):
-            what = f"returned a {type(output).__name__}, {_shown(output)}, instead of a list of {size} rewards in the "
-            return self._fail(what + "order of the completions", None, columns)
+        attempt = await self._attempt(columns)
+        if attempt.stack is not None:
+            return self._fail_in_time(attempt.stack, columns)
+        if attempt.error is None:
+            return self._check(attempt.output, columns)
+        failed = None
+        for sample, alone in _single_samples(columns):
+            if type((await self._attempt(alone)).error) is type(attempt.error):
+                failed = sample
+                break
+        what = f"raised {type(attempt.error).__name__}: {attempt.error}"
+        return self._fail(what, columns, failed, _format(attempt.error), attempt.error)
+
+    def _check(self, output: Any, columns: dict[str, Any]) -> list[float | None]:
+        size = _batch_size(columns)
         try:
-            values = list(output)
+            values = None if isinstance(output, Mapping | Set | str | bytes) else list(output)
         except TypeError:
-            what = f"returned {_shown(output)} instead of a list of {size} rewards, one per completion"
-            return self._fail(what, None, columns)
+            values = None
+        if values is None:
+            what = f"returned a {type(output).__name__}, {shorten(output)}, instead of a list of {size} rewards in the "
+            return self._fail(what + "order of the completions", columns)
         if len(values) != size:
-            what = f"returned {len(values)} rewards instead of {size}, one per completion"
-            return self._fail(what, None, columns)
+            return self._fail(f"returned {len(values)} rewards instead of {size}, one per completion", columns)
         rewards: list[float | None] = []
         for sample, value in enumerate(values):
             try:
-                rewards.append(None if value is None else _number(value))
+                rewards.append(None if value is None else _to_float(value))
             except (TypeError, ValueError) as error:
-                return self._fail(f"returned {_shown(value)}, {error}", sample, columns)
+                return self._fail(f"returned {shorten(value)}, {error}", columns, sample)
         return rewards
 
-    def _raised(self, error: BaseException, sample: int | None, columns: dict[str, Any]) -> list[float | None]:
-        trace = "".join(traceback.format_exception(error)).rstrip()
-        return self._fail(f"raised {type(error).__name__}: {error}", sample, columns, trace, error)
+    def _fail(self, what, columns, sample=None, details="", error=None) -> list[float | None]:
+        where = describe_sample(sample, columns["prompts"], columns["completions"]) if "prompts" in columns else ""
+        self.failure = "\n".join(filter(None, [f"Reward function {self.__name__!r} {what}.", where, details])), error
+        return [math.inf] * _batch_size(columns)
 
-    def _hung(self, stack: str, columns: dict[str, Any]) -> list[float | None]:
+    def _fail_in_time(self, stack: str, columns: dict[str, Any]) -> list[float | None]:
         what = f"did not return within reward_timeout = {self.timeout:g} s"
-        where = f"Where it was then (most recent call last):\n{stack}" if stack else ""
-        return self._fail(what, None, columns, where)
+        return self._fail(what, columns, details=stack and f"Its stack at that time (most recent call last):\n{stack}")
 
-    def _fail(self, what, sample, columns, trace: str = "", error: BaseException | None = None) -> list[float | None]:
-        texts = _texts(sample, columns["prompts"], columns["completions"]) if "prompts" in columns else ""
-        self.failure = "\n".join(filter(None, [f"Reward function {self.__name__!r} {what}.", texts, trace])), error
-        return [math.inf] * _size(columns)
+    def _deadline(self, columns: dict[str, Any], raises: bool = True) -> Deadline:
+        def describe(stack: str) -> str:
+            self._fail_in_time(stack, columns)
+            assert self.failure
+            return f"{self.failure[0]}\nNothing could interrupt it, so this process ends."
+
+        return Deadline(self.timeout, describe, raises)
 
 
 class AsyncCheckedReward(CheckedReward):
-    """The same for an `async` function, which stays one."""
+    """Do the same for an `async` function, which stays one."""
 
     async def __call__(self, **columns: Any) -> list[float | None]:  # type: ignore[override]
-        # An exception at the limit would hit whichever coroutine is running, so the time-out is asyncio's; the deadline
-        # ends the process if its event loop is blocked, or the function goes on when it is cancelled.
+        return await self._score(columns)
+
+    async def _attempt(self, columns: dict[str, Any]) -> Attempt:
+        # An exception raised by a signal would hit whichever coroutine is running, so asyncio limits the time. The
+        # deadline ends the process if the event loop is blocked or the function ignores its cancellation.
         deadline = self._deadline(columns, raises=False)
         try:
             with deadline:
                 async with asyncio.timeout(self.timeout) as limit:
-                    output = self._all(await self.reward_func(**columns))
+                    output = _evaluate(await self.reward_func(**columns))
         except (Exception, SystemExit, asyncio.CancelledError) as error:
-            if limit.expired():
-                stack = "".join(traceback.format_exception(error.__cause__ or error)).rstrip()
-                return self._hung(stack, columns)
-            return self._raised(error, await self._find(type(error), columns), columns)
-        return self._hung(deadline.stack, columns) if deadline.passed else self._values(output, columns)
-
-    async def _find(self, kind: type[BaseException], columns: dict[str, Any]) -> int | None:  # type: ignore[override]
-        for sample, alone in _one_by_one(columns):
-            try:
-                with self._deadline(alone, raises=False):
-                    async with asyncio.timeout(self.timeout):
-                        self._all(await self.reward_func(**alone))
-            except (Exception, SystemExit, asyncio.CancelledError) as error:
-                if type(error) is kind:
-                    return sample
-        return None
+            if not limit.expired():
+                return Attempt(error=error)
+            return Attempt(stack=_format(error.__cause__ or error))
+        return Attempt(output, stack=deadline.stack if deadline.passed else None)
 
 
 def checked(reward_func: Any, timeout: float | None = None) -> Any:
@@ -159,16 +156,16 @@ def checked(reward_func: Any, timeout: float | None = None) -> Any:
 
     A failure is an exception, a call that takes too long, a result that is not one reward per completion, or a reward
     that is neither `None` nor a finite number. A call that nothing can interrupt ends the process (see
-    [`~tic_grpo_trl.rewards.deadline`]). Which sample an exception belongs to is found by calling the function again,
-    with one sample at a time, without `log_extra` and `log_metric`, and for 30 s at most: the run is ending, and only
-    side effects of the function's own happen twice.
+    [`~tic_grpo_trl.rewards.deadline`]). To find the sample that raised, the function is called again with one sample at
+    a time, without `log_extra` and `log_metric`, for at most 30 s. The run is ending anyway, but the function's own
+    side effects can happen twice.
 
     Args:
         reward_func: function in TRL's reward-function signature, `async` or not, or a reward model.
-        timeout: seconds that a call of a function may take; `None`: no limit.
+        timeout: seconds per call of a function; `None` for no limit.
 
     Returns:
-        A callable of the same name and kind, which does not raise; a reward model as it is.
+        A callable of the same name and kind that does not raise. A reward model is returned unchanged.
     """
     if isinstance(reward_func, nn.Module | CheckedReward):
         return reward_func
@@ -177,56 +174,85 @@ def checked(reward_func: Any, timeout: float | None = None) -> Any:
 
 
 def raise_failures(reward_funcs: list, names: list[str], rewards: torch.Tensor, prompts: list, completions: list):
-    """Raise on every process what went wrong on any; called on all of them, with the same rewards.
+    """Raise the failures of all processes on every process. Call it on all of them, with the same rewards.
 
     Args:
-        reward_funcs: the functions, `checked`, and reward models; length F.
-        names: what TRL calls them, length F.
-        rewards: gathered from all processes in their order, (processes · B, F). NaN stands for a function's `None`.
-        prompts, completions: of this process, length B.
+        reward_funcs: (F,) checked functions and reward models.
+        names: (F,) TRL's names for them.
+        rewards: (processes · B, F) gathered in the order of the processes. NaN stands for a function's `None`.
+        prompts, completions: (B,) of this process.
 
     Raises:
-        RewardError: naming the function, the sample and its texts, and the process.
+        RewardError: names the process, the function, the prompt and the completion.
     """
-    wrong = rewards.isinf()
-    if not wrong.any():
+    invalid = rewards.isinf()
+    if not invalid.any():
         return
     state = PartialState()
     first = state.process_index * len(prompts)
-    own = wrong[first : first + len(prompts)].cpu()
+    own = invalid[first : first + len(prompts)].cpu()
     failures: list[tuple[str, BaseException | None]] = []
     for column in own.any(dim=0).nonzero().flatten().tolist():
         failure = getattr(reward_funcs[column], "failure", None)
         if failure is None:
             sample = int(own[:, column].nonzero()[0])
             value = float(rewards[first + sample, column])
-            failure = f"{names[column]!r} gave {value}.\n{_texts(sample, prompts, completions)}", None
+            failure = f"{names[column]!r} returned {value}.\n{describe_sample(sample, prompts, completions)}", None
         failures.append(failure)
     messages = [f"On process {state.process_index} of {state.num_processes}: {text}" for text, _ in failures]
     cause = next((error for _, error in failures if error is not None), None)
     raise RewardError("\n\n".join(gather_object(messages))) from cause
 
 
-def _number(value: Any) -> float:
+def shorten(value: Any) -> str:
+    """Return the `repr` of a value, with the middle left out if it is longer than `MAX_SHOWN`."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]} … {text[-MAX_SHOWN // 2 :]}"
+
+
+def describe_sample(index: int | None, prompts: list, completions: list) -> str:
+    """Return the lines of an error message that show a sample; `None` stands for the whole batch."""
+    shown = index or 0
+    where = f"Sample {shown} of {len(prompts)}" + (" (the first of the batch)" if index is None else "")
+    prompt, completion = (
+        shorten(text[-1].get("content") if isinstance(text, list) and text else text)  # a conversation's last message
+        for text in (prompts[shown], completions[shown])
+    )
+    return f"{where}\n  prompt: {prompt}\n  completion: {completion}"
+
+
+_shown, _texts = shorten, describe_sample
+
+
+def _format(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
+def _evaluate(output: Any) -> Any:
+    """Run a generator, which has computed nothing yet."""
+    return list(output) if isinstance(output, Iterator) else output
+
+
+def _to_float(value: Any) -> float:
     if isinstance(value, str | bytes):
-        raise TypeError("which is a text, not a number")
+        raise TypeError("which is a string, not a number")
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError("which is not a number") from error
     if not abs(number) <= LARGEST:
-        raise ValueError("which is not finite in float32; return None to leave a sample out")
+        raise ValueError("which is not finite in float32; return None to skip a sample")
     return number
 
 
-def _size(columns: dict[str, Any]) -> int:
-    """How many completions a call is about; an environment's own reward may be given the environments alone."""
+def _batch_size(columns: dict[str, Any]) -> int:
+    """Return the number of completions. TRL calls an environment's own reward with the environments alone."""
     return len(columns["prompts"] if "prompts" in columns else columns["environments"])
 
 
-def _one_by_one(columns: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The arguments of a call for each sample alone, until the time is up."""
-    size = _size(columns)
+def _single_samples(columns: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the arguments of a call for each sample alone, for at most `SEARCH_SECONDS`."""
+    size = _batch_size(columns)
     silent = {name: lambda *ignored: None for name in ("log_extra", "log_metric") if name in columns}
     until = time.monotonic() + SEARCH_SECONDS
     for sample in range(size):
@@ -237,19 +263,3 @@ def _one_by_one(columns: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]
             for name, column in columns.items()
         }
         yield sample, alone | silent
-
-
-def _texts(sample: int | None, prompts: list, completions: list) -> str:
-    shown = sample or 0
-    where = f"Sample {shown} of {len(prompts)}" + (", the batch's first" if sample is None else "")
-    return f"{where}\n  prompt: {_shown(_text(prompts[shown]))}\n  completion: {_shown(_text(completions[shown]))}"
-
-
-def _text(messages: Any) -> Any:
-    """Of a conversation, the last message's content."""
-    return messages[-1].get("content") if isinstance(messages, list) and messages else messages
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"

@@ -1,180 +1,144 @@
-"""Processes that compare answers, each of which may be killed over a single answer.
+"""Compare answers in separate processes, each of which can be killed without losing more than one answer.
 
-They are programs of their own, started by path: nothing is forked from a process with threads or CUDA, and the user's
-script, which may train without an `if __name__ == "__main__"`, is not imported again.
+The workers are started by path with `subprocess`. Nothing is forked from a process with threads or CUDA, and the user's
+script is not imported a second time, so it needs no `if __name__ == "__main__"`.
 """
 
 import json
 import os
-import selectors
+import socket
 import subprocess
 import sys
 import threading
-import time
 import weakref
-from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
 
 from .math_worker import READY
 
 
 WORKER = Path(__file__).with_name("math_worker.py")
-TIMEOUT, CRASH = "timeout", "crash"  # outcomes beside the worker's letters
+TIMEOUT, CRASH = "timeout", "crash"  # outcomes in addition to the worker's
 
-START_SECONDS = 120.0  # to import sympy from a busy file system
-MEMORY = 2 * 2**30  # bytes of address space of a process; sympy and an answer need about 0.3 GB
-MAX_JOBS = 50_000  # sympy's caches grow by about 1.5 MB per 1,000 answers
+START_SECONDS = 120.0  # importing sympy from a busy file system can be slow
+MEMORY = 2 * 2**30  # bytes of address space per worker; sympy and one answer need about 0.3 GB
+MAX_JOBS = 50_000  # comparisons per process: sympy's caches grow by about 1.5 MB per 1,000
+
+Job = tuple[str, str | None]
 
 
 class MathWorker:
-    """A process and what it is doing: starting, idle, or comparing one answer since a moment."""
+    """
+    Compare one answer at a time in a process, which is replaced after a timeout or a crash.
+
+    Args:
+        timeout: seconds per comparison.
+    """
 
     def __init__(self, timeout: float):
-        orphaned = str(int(timeout) + 5)
-        # -P: this folder holds a `code.py`, which must not hide Python's own.
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", str(WORKER), str(MEMORY), orphaned],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
-        )
-        self.jobs: Any = self.process.stdin
-        self.replies: Any = self.process.stdout
-        self.ready = False
-        self.job: int | None = None  # its number
-        self.done = 0
-        self.deadline: float | None = time.monotonic() + START_SECONDS
+        self.timeout = timeout
+        self.process: subprocess.Popen | None = None
+        self.jobs_done = 0
 
-    def give(self, number: int, job: tuple[str, str | None], timeout: float):
-        self.job, self.deadline = number, time.monotonic() + timeout
-        line = memoryview(json.dumps(job).encode() + b"\n")
-        try:
-            while line:
-                line = line[self.jobs.write(line) or 0 :]
-        except BrokenPipeError:
-            pass  # it has died; reading from it says so
+    def compare(self, job: Job) -> str:
+        """Return the worker's reply to a job, `TIMEOUT` or `CRASH`."""
+        if self.process is None or self.process.poll() is not None or self.jobs_done >= MAX_JOBS:
+            self._start()
+        self.jobs_done += 1
+        reply = self._receive(json.dumps(job), self.timeout)
+        if reply in (TIMEOUT, CRASH):
+            self.end()
+        return reply
 
     def end(self):
-        self.process.kill()
-        self.process.wait()
-        self.jobs.close()
-        self.replies.close()
+        """Kill the process."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.connection.close()
+
+    def _start(self):
+        self.end()
+        self.connection, theirs = socket.socketpair()
+        # a comparison that outlives this process kills its worker a little later; -P keeps this folder off sys.path
+        command = [sys.executable, "-P", str(WORKER), str(MEMORY), str(int(self.timeout) + 5)]
+        with theirs:
+            self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL)
+        self.jobs_done = 0
+        if (reply := self._receive("", START_SECONDS)) != READY:
+            self.connection.settimeout(1.0)
+            reason = reply
+            if reply not in (TIMEOUT, CRASH):  # the worker sends its traceback and exits
+                reason = "".join(iter(lambda: self.connection.recv(4096).decode(), ""))
+            self.end()
+            raise RuntimeError(f"A math worker did not start; check that `import math_verify` works: {reason}")
+
+    def _receive(self, line: str, timeout: float) -> str:
+        """Send a line, if there is one, and wait for one letter."""
+        try:
+            self.connection.sendall(line.encode() + b"\n" if line else b"")
+            self.connection.settimeout(timeout)
+            return self.connection.recv(1).decode() or CRASH
+        except TimeoutError:
+            return TIMEOUT
+        except OSError:
+            return CRASH
 
 
 class MathPool:
     """
-    Compares answers in processes that are started at the first use and shared by all later ones.
+    Compare answers in worker processes, which start at the first use and are reused by later calls.
 
     Args:
-        timeout: seconds that one comparison may take, from when a process begins with it.
-        size: processes at most.
+        timeout: seconds per comparison, from the moment a worker begins it.
+        size: maximum number of workers.
     """
 
     def __init__(self, timeout: float, size: int):
-        self.timeout, self.size = timeout, size
-        self.workers: list[MathWorker] = []
+        self.owner = os.getpid()  # a fork must not talk to the workers of its parent
+        self.workers = [MathWorker(timeout) for _ in range(size)]
         self._lock = threading.Lock()
-        self._owner = os.getpid()
-        # when this object goes, and when the interpreter ends
-        self._close = weakref.finalize(self, end_all, self.workers, self._owner)
+        weakref.finalize(self, end_workers, self.workers, self.owner)  # also runs when the interpreter exits
 
     def close(self):
-        """End all processes. The next use starts new ones."""
-        end_all(self.workers, self._owner)
+        """End all workers. The next use starts new ones."""
+        end_workers(self.workers, self.owner)
 
-    def run(self, jobs: Sequence[tuple[str, str | None]]) -> list[str]:
-        """Compare.
+    def run(self, jobs: Sequence[Job]) -> list[str]:
+        """Compare answers.
 
         Args:
-            jobs: (gold, answer) each; without an answer (`None`), whether gold can be parsed.
+            jobs: pairs of solution and answer. With an answer of `None`, the job is only to parse the solution.
 
         Returns:
             Per job one of the worker's `RIGHT`, `WRONG`, `NO_GOLD` and `FAILED`, or `TIMEOUT` or `CRASH`.
 
         Raises:
-            RuntimeError: if a process cannot be started.
+            RuntimeError: if a worker cannot be started.
         """
-        with self._lock:
-            self._leave_to_owner()
-            while len(self.workers) < min(self.size, len(jobs)):
-                self.workers.append(MathWorker(self.timeout))
+        free: SimpleQueue[MathWorker] = SimpleQueue()
+        for worker in self.workers:
+            free.put(worker)
+
+        def compare(job: Job) -> str:
+            worker = free.get()
             try:
-                return self._run(jobs)
+                return worker.compare(job)
             finally:
-                # after an error or Ctrl-C: a reply to this call must not be taken for one to the next
-                for worker in [worker for worker in self.workers if worker.job is not None]:
-                    worker.end()
-                    self.workers.remove(worker)
+                free.put(worker)
 
-    def _leave_to_owner(self):
-        """A fork of the process must not talk to processes that its parent talks to."""
-        if self._owner != os.getpid():
-            self._close.detach()
-            self.workers, self._owner = [], os.getpid()
-            self._close = weakref.finalize(self, end_all, self.workers, self._owner)
-
-    def _run(self, jobs: Sequence[tuple[str, str | None]]) -> list[str]:
-        outcomes = [""] * len(jobs)
-        waiting = deque(range(len(jobs)))
-        with selectors.DefaultSelector() as selector:
-
-            def replace(worker: MathWorker):
-                selector.unregister(worker.replies)
-                worker.end()
-                new = self.workers[self.workers.index(worker)] = MathWorker(self.timeout)
-                selector.register(new.replies, selectors.EVENT_READ, new)
-
-            def serve(worker: MathWorker):
-                worker.job = worker.deadline = None
-                if not waiting:
-                    return
-                if worker.done >= MAX_JOBS or worker.process.poll() is not None:
-                    return replace(worker)
-                number = waiting.popleft()
-                worker.give(number, jobs[number], self.timeout)
-
-            for worker in self.workers:
-                selector.register(worker.replies, selectors.EVENT_READ, worker)
-            for worker in [worker for worker in self.workers if worker.ready]:
-                serve(worker)
-            while not all(outcomes):
-                deadlines = [worker.deadline for worker in self.workers if worker.deadline is not None]
-                for key, _ in selector.select(max(0.0, min(deadlines) - time.monotonic())):
-                    worker = key.data
-                    reply = os.read(worker.replies.fileno(), 1).decode()
-                    if not worker.ready:
-                        if reply != READY:
-                            raise RuntimeError(self._why_not_started(worker))
-                        worker.ready = True
-                        serve(worker)
-                    elif worker.job is not None:
-                        outcomes[worker.job] = reply or CRASH
-                        worker.done += 1
-                        serve(worker) if reply else replace(worker)
-                    else:  # it has died idle
-                        replace(worker)
-                now = time.monotonic()
-                for worker in [w for w in self.workers if w.deadline is not None and w.deadline < now]:
-                    if worker.job is None:
-                        raise RuntimeError(self._why_not_started(worker))
-                    outcomes[worker.job] = TIMEOUT
-                    replace(worker)
-        return outcomes
-
-    def _why_not_started(self, worker: MathWorker) -> str:
-        worker.process.kill()
-        reason = worker.replies.read().decode().strip() or f"exit status {worker.process.wait()}"
-        self.workers.remove(worker)
-        worker.end()
-        return f"A process that compares answers did not start; does `import math_verify` work? {reason}"
+        with self._lock, ThreadPoolExecutor(len(self.workers)) as threads:
+            try:
+                return list(threads.map(compare, jobs))
+            except BaseException:  # Ctrl-C or a reward timeout: do not wait for the comparisons under way
+                self.close()
+                raise
 
 
-def end_all(workers: list[MathWorker], owner: int):
-    """End what the process `owner` has started."""
+def end_workers(workers: list[MathWorker], owner: int):
+    """End the workers, unless this process is a fork of the one that started them."""
     if os.getpid() == owner:
         for worker in workers:
             worker.end()
-        workers.clear()

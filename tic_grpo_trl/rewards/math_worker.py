@@ -1,8 +1,7 @@
-"""A process that compares answers with math-verify: a line of JSON in, one letter out.
+"""Compare answers with math-verify: read one line of JSON, write one letter.
 
-[`~tic_grpo_trl.rewards.math_pool.MathPool`] runs this file as a script, so that the process holds sympy and nothing of
-the training, and kills it where a comparison takes too long: math-verify's own timeouts are off here, because a signal
-handler cannot interrupt the arithmetic of long integers.
+`math_pool` runs this file as a script, so the process loads sympy but not torch, and kills it when a comparison takes
+too long. math-verify's own timeouts are off: a signal handler cannot interrupt arithmetic on long integers.
 """
 
 import json
@@ -11,14 +10,15 @@ import resource
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from functools import lru_cache
 
 
 READY, RIGHT, WRONG, NO_GOLD, FAILED = "+10g!"
 
 
-def make_judge():
-    """A function of (gold, answer) that returns one of the letters above."""
+def make_compare() -> Callable[[str, str | None], str]:
+    """Return a function of (solution, answer) that returns `RIGHT`, `WRONG`, or `NO_GOLD` for an unusable solution."""
     import logging
 
     from latex2sympy2_extended import NormalizationConfig
@@ -32,43 +32,42 @@ def make_judge():
         LatexExtractionConfig(boxed_match_priority=0, normalization_config=rules, try_extract_without_anchor=False)
     ]
 
-    def parsed(text: str) -> list:
-        # In a box the whole text is one expression; math-verify would look for a number in plain text.
+    def parse_all(text: str) -> list:
+        # In a box the whole text is one expression. In plain text math-verify would look for any number.
         return parse(
             rf"\boxed{{{text}}}", extraction_config=extraction, extraction_mode="first_match", parsing_timeout=None
         )
 
     @lru_cache(maxsize=1024)
-    def parsed_gold(text: str) -> list:
-        found = parsed(text)
+    def parse_gold(text: str) -> list:
+        found = parse_all(text)
         return [] if not found or isinstance(found[0], str) else found  # a string is what could not be parsed
 
-    def judge(gold: str, answer: str | None) -> str:
-        expected = parsed_gold(gold)
+    def compare(gold: str, answer: str | None) -> str:
+        expected = parse_gold(gold)
         if not expected:
             return NO_GOLD
-        # gold first: verify is not symmetric
-        right = answer is None or verify(expected, parsed(answer), timeout_seconds=None)
+        # the solution goes first: verify is not symmetric
+        right = answer is None or verify(expected, parse_all(answer), timeout_seconds=None)
         return RIGHT if right else WRONG
 
-    return judge
+    return compare
 
 
 def main(memory: int, seconds: int):
-    """Serve until the other end closes.
+    """Serve comparisons until the other end closes the connection.
 
     Args:
         memory: address space of this process in bytes.
-        seconds: a comparison that takes longer ends this process, even where no one is left to kill it.
+        seconds: a longer comparison ends this process, even if no parent is left to kill it.
     """
-    # What the libraries print must not get between the replies.
     replies = os.dup(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that owns this one
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # keep what libraries print out of the replies
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     try:
-        judge = make_judge()
-        judge("1", "1")  # what the first comparison loads
+        compare = make_compare()
+        compare("1", "1")  # load what the first comparison would load
     except Exception:
         os.write(replies, (FAILED + traceback.format_exc()).encode())
         return
@@ -77,7 +76,7 @@ def main(memory: int, seconds: int):
     for line in sys.stdin.buffer:
         signal.alarm(seconds)
         try:
-            reply = judge(*json.loads(line))
+            reply = compare(*json.loads(line))
         except Exception:
             reply = FAILED
         signal.alarm(0)
