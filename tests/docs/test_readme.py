@@ -1,89 +1,113 @@
-"""The README's commands and arithmetic: accelerate and the script know every flag, and every batch is the papers'."""
+"""The commands and code of the README and the docs: every flag is known, every file exists, and the example trains."""
 
 import re
 import shlex
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from conftest import CPU
 from launching import ROOT
 from trl import ModelConfig, TrlParser
 
+import tic_grpo_trl
+from tic_grpo_trl import TICGRPOConfig
 from tic_grpo_trl.dry_run.plan import plan_for
+from tic_grpo_trl.evaluation import EvaluationConfig
+from tic_grpo_trl.evaluation.lighteval_runs import LightevalConfig
 from tic_grpo_trl.rollout.schedule import RolloutSchedule
+from tic_grpo_trl.scripts.evaluate import TableArguments
 from tic_grpo_trl.scripts.train import TrainArguments
 
 
-README = (ROOT / "README.md").read_text()
-SCRIPT = "tic_grpo_trl.scripts.train"
+PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))]
+TRAIN = "tic_grpo_trl.scripts.train"
+EVALUATE = {
+    "tic_grpo_trl.scripts.evaluate": (TableArguments, EvaluationConfig),
+    "tic_grpo_trl.scripts.evaluate_lighteval": (LightevalConfig,),
+}
+# What a reader replaces
+PLACEHOLDERS = {
+    "<address of the first node>": "10.0.0.1",
+    "RECIPE.yaml": "examples/recipes/starter.yaml",
+    "my_run.yaml": "examples/recipes/starter.yaml",
+    "…": "",
+}
 
 
-def commands():
-    """The lines of all shell blocks that launch the script, without placeholders and comments."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [
-        line.replace("…", "").replace("<address of the first node>", "10.0.0.1") for line in lines if SCRIPT in line
+def commands(module: str, pages=PAGES) -> list[str]:
+    """Commands that run a module, from all shell blocks; not the template with CONFIG and FLAGS."""
+    blocks = [
+        block for page in pages for block in re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     ]
+    text = "\n".join(blocks).replace("\\\n", " ")
+    for placeholder, value in PLACEHOLDERS.items():
+        text = text.replace(placeholder, value)
+    lines = [line for line in text.splitlines() if re.search(rf"-m {module}\s", line) and "CONFIG" not in line]
+    return list(dict.fromkeys(lines))
 
 
-# not the template with CONFIG, FLAGS and RECIPE
-LAUNCHED = [line for line in commands() if "CONFIG" not in line]
-
-
-def parsed(line):
-    """accelerate's arguments and the script's, the latter as its dry run reads them: no GPU is needed."""
+def parsed(line: str):
+    """accelerate's arguments, if it launches the script, and the script's, read as a dry run: no GPU is needed."""
     words = shlex.split(line, comments=True)
-    words = words[words.index("launch") + 1 :]
-    at = words.index(SCRIPT)
-    launch = launch_command_parser().parse_args(words[: at + 1])
-    topology = ["--accelerate_config", launch.config_file]
-    topology += ["--num_processes", str(launch.num_processes)] if launch.num_processes else []
-    flags = [*words[at + 1 :], *topology]
+    at = words.index(TRAIN)
+    flags, launch = words[at + 1 :], None
+    if "launch" in words:
+        launch = launch_command_parser().parse_args(words[words.index("launch") + 1 : at + 1])
+        flags += ["--accelerate_config", launch.config_file]
+        flags += ["--num_processes", str(launch.num_processes)] if launch.num_processes else []
     classes = (TrainArguments, plan_for(flags, {}), ModelConfig)
     return launch, TrlParser(classes).parse_args_and_config(flags)
 
 
-def test_there_are_commands_for_every_scale():
-    assert len(LAUNCHED) >= 5
-    configs = {re.search(r"accelerate_configs/(\w+)\.yaml", line).group(1) for line in LAUNCHED}
-    assert configs >= {"single_gpu", "zero2", "zero3", "zero3_two_nodes"}
-
-
-@pytest.mark.parametrize("line", LAUNCHED)
-def test_commands_are_known_to_accelerate_and_the_script(line, monkeypatch):
+@pytest.mark.parametrize("line", commands(TRAIN))
+def test_training_commands_are_known_to_accelerate_and_the_script(line, monkeypatch):
     monkeypatch.chdir(ROOT)
-    launch, (_, training, _) = parsed(line)
-    assert (ROOT / launch.config_file).exists()
-    assert training.steps_per_generation == 4 * training.gradient_accumulation_steps  # K
+    launch, _ = parsed(line)
+    assert launch is None or (ROOT / launch.config_file).exists()
+
+
+@pytest.mark.parametrize(("module", "line"), [(module, line) for module in EVALUATE for line in commands(module)])
+def test_evaluation_commands_are_known_to_the_script(module, line):
+    words = shlex.split(line, comments=True)
+    TrlParser(EVALUATE[module]).parse_args_and_config(words[words.index(module) + 1 :])
 
 
 def test_a_mistyped_flag_is_noticed():
     with pytest.raises(ValueError, match="not used"):
-        parsed(f"accelerate launch {SCRIPT} --steps_per_rollout 4")
+        parsed(f"accelerate launch --config_file accelerate_configs/cpu.yaml -m {TRAIN} --steps_per_rollout 4")
 
 
-def test_batches_are_the_papers():
-    rows = re.findall(r"^\| (\d+) \| (\d+) \| (\d+) \| (\d+) \|", README, re.MULTILINE)
-    assert [int(row[0]) for row in rows] == [1, 8, 16]
-    for gpus, rows_per_pass, accumulation, steps in (map(int, row) for row in rows):
-        share = rows_per_pass * accumulation
-        assert share * gpus == 32 * 16  # responses of an update
-        assert steps / accumulation == 128 / 32  # K
-        assert share % 16 == 0  # whole groups
+PAPERS = [line for line in commands(TRAIN) if "recipes/qwen3_1.7b_h200" in line or "recipes/qwen3_8b_2nodes" in line]
+TRAINING = [line for line in PAPERS if "--dry_run" not in line]
 
 
-PAPERS = [line for line in LAUNCHED if "recipes/qwen3_1.7b_h200" in line or "recipes/qwen3_8b_2nodes" in line]
-
-
-@pytest.mark.parametrize("line", PAPERS)
+@pytest.mark.parametrize("line", TRAINING)
 def test_commands_for_gpus_have_the_papers_batches(line, monkeypatch):
     monkeypatch.chdir(ROOT)
     _, (_, training, _) = parsed(line)
-    batches = RolloutSchedule.of(training, training.topology.processes)
-    assert (batches.update_responses, batches.prompts, batches.updates) == (512, 128, 4)
-    assert batches.update_responses // batches.processes % 16 == 0  # a process's share holds whole groups
+    schedule = RolloutSchedule.of(training, training.topology.processes)
+    assert (schedule.update_responses, schedule.prompts, schedule.updates) == (512, 128, 4)
+    assert schedule.update_responses // schedule.processes % 16 == 0  # a process's share holds complete groups
     assert (training.max_completion_length, training.learning_rate, training.num_train_epochs) == (18_000, 1e-6, 1)
 
 
-def test_the_papers_run_is_shown_at_every_scale():
-    assert {parsed(line)[1][1].topology.processes for line in PAPERS} == {1, 4, 8, 16}
+def test_the_papers_run_is_shown_at_every_scale(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert {parsed(line)[1][1].topology.processes for line in TRAINING} == {1, 4, 8, 16}
+
+
+def test_the_example_trains(tmp_path, monkeypatch):
+    """As printed, but for fewer updates and the settings of this machine."""
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    monkeypatch.setattr(tic_grpo_trl, "TICGRPOConfig", lambda *args, **fields: TICGRPOConfig(*args, **fields | SHORT))
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    trainer = names["trainer"]
+    assert trainer.state.global_step == SHORT["max_steps"]
+    assert trainer.reward_func_names == ["correct"]
+    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    assert 0 < max(rewards) < 1
+
+
+SHORT = {"max_steps": 4, "logging_steps": 1, "disable_tqdm": True, "save_strategy": "no", **CPU}
