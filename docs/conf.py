@@ -1,7 +1,7 @@
-"""Settings of the documentation's site: `sphinx-build -W --keep-going -n docs docs/_build/html`.
+"""Configure the documentation's site: `sphinx-build -W --keep-going -n docs docs/_build/html`.
 
-Nothing is fetched while it is built or read: equations become MathML here, style sheets and scripts are copied in, and
-notebooks keep the outputs that they were committed with.
+Building and reading the site needs no network: equations are converted to MathML, style sheets and scripts are copied,
+and notebooks keep their committed outputs.
 """
 
 import os
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 
-# the site's extension, and research/
+# for site_extension and research/
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,17 +32,17 @@ html_css_files = ["site.css"]
 html_math_renderer = "mathml"
 
 myst_enable_extensions = ["dollarmath"]
-myst_heading_anchors = 4  # GitHub's own anchors, so that a link works in both places
+myst_heading_anchors = 4  # the same anchors as GitHub's, so that links work in both places
 nb_execution_mode = "off"
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True, "show-inheritance": True, "ignore-module-all": True}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 default_role = "code"
-# What other libraries define is named, not linked: their inventories would have to be downloaded.
+# Names of other libraries are not linked, because their inventories would have to be downloaded.
 nitpick_ignore_regex = [(r"py:class", r".*"), (r"py:obj", r"(typing|trl|transformers|torch|datasets|accelerate)\..*")]
 
 linkcheck_timeout = 20

@@ -1,5 +1,6 @@
-"""What the site needs beyond its theme: links into the repository, equations without a script, Markdown docstrings."""
+"""Extend Sphinx with links into the repository, equations without JavaScript, Markdown docstrings and API pages."""
 
+import ast
 import html
 import inspect
 import os
@@ -20,49 +21,51 @@ logger = logging.getLogger(__name__)
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 PACKAGE = ROOT / "tic_grpo_trl"
+RESEARCH = ROOT / "research"
 NOTEBOOKS = ROOT / "examples" / "notebooks"
 
-# Pages whose text is a file of the repository's root.
-PAGES_OF_ROOT = {"overview": "README.md", "changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md"}
+# Pages that show a file of the repository's root
+PAGES_OF_ROOT = {"index": "README.md", "changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md"}
+TOCTREE = re.compile(r"^```\{toctree\}.*?^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(?<=\]\()([^()\s#:]+)((?:#[^()\s]*)?)(?=\))")
 
 
 def target_on_site(path: Path, anchor: str) -> str | None:
-    """Where a link to a file of the repository leads on the site.
+    """Find the page of the site that shows a file of the repository.
 
     Args:
-        path: the file, absolute.
-        anchor: of a heading, with its `#`, or empty.
+        path: absolute path of the file.
+        anchor: anchor of a heading with its `#`, or an empty string.
 
     Returns:
-        A path from the root of the documentation; `None` for a file that has no page and is copied into the site.
+        A path from the root of the documentation, or `None` if the file has no page and is copied into the site.
     """
     for page, name in PAGES_OF_ROOT.items():
         if path == ROOT / name:
             return f"/{page}.md{anchor}"
     if path.is_relative_to(NOTEBOOKS):
         return f"/notebooks/{path.name}{anchor}"
-    if path.is_relative_to(PACKAGE) and (path.suffix == ".py" or path.is_dir()):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        return f"/api/{parts[0]}.md" if parts and (DOCS / "api" / f"{parts[0]}.md").exists() else "/api/index.md"
+    if path.is_relative_to(PACKAGE) or path.is_relative_to(RESEARCH):
+        page = api_page(path.relative_to(ROOT).with_suffix("").parts)
+        return f"/api/{page}.md" if (DOCS / "api" / f"{page}.md").exists() else "/api/index.md"
     if path.is_relative_to(DOCS):
         return f"/{path.relative_to(DOCS).as_posix()}{anchor}"
     return None
 
 
 def read_source(app: Sphinx, docname: str, content: list[str]) -> None:
-    """Make relative links, which are GitHub's, those of the site."""
+    """Replace links between files of the repository, which work on GitHub, by links between pages of the site."""
     source = Path(app.env.doc2path(docname)).resolve()
     if docname in PAGES_OF_ROOT:
         source = ROOT / PAGES_OF_ROOT[docname]
-        content[0] = source.read_text(encoding="utf-8")
+        content[0] = "\n\n".join([source.read_text(encoding="utf-8"), *TOCTREE.findall(content[0])])
     elif source.parent == DOCS / "notebooks":
         source = NOTEBOOKS / source.name
 
     def rewritten(match: re.Match) -> str:
         path = (source.parent / match[1]).resolve()
         if not path.exists():
-            return match[0]  # for Sphinx to complain about
+            return match[0]  # Sphinx warns of it
         if path.is_dir() and (path / "README.md").exists():
             path = path / "README.md"
         target = target_on_site(path, match[2])
@@ -72,42 +75,41 @@ def read_source(app: Sphinx, docname: str, content: list[str]) -> None:
 
 
 def mathml(node, as_block: bool) -> str:
-    """An equation as MathML, by docutils; what that does not know is a warning that names the place."""
+    """Convert an equation to MathML with docutils, or warn and show its source."""
     try:
         math = tex2mathml(node.astext(), as_block=as_block)
     except MathError as error:
         logger.warning("%s In: %s", error, node.astext(), location=node)
         return f"<code>{html.escape(node.astext())}</code>"
-    # browsers leave no space between a function and its argument
+    # browsers put no space between a function and its argument
     return re.sub(r"(<mo>&ApplyFunction;</mo>)(?!\s*<mo[^>]*>[(\[])", r'\1<mspace width="0.17em"/>', math)
 
 
 def visit_math(self, node) -> None:
-    """Inline equations."""
+    """Write an inline equation."""
     self.body.append(mathml(node, as_block=False))
     raise nodes.SkipNode
 
 
 def visit_math_block(self, node) -> None:
-    """Displayed equations, in a box that scrolls where a screen is narrower."""
+    """Write a displayed equation in a box that scrolls on a narrow screen."""
     self.body.append(f'<div class="equation">{mathml(node, as_block=True)}</div>\n')
     raise nodes.SkipNode
 
 
 def markdown_to_rst(lines: list[str], module: str) -> list[str]:
-    """The little Markdown of this package's docstrings as reStructuredText.
+    """Convert the Markdown of this package's docstrings to reStructuredText.
 
     Args:
-        lines: of a docstring.
-        module: that it is in, for the names that it mentions.
+        lines: lines of a docstring.
+        module: name of its module, in which references are looked up.
 
     Returns:
-        The lines with code spans, references in brackets and tables in the other syntax, and with what is only a
-        character here and markup there escaped.
+        The lines with code spans, references, equations and tables converted, and other special characters escaped.
     """
     result: list[str] = []
     table: list[list[str]] = []
-    after = ""  # the last line that was not blank
+    after = ""  # the last line that is not blank
     for line in [*lines, ""]:
         text = line.lstrip()
         if text.startswith("| "):
@@ -130,7 +132,7 @@ SPAN = re.compile(
 
 
 def spans(text: str, module: str) -> str:
-    """Code spans and references of a docstring; a span may go on in the next line."""
+    """Convert code spans and references, which may extend over two lines."""
     pieces = SPAN.split(text)
     for i, piece in enumerate(pieces):
         if reference := REFERENCE.fullmatch(piece):
@@ -147,7 +149,7 @@ def spans(text: str, module: str) -> str:
 
 
 def reference_to(short: str, name: str, module: str) -> str:
-    """A link to a name of the package where it is defined; only its name where that is data, which has no entry."""
+    """Link a name to its definition, or only print it if it is data, which has no entry in the API pages."""
     found = (pydoc.locate(prefix + name) for prefix in (f"{module}.", "tic_grpo_trl.", ""))
     target = next((target for target in found if target is not None), None)
     title = name.rpartition(".")[2] if short else name
@@ -162,13 +164,13 @@ def reference_to(short: str, name: str, module: str) -> str:
 
 
 def displayed_math(match: re.Match) -> str:
-    """An equation between double dollars as a directive; nothing in it is markup."""
+    """Convert an equation between double dollars to a directive."""
     indent, equation = match[1], " ".join(match[2].split())
     return f"{indent}.. math:: {equation}"
 
 
 def list_table(rows: list[list[str]]) -> list[str]:
-    """Rows of (indentation, cell, …), the first one the heading, as a `list-table`."""
+    """Convert rows of (indentation, cell, …), of which the first is the heading, to a `list-table`."""
     if not rows:
         return []
     indent = rows[0][0]
@@ -180,32 +182,50 @@ def list_table(rows: list[list[str]]) -> list[str]:
 
 
 def read_docstring(app: Sphinx, what: str, name: str, obj, options, lines: list[str]) -> None:
-    """Convert a docstring before napoleon reads its sections."""
+    """Convert a docstring before napoleon parses its sections."""
     lines[:] = markdown_to_rst(lines, name if what == "module" else getattr(obj, "__module__", None) or "tic_grpo_trl")
 
 
+def api_page(parts: tuple[str, ...]) -> str:
+    """Name the API page of a module, given as the parts of its path: one page per room of a package."""
+    return ".".join(parts[:2]) if parts[0] == RESEARCH.name else "".join(parts[1:2])
+
+
+def purpose(path: Path) -> str:
+    """Read the first sentence of a module's docstring."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return " ".join(docstring.partition("\n\n")[0].split())
+
+
 def write_api_pages() -> None:
-    """Write one page for each room of the package and of `research/`, with an entry for each of its modules."""
+    """Write a page for each room of the package and of `research/`, with an entry for each module, and an index."""
     folder = DOCS / "api"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    pages: dict[str, list[str]] = {}
-    for package in (PACKAGE, ROOT / "research"):
-        for path in sorted(package.rglob("*.py")):
-            parts = path.relative_to(ROOT).with_suffix("").parts
-            module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-            if parts[-1] != "__main__" and path.parent.name != "runner" and module.count("."):
-                pages.setdefault(module.split(".")[1], []).append(module)
+    pages: dict[str, dict[str, Path]] = {}
+    for path in [*sorted(PACKAGE.rglob("*.py")), *sorted(RESEARCH.rglob("*.py"))]:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if path.parent in (PACKAGE, RESEARCH) and parts[-1] in ("__init__", "version"):
+            continue
+        if parts[-1] != "__main__" and "runner" not in parts:
+            module = ".".join(part for part in parts if part != "__init__")
+            pages.setdefault(api_page(parts), {})[module] = path
     for page, modules in pages.items():
-        entries = [f"## `{module}`\n\n```{{eval-rst}}\n.. automodule:: {module}\n```\n" for module in modules]
-        (folder / f"{page}.md").write_text("\n".join([f"# {modules[0].rpartition('.')[2]}\n", *entries]))
-    text = "Public names of the package, from their docstrings; `[source]` beside each leads to the code."
-    listed = "\n".join(["```{toctree}", ":maxdepth: 1", "", *pages, "```"])
-    (folder / "index.md").write_text(f"# API reference\n\n{text}\n\n{listed}\n")
+        title, *_ = modules
+        entries = [f"```{{eval-rst}}\n.. automodule:: {module}\n```\n" for module in modules]
+        if len(modules) > 1:
+            entries = [f"## {module}\n\n{entry}" for module, entry in zip(modules, entries, strict=True)]
+        (folder / f"{page}.md").write_text("\n".join([f"# {title}\n", *entries]))
+    rows = [
+        f"| [`{next(iter(each))}`]({page}.md) | {purpose(next(iter(each.values())))} |" for page, each in pages.items()
+    ]
+    toctree = "\n".join(["```{toctree}", ":hidden:", "", *pages, "```"])
+    table = "\n".join(["| module | contents |", "|---|---|", *rows])
+    (folder / "index.md").write_text(f"# API reference\n\n{table}\n\n{toctree}\n")
 
 
 def setup(app: Sphinx) -> dict:
-    """Register everything above, write the reference, and copy the notebooks to where Sphinx reads pages."""
+    """Register the functions above, write the API pages, and copy the notebooks into the documentation's folder."""
     write_api_pages()
     folder = DOCS / "notebooks"
     shutil.rmtree(folder, ignore_errors=True)
