@@ -23,7 +23,7 @@ SMALL = Qwen3Config(
 @pytest.mark.parametrize(
     ("problem", "raised", "says"),
     [
-        (DatasetNotFoundError("no access"), FileNotFoundError, "or one that needs a login .*consent .*no access"),
+        (DatasetNotFoundError("no access"), FileNotFoundError, "it needs a login .*consent .*no access"),
         (ValueError("Config name is missing: a, b"), ValueError, "cannot load 'someone/sums' .*missing: a, b.*config"),
     ],
 )
