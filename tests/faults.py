@@ -142,15 +142,15 @@ def edit_rollouts(trainer, edit):
 
 def edit_scores(trainer, edit):
     """Let `edit(logps, marked)` change log-probabilities of the reference; `marked`: (B,) bool."""
-    score = trainer._score
+    score = trainer.packed_forward.score
 
     def edited(inputs, batch_size=None, model=None):
-        logps = score(inputs, batch_size, model)
+        output = score(inputs, batch_size, model)
         if model is trainer.ref_model:
-            edit(logps, (inputs["completion_ids"] == MARK).any(dim=1))
-        return logps
+            edit(output.logps, (inputs["completion_ids"] == MARK).any(dim=1))
+        return output
 
-    trainer._score = edited
+    trainer.packed_forward.score = edited
 
 
 def without_marked(trainer, masked=False):
@@ -164,29 +164,28 @@ def without_marked(trainer, masked=False):
 
 def spoil_losses(trainer, updates, value=NAN):
     """Add a constant to the loss of these updates (from 1): the gradients stay fine."""
-    compute = trainer._compute_loss
+    close = trainer.guard.close_loss
 
-    def spoiled(model, inputs):
-        loss = compute(model, inputs)
-        return loss + value if trainer.state.global_step + 1 in updates else loss
+    def spoiled(loss, *args):
+        return close(loss + value if trainer.state.global_step + 1 in updates else loss, *args)
 
-    trainer._compute_loss = spoiled
+    trainer.guard.close_loss = spoiled
 
 
 def spoil_gradients(trainer, updates, value=NAN):
     """Make a number bad on the way back, in these updates: losses and log-probabilities stay fine."""
-    forward = trainer._forward
+    forward = trainer.packed_forward._pass
 
     def add(gradient):
         return gradient + value
 
     def spoiled(*args, **kwargs):
-        outputs = forward(*args, **kwargs)
-        if outputs[0].requires_grad and trainer.state.global_step + 1 in updates:
-            outputs[0].register_hook(add)
-        return outputs
+        output = forward(*args, **kwargs)
+        if output.logps.requires_grad and trainer.state.global_step + 1 in updates:
+            output.logps.register_hook(add)
+        return output
 
-    trainer._forward = spoiled
+    trainer.packed_forward._pass = spoiled
 
 
 class Judge(nn.Module):

@@ -153,7 +153,7 @@ def count_forwards(trainer) -> list[int]:
     """A list that the number of forward passes is added up in, those of a reference model included."""
     count = [0]
     if isinstance(trainer, TICGRPOTrainer):
-        assert trainer.layout  # which takes a few of its own, once
+        assert trainer.packed_forward.choose_layout()  # which takes a few of its own, once
 
     def add(*args):
         count[0] += 1
@@ -228,15 +228,21 @@ def with_vllm_correction(mode, low=None, high=3.0):
         """Make TRL correct for the log-probabilities of a `rollout_func`, as it does for those of vLLM."""
         trainer.use_vllm, trainer._last_loaded_step = True, -1
         trainer.vllm_generation = SimpleNamespace(sync_weights=lambda: None)
-        trainer.vllm_importance_sampling_mode = mode
-        trainer.vllm_importance_sampling_clip_min, trainer.vllm_importance_sampling_clip_max = low, high
+        for settings in (trainer, trainer.args):
+            settings.vllm_importance_sampling_mode = mode
+            settings.vllm_importance_sampling_clip_min, settings.vllm_importance_sampling_clip_max = low, high
+        if isinstance(trainer, TICGRPOTrainer):
+            trainer.args.use_vllm = trainer.scorer.corrects = True
 
     return prepare
 
 
 def with_reference(trainer, beta=0.1):
     """Let a copy of the policy be the reference: TRL would load it, and not every model can be saved."""
-    trainer.beta, trainer.ref_model = beta, copy.deepcopy(trainer.model)
+    trainer.beta = trainer.args.beta = beta
+    trainer.ref_model = copy.deepcopy(trainer.model)
+    if isinstance(trainer, TICGRPOTrainer):
+        trainer.guard.only_advantages = False
 
 
 def own_logprobs(drift):

@@ -63,7 +63,7 @@ def test_the_trainers_loss_and_gradient_are_the_formulas(trainer_of, algorithm):
     @searched(2)
     @given(micro_batches(), st.sampled_from([0.0, 1e4, -1e4]), st.data())
     def search(inputs, far, data):
-        if trainer._anchored:  # where TRL computes the weight itself, its own limits hold
+        if trainer.args.is_anchored:  # where TRL computes the weight itself, its own limits hold
             place = data.draw(st.integers(0, len(inputs["advantages"]) - 1))
             inputs["old_per_token_logps"][place, 0] -= far
         model = tiny_model()
@@ -103,7 +103,7 @@ def test_what_must_not_change_the_trainers_loss_does_not(trainer_of, algorithm):
 
         order = random.sample(range(len(inputs["advantages"])), len(inputs["advantages"]))
         check({name: value[order] if value.dim() else value for name, value in inputs.items()})
-        garbage = torch.nan if trainer._anchored else 5.0
+        garbage = torch.nan if trainer.args.is_anchored else 5.0
         filling = {"prompt_ids": 1, "completion_ids": 2, "tool_mask": 1, "old_per_token_logps": garbage}
         check(
             {
@@ -114,7 +114,7 @@ def test_what_must_not_change_the_trainers_loss_does_not(trainer_of, algorithm):
             }
         )
         check({"advantages": inputs["advantages"] * factor}, factor)
-        if ARM_RULES[algorithm].level != "sequence" or trainer._anchored:
+        if ARM_RULES[algorithm].level != "sequence" or trainer.args.is_anchored:
             per_token = inputs["advantages"].unsqueeze(1).expand_as(inputs["completion_mask"])
             check({"advantages": per_token.contiguous()})
 
@@ -135,9 +135,9 @@ def test_identical_policies_have_the_ratio_1_exactly(trainer_of, algorithm):
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         with torch.no_grad():
             old, *_ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attention, mask.size(1))
-        trainer._ratio_steps["train"].clear()
+        trainer.ratios._closed["train"].clear()
         _, scored = loss_and_gradients(trainer, inputs | {"old_per_token_logps": old})
-        ((_, rows),) = trainer._ratio_steps["train"]
+        ((_, rows),) = trainer.ratios._closed["train"]
         assert not rows[:, 1].any()  # R
         assert all(torch.equal(scored[name], gradients[name]) for name in gradients)
 

@@ -453,19 +453,19 @@ def test_partition_by_prompt_can_be_turned_off(tmp_path):
     [
         (
             {"per_device_train_batch_size": 2, "steps_per_generation": 4},
-            "per_device_train_batch_size * gradient_accumulation_steps * number of processes = 2 is not a multiple of "
+            "per_device_train_batch_size * gradient_accumulation_steps * number of processes = 2 is not divisible by "
             "num_generations = 4",
         ),
         (
             {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 3},
-            "steps_per_generation = 3 is not a multiple of gradient_accumulation_steps = 2",
+            "steps_per_generation = 3 is not divisible by gradient_accumulation_steps = 2",
         ),
     ],
 )
 def test_where_groups_do_not_fit_it_says_so_and_shuffles_responses(tmp_path, caplog, config, obstacle):
     trainer = make_trainer(tmp_path, **config)
     (message,) = [r.getMessage() for r in caplog.records if "partition_by_prompt" in r.getMessage()]
-    assert message.endswith(f"responses are shuffled across mini-batches, splitting groups: {obstacle}.")
+    assert message.endswith(f"responses are shuffled across mini-batches, which splits groups: {obstacle}.")
     trainer.train()
     assert trainer.state.global_step == 4
 
@@ -669,7 +669,7 @@ def test_evaluation_logs_its_own_ratios(tmp_path):
     trainer = make_trainer(tmp_path, steps_per_generation=2, per_device_eval_batch_size=4)
     metrics = trainer.evaluate()
     assert "eval_reward" in metrics
-    assert trainer._buffered_inputs is None  # evaluation does not touch the training rollout
+    assert trainer.current_rollout.micro_batches is None  # evaluation does not touch the training rollout
     logged = trainer.state.log_history[-1]
     assert logged["eval_trajectory_ratio/ess"] == pytest.approx(1.0, abs=1e-6)
     assert not any("inner_" in name for name in logged)
@@ -687,7 +687,7 @@ def test_passes_of_an_evaluation_are_no_larger_than_those_of_training(tmp_path):
                 passes.append(kwargs["input_ids"].numel())
 
         trainer.model.register_forward_pre_hook(note, with_kwargs=True)
-        assert trainer.layout  # makes passes of its own
+        assert trainer.packed_forward.choose_layout()  # makes passes of its own
         passes.clear()
         torch.manual_seed(3)
         metrics = trainer.evaluate() | trainer.state.log_history[-1]
@@ -719,6 +719,6 @@ def test_ratio_metrics_read_nothing_from_the_device_in_the_loss_path(tmp_path, m
             patch.setattr(torch.Tensor, name, refuse)
         for sync in (False, True):
             trainer.accelerator.gradient_state._set_sync_gradients(sync)
-            trainer._anchor(logp, dict(inputs))
+            trainer.weighted_loss._weight(logp, dict(inputs), trainer.schedule.at(0), None)
             assert len(gathered) == sync
     assert gathered[0].shape == (8, 9)

@@ -174,9 +174,9 @@ def measure(model: PreTrainedModel, folder: Path) -> Measured:
     def prepare(trainer):
         """Look at the log-probabilities of both before anything is trained."""
         count_forwards(trainer)
-        found.layout = trainer.layout
+        found.layout = trainer.packed_forward.choose_layout()
         inputs = padded(output)
-        found.alone = difference_to_alone(trainer.model, trainer._score(inputs, 2), output)
+        found.alone = difference_to_alone(trainer.model, trainer.packed_forward.score(inputs, 2).logps, output)
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         with torch.no_grad():

@@ -1,51 +1,55 @@
 """TICGRPOTrainer: GRPOTrainer with trajectory-level importance correction.
 
-Kept from TRL: generation, rewards, advantages, the whole loss (KL, entropy bonus, off-policy mask, tool mask, vLLM
-correction, MoE loss, length normalisers), metrics, saving. Changed: between the forward pass and the loss, the old
-log-probabilities are *anchored*, so that the parent's token-level ratio of every token has the value and the gradient
-that the algorithm asks for (see `objective.anchored_old_logps`). Added: metrics of the trajectory ratio.
+Generation, rewards, advantages, the loss and its normalisers, metrics and saving are TRL's. Between forward pass and
+loss, the old log-probabilities are *anchored*, so that TRL's ratio of every token has the value and the gradient of
+the algorithm's weight (see `objective.anchored_old_logps`).
+
+Every method of TRL or transformers that is changed is overridden here, once. Its body names the collaborators in the
+order in which they act.
 """
 
 import inspect
-import math
 import textwrap
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
+from torch import nn
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
-from trl.trainer.utils import get_config_model_id
+from trl.trainer.utils import get_config_model_id, split_pixel_values_by_grid
 
+from .checkpoint.changed_settings import settings_to_remember
+from .checkpoint.manager import CheckpointManager
+from .checkpoint.run_state import DataPosition, LoopState, ReferenceModel
+from .checkpoint.storage import load_renamed
 from .config import TICGRPOConfig
 from .data.sources import is_hub_id
+from .forward.packed_forward import PackedForward
+from .loss.importance_weight import overridden
+from .loss.weighted_loss import WeightedLoss
+from .metrics.completions import CompletionsTable
 from .metrics.model_card import complete_card
 from .metrics.progress import DISPLAYS, SettingsCallback
-from .metrics.ratios import mean_sampler_ratio, merge_steps, ratio_statistics
-from .objective import anchored_old_logps, clip_log_weight, log_importance_weight, token_log_ratio
+from .metrics.ratio_metrics import RatioMetrics
+from .metrics.update_metrics import UpdateMetrics
 from .rewards.failures import checked, raise_failures
-from .rollout.responses import loss_mask
-from .safety.ratio_probe import RatioProbe, disable_attention_dropout
-from .safety.update_guard import SafeUpdateTrainer
-from .validation.inputs import (
-    check_ids,
-    check_inputs,
-    check_kinds,
-    check_loaded,
-    checked_rollout,
-    naming_refused_prompt,
-)
+from .rollout.batcher import Batcher, options_that_fix_micro_batches
+from .rollout.current_rollout import CurrentRollout
+from .rollout.schedule import RolloutSchedule
+from .rollout.scoring import Scorer, check_behaviour_policy
+from .safety.ratio_probe import RatioProbe
+from .safety.reports import NumberReports
+from .safety.reward_guard import RewardGuard
+from .safety.update_guard import UpdateGuard
+from .validation import inputs as validation
 
 
-logger = get_logger(__name__)
-
-METRIC_PREFIX = "trajectory_ratio"
-
-
-class TICGRPOTrainer(SafeUpdateTrainer):
+class TICGRPOTrainer(GRPOTrainer):
     """
-    Trainer for TIC-GRPO (arXiv 2508.02833) and the papers' baselines and ablations, a drop-in for
+    Train with TIC-GRPO (arXiv 2508.02833) or one of the papers' baselines and ablations; a drop-in for
     [`~trl.GRPOTrainer`].
 
     Args:
@@ -54,29 +58,22 @@ class TICGRPOTrainer(SafeUpdateTrainer):
         args ([`TICGRPOConfig`], *optional*):
             Configuration. If not given, one is built with the model's name.
 
-    Metrics of the trajectory ratio w' = P_θ/P_old of the responses that were trained on (not those that
-    `skip_zero_advantage` left out), before any cap and over all processes, are logged under `trajectory_ratio/` for
-    every algorithm, and per inner step k = 1 … K under `trajectory_ratio/inner_<k>/`; names and units are those of
-    [`~tic_grpo_trl.metrics.ratios.ratio_metrics`]. TRL's `clip_ratio/*` are logged only for the algorithms whose weight
-    TRL computes itself, because it would see the other algorithms' weights after the cap.
-
-    Where the rollouts come with the sampler's log-probabilities (vLLM, or a `rollout_func`), `sampling/mean_ratio` is
-    the geometric mean of P_old/P_sampler per token, measured on what is trained on; 1 % away from 1 a warning says that
-    the engine's weights are stale. With `log_completions` the table has a column `trajectory_ratio`: w' of each
-    response as of its latest update, empty before and for those left out.
-
-    Settings that make the ratio meaningless are warned of once in a run, each with what it does measured on the first
-    rollout, see [`~tic_grpo_trl.safety.ratio_probe.RatioProbe`].
-
-    A reward function that raises, or returns anything but one finite number or `None` per completion, ends training on
-    every process with a [`~tic_grpo_trl.rewards.RewardError`] that names it, the sample and its texts.
+    Metrics of the trajectory ratio w' = P_θ/P_old, before any cap and over all processes, are logged under
+    `trajectory_ratio/`, and per inner step k = 1 … K under `trajectory_ratio/inner_<k>/`. They describe the responses
+    that were trained on; names and units are those of [`~tic_grpo_trl.metrics.ratios.ratio_metrics`]. TRL's
+    `clip_ratio/*` are logged only for algorithms whose weight TRL computes itself. Where rollouts come with the
+    sampler's log-probabilities (vLLM, or a `rollout_func`), `sampling/mean_ratio` is the geometric mean of
+    P_old/P_sampler per token, and a warning says that the engine's weights are stale if it is not within 1 % of 1.
 
     Raises:
         TypeError: if `args` is not a [`TICGRPOConfig`].
-        ValueError: if dropout is active although the weight is a product over the response.
+        ValueError: naming the option and the fix, if settings, data, model or tokenizer can't be trained with.
+        RewardError, NonFiniteError: on every process, while training: if a reward function fails, or after
+            `max_non_finite_steps` updates in a row with NaN or infinite numbers.
     """
 
     model: PreTrainedModel
+    args: TICGRPOConfig
 
     _tag_names = ["trl", "grpo", "tic-grpo"]
     _name = "TIC-GRPO"
@@ -104,220 +101,249 @@ class TICGRPOTrainer(SafeUpdateTrainer):
                 "TICGRPOConfig(...); it takes the same fields."
             )
         given = inspect.signature(GRPOTrainer).bind(model, reward_funcs, args, *positional, **kwargs).arguments
-        check_inputs(**given)
+        validation.check_inputs(**given)
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
-        check_loaded(self)
-        self.rollout_func = checked_rollout(self.rollout_func)
+        validation.check_loaded(self)
+        check_behaviour_policy(self)
+        self._build()
+        self.rollout_func = validation.checked_rollout(self.rollout_func)
         self.reward_funcs = [checked(function, args.reward_timeout) for function in self.reward_funcs]
-        dropout = disable_attention_dropout(self.model, args.disable_dropout)
-        if dropout and args.importance_sampling_level == "trajectory":
-            raise ValueError(
-                f"Dropout is active in {len(dropout)} modules (first: {dropout[0]}), which makes the trajectory ratio "
-                "noise that grows with the response length: set disable_dropout=True (the default), or lora_dropout=0 "
-                "and the model's own dropout to 0."
-            )
-        self._guards = RatioProbe(self, dropout)
-
-        self._level = str(args.importance_sampling_level)
-        self._clip = args.clip
-        self._anchored = args.is_anchored
-        if self._anchored:
-            # The weights reach the parent already bounded, so its own clip must not act again.
-            self.epsilon_low, self.epsilon_high = 1.0, math.inf
-        self._loss_inputs: dict[str, Any] | None = None  # set while the parent computes a loss
-        self._ratio_rows: list[torch.Tensor] = []  # of the current accumulation window, local
-        self._ratio_steps: dict[str, list] = {"train": [], "eval": []}  # (k, rows) per step, of all processes
-        # For `log_completions`: the responses in the table so far, and (their numbers, R) in the current window, local
-        self._samples = 0
-        self._sample_ratios: list[tuple[torch.Tensor, torch.Tensor]] = []
-
         for shown in [type(callback) for callback in self.callback_handler.callbacks if type(callback) in DISPLAYS]:
             self.remove_callback(shown)
             self.add_callback(DISPLAYS[shown])
         self.add_callback(SettingsCallback())
-        if not self._has_old_policy and self._level == "trajectory" and args.behaviour_policy == "trainer":
-            logger.warning(
-                "K = 1: no rollout serves a second update, so the policy is the one that sampled, every ratio is 1 and "
-                f"TIC-GRPO has nothing to correct. For K = 4 set steps_per_generation="
-                f"{4 * args.gradient_accumulation_steps} (mini-batches of a larger rollout) or num_iterations=4 (the "
-                "same rollout four times)."
-            )
+        self.add_callback(self.position)
+
+    def _build(self):
+        """Build the collaborators, each with what it needs of this trainer."""
+        args, accelerator, pad = self.args, self.accelerator, self._tokenizer.pad_token_id
+        pad_to_multiple_of: Any = self.pad_to_multiple_of
+
+        def policy() -> PreTrainedModel:
+            return self.model
+
+        self.schedule = schedule = RolloutSchedule.of(args, accelerator.num_processes)
+        self.current_rollout = rollout = CurrentRollout()
+        forward_of_trl, checks_head = super()._get_per_token_logps_and_entropies, not self.is_deepspeed_enabled
+        self.packed_forward = forward = PackedForward(
+            args, accelerator, policy, pad, self.temperature, pad_to_multiple_of, forward_of_trl, checks_head
+        )
+        fixed_by = options_that_fix_micro_batches(self)
+        self.batcher = Batcher(schedule, args, accelerator, pad, lambda: forward.layout, fixed_by)
+        self.scorer = scorer = Scorer(args, schedule, accelerator, forward, policy, lambda: self.ref_model)
+
+        reports = NumberReports(accelerator, self._tokenizer, lambda: self.state.global_step)
+        models = [column for column, function in enumerate(self.reward_funcs) if isinstance(function, nn.Module)]
+        self.reward_guard = RewardGuard(accelerator, reports, self.reward_func_names, self.reward_weights, models)
+        reads_entropies = self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0
+        only_advantages = self.beta == 0.0 and not self._entropy_bonus_enabled and not self.aux_loss_enabled
+        self.guard = guard = UpdateGuard(
+            args, schedule, rollout, accelerator, reports, pad, only_advantages, reads_entropies
+        )
+        compares = schedule.has_old_policy or args.behaviour_policy == "sampler"
+        self.probe = RatioProbe(args, accelerator, policy, forward, pad, self.temperature, compares)
+
+        self.ratios = ratios = RatioMetrics(accelerator, removes_clip_ratios=args.is_anchored)
+        self.completions_table = table = CompletionsTable(accelerator, lambda: self._logs, self.log_completions)
+        self.update_metrics = updates = UpdateMetrics(accelerator, schedule)
+        self.weighted_loss = WeightedLoss(args, schedule, accelerator, forward, scorer, guard, ratios, updates, table)
+
+        self.position, self.loop_state = DataPosition(self), LoopState(self)
+        kept: dict[str, Any] = {"loop": self.loop_state, "guard": guard, "ratios": ratios, "completions": table}
+        settings = partial(settings_to_remember, args, accelerator.num_processes, self.train_dataset)
+        reference = ReferenceModel.of(self)
+        self.checkpoints = CheckpointManager(
+            args, accelerator, policy, settings, self.position, rollout, kept, reference
+        )
+
+    # The rollout
 
     def _tokenize_prompts(self, prompts):
-        check_kinds("a batch", prompts)
-        alone = [] if self.environment_factories else prompts  # with environments only a whole batch is taken
-        with naming_refused_prompt(super()._tokenize_prompts, alone):
+        validation.check_kinds("a batch", prompts)
+        alone = [] if self.environment_factories else prompts  # environments take whole batches only
+        with validation.naming_refused_prompt(super()._tokenize_prompts, alone):
             tokenized = super()._tokenize_prompts(prompts)
-        check_ids(self, tokenized[0], prompts.__getitem__)
+        validation.check_ids(self, tokenized[0], prompts.__getitem__)
         return tokenized
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         completion_ids, logps = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        check_ids(self, completion_ids, lambda index: self._tokenizer.decode(prompt_ids[index]), "response")
+        validation.check_ids(self, completion_ids, lambda index: self._tokenizer.decode(prompt_ids[index]), "response")
         return completion_ids, logps
-
-    def _generate_and_score_completions(self, inputs):
-        rollout = super()._generate_and_score_completions(inputs)
-        if self.model.training:
-            self._guards.check_rollout(rollout)
-        if self.log_completions:
-            sizes = self._of_all([len(inputs)]).flatten()
-            first = self._samples + int(sizes[: self.accelerator.process_index].sum())
-            self._samples += int(sizes.sum())
-            rollout["sample"] = torch.arange(first, first + len(inputs), device=self.accelerator.device)
-            self._sample_column.extend([None] * int(sizes.sum()))
-        return rollout
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        generations: Any = self.num_generations if self.model.training else self.num_generations_eval
+        rewards = self.reward_guard.check(rewards, generations, prompts, completions)
         raise_failures(self.reward_funcs, self.reward_func_names, rewards, prompts, completions)
         return rewards  # (B of all processes, functions)
 
+    def _generate_and_score_completions(self, inputs):
+        self.packed_forward.choose_layout()
+        no_scores = {"_get_per_token_logps_and_entropies": lambda *args, **kwargs: (None, None, None)}
+        with overridden(self, **no_scores, vllm_importance_sampling_correction=False):
+            rollout = super()._generate_and_score_completions(inputs)  # the micro-batches that train are scored instead
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        self.scorer.check_sampler_logps(rollout, metrics)
+        if self.model.training:
+            self.reward_guard.mark(rollout)
+            self.probe.check_rollout(rollout, metrics, is_new=self.state.global_step == 0)
+        else:
+            self.scorer.score([rollout], metrics)
+        self.completions_table.add_responses(rollout, len(inputs))
+        return rollout
+
+    def _prepare_inputs(self, generation_batch):
+        if isinstance(generation_batch, dict):  # a micro-batch, which `training_step` has prepared
+            return generation_batch
+        if not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        position = self.schedule.at(self._step)
+        if position.first or self.current_rollout.micro_batches is None:
+            self._start_rollout(generation_batch)
+        return self.current_rollout.at(position)
+
+    def _start_rollout(self, generation_batch):
+        """Generate a rollout, and prepare the micro-batches of all its updates."""
+        generated = split_pixel_values_by_grid(self._generate_and_score_completions(generation_batch))
+        rollout = self.batcher.partition(generated)
+        dropped = self.guard.drop_from_rollout(rollout)
+        micro_batches = self.batcher.cut(rollout)
+        self.scorer.score(micro_batches, self._metrics["train"], self.update_metrics.count)
+        self.current_rollout.start(micro_batches, self.guard.drop_from_micro_batches(micro_batches, dropped))
+        self.update_metrics.count_trl_passes(self.scorer.passes_of_trl())
+
+    # Steps
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        position = self.schedule.at(self._step)
+        model.train()
+        if self._step < self.current_rollout.skip_until:
+            self.guard.skip_micro_batch()
+            loss = self._advance_without_loss()
+        else:
+            start = time.perf_counter()
+            micro_batch = self._prepare_inputs(inputs)
+            self._current_train_step_time += time.perf_counter() - start
+            if micro_batch is None:  # nothing to compute on any process; never the last micro-batch of an update
+                self.update_metrics.count_trl_passes(1)
+                loss = self._advance_without_loss()
+            else:
+                loss = super().training_step(model, micro_batch, num_items_in_batch)
+            loss = self.guard.close_micro_batch(loss, position.micro_batch)
+        if position.last:
+            self.current_rollout.micro_batches = None
+        return loss
+
+    def _advance_without_loss(self) -> torch.Tensor:
+        self._step += 1
+        if self._step % self.current_gradient_accumulation_steps == 0:
+            self._metrics["train"]["step_time"].append(self._current_train_step_time)
+            self._current_train_step_time = 0.0
+        return torch.zeros((), device=self.accelerator.device)
+
     def _compute_loss(self, model, inputs):
-        # The parent reads the old log-probabilities from this copy after its forward pass; the buffered rollout that
-        # `inputs` belongs to keeps the real ones.
-        self._loss_inputs = dict(inputs)
-        # `delta` is part of the weight already; the parent would apply it to A > 0 as well.
-        delta = self.args.delta
-        if self._anchored:
-            self.args.delta = None
-            self.importance_sampling_level = self._parent_level(inputs)
-        try:
-            loss = super()._compute_loss(model, self._loss_inputs)
-            if self._anchored and self._loss_inputs.get("old_per_token_logps") is inputs.get("old_per_token_logps"):
-                raise RuntimeError("This TRL version computes its loss in another way: install trl>=1.16,<1.17.")
-            return loss
-        finally:
-            self.args.delta = delta
-            self._loss_inputs = None
-
-    def _parent_level(self, inputs: dict[str, Any]) -> str:
-        """The parent's level at which anchoring costs least.
-
-        One weight per response gives the same loss and gradient at its sequence level, the mean of the anchored
-        log-ratios times the number of tokens, as long as nothing else in the loss differs between tokens.
-        """
-        correction = inputs.get("importance_sampling_ratio")  # (B, 1) or (B, T)
-        per_response = (
-            self._level != "token"
-            and inputs["advantages"].dim() == 1
-            and self.beta == 0.0
-            and self.top_entropy_quantile == 1.0
-            and (correction is None or correction.size(1) == 1)
-        )
-        return "sequence" if per_response else "token"
+        loss_of_trl = partial(super()._compute_loss, model)
+        if not self.model.training:
+            return self.weighted_loss.evaluate(self, loss_of_trl, inputs)
+        metrics, window = self._metrics["train"], self.current_gradient_accumulation_steps
+        return self.weighted_loss.train(self, loss_of_trl, inputs, self._step, metrics, window)
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
-        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-        if self._loss_inputs is not None:
-            self._anchor(logps, self._loss_inputs)
-        return logps, entropies, aux_loss
+        output = self.weighted_loss.forward_pass(model, *args, **kwargs)
+        return output.logps, output.entropies, output.aux_loss
 
-    def _anchor(self, per_token_logps: torch.Tensor, inputs: dict[str, Any]):
-        """Note the ratios of this micro-batch and, where the algorithm needs it, anchor its old log-probabilities."""
-        mask = loss_mask(inputs)  # (B, T)
-        old_per_token_logps = inputs.get("old_per_token_logps")  # (B, T), None: on-policy
-        log_ratio = token_log_ratio(per_token_logps, old_per_token_logps, mask)  # (B, T)
-        log_weight = log_importance_weight(log_ratio, mask, self._level)  # (B, 1) or (B, T)
-        clipped = clip_log_weight(log_weight, inputs["advantages"], mask, self._clip)
-        sampler_log_ratio = self._sampler_log_ratio(per_token_logps, inputs)
-        self._ratio_rows.append(ratio_statistics(log_ratio, clipped, inputs["advantages"], mask, sampler_log_ratio))
-        if "sample" in inputs:
-            samples = torch.where(mask.any(dim=1), inputs["sample"], -1)
-            self._sample_ratios.append((samples, log_ratio.sum(dim=1)))
-        if self._anchored:
-            # The off-policy mask measures the drift from the real behaviour policy, not from the anchor.
-            if old_per_token_logps is None:
-                old_per_token_logps = per_token_logps.detach()
-            inputs.setdefault("sampling_per_token_logps", old_per_token_logps)
-            inputs["old_per_token_logps"] = anchored_old_logps(per_token_logps, clipped)
-        if self.accelerator.sync_gradients or not self.model.training:
-            self._close_ratio_window()
+    def _clip_grad_norm(self, model):
+        return torch.zeros(()) if self.guard.is_idle else super()._clip_grad_norm(model)
 
-    def _sampler_log_ratio(self, per_token_logps: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor | None:
-        """(B, T) log P_old − log P_sampler, NaN where the sampler gave none; `None` where it is not known."""
-        sampler = inputs.get("sampling_per_token_logps")
-        if sampler is None or not self.model.training:
-            return None
-        old = inputs.get("old_per_token_logps") if self.args.behaviour_policy == "trainer" else None
-        if old is not None:
-            return old - sampler
-        first_update = self._step % self._rollout_steps < self.args.gradient_accumulation_steps
-        return per_token_logps.detach() - sampler if first_update and self._starts_on_policy else None
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = 0.0 if self.guard.is_idle else super()._get_grad_norm(model, grad_norm)
+        return self.guard.close_update(norm, model, self._metrics["train"], self.current_gradient_accumulation_steps)
 
-    def _close_ratio_window(self):
-        """Gather the rows of one optimizer step (or evaluation batch); nothing is read from the device here."""
-        rows = self.accelerator.gather(torch.cat(self._ratio_rows))
-        self._ratio_rows.clear()
-        if self._sample_ratios:
-            self._show_sample_ratios()
-        if not self.model.training:
-            self._ratio_steps["eval"].append((None, rows))
-            return
-        window = self.current_gradient_accumulation_steps
-        self._heed_ess(rows)
-        k = self._step % self._rollout_steps // window + 1 if self._rollout_steps > window else None
-        self._ratio_steps["train"].append((k, rows))
-
-    @property
-    def _sample_column(self) -> Any:
-        """A column of the table beside TRL's own; like these it keeps the last `generation_batch_size` responses."""
-        logs: Any = self._logs
-        return logs["extra"]["trajectory_ratio"]
-
-    def _show_sample_ratios(self):
-        """Put the ratios of this window into the table of `log_completions`."""
-        columns = (torch.cat(column) for column in zip(*self._sample_ratios, strict=True))
-        samples, log_ratios = (self.accelerator.gather(column).tolist() for column in columns)
-        self._sample_ratios.clear()
-        shown = self._sample_column
-        first = self._samples - len(shown)
-        for sample, log_ratio in zip(samples, log_ratios, strict=True):
-            if sample >= first:
-                shown[sample - first] = float(f"{math.exp(min(log_ratio, 700.0)):.4g}")
+    # What is logged
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        metrics = self._metrics[mode]
-        steps = self._ratio_steps[mode]
-        if steps and (ratio := mean_sampler_ratio(steps)) is not None:
-            metrics["sampling/mean_ratio"].append(ratio)
-            self._guards.check_sampler(ratio)
-        for name, value in merge_steps(steps).items():
-            metrics[f"{METRIC_PREFIX}/{name}"].append(value)
-        steps.clear()
-        if self._anchored:
-            for name in [name for name in metrics if name.startswith("clip_ratio/")]:
-                del metrics[name]
+        self.probe.check_sampler(self.ratios.log(mode, self._metrics[mode]))
+        if "train_loss" in logs:
+            logs["train_loss"] = self.loop_state.mean_loss()
         super().log(logs, start_time)
-        if self.log_completions and self.accelerator.is_main_process:
-            self._rotate_tables()
-
-    def _rotate_tables(self):
-        """Delete the oldest tables of `log_completions`; those that a resumed run will write again do not count."""
-        limit = self.args.completions_total_limit
-        if limit is None:
-            return
-        folder = Path(str(self.args.output_dir), "completions")
-        tables = {int(path.stem.split("_")[1]): path for path in folder.glob("completions_*.parquet")}
-        for step in sorted(step for step in tables if step <= self.state.global_step)[:-limit]:
-            tables[step].unlink()
+        folder, limit = Path(str(self.args.output_dir)), self.args.completions_total_limit
+        self.completions_table.rotate(folder, limit, self.state.global_step)
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, **kwargs) -> None:  # type: ignore[override]
         folder = Path(str(self.args.output_dir))
         on_hub = dataset_name if dataset_name and is_hub_id(dataset_name) else None
         super().create_model_card(model_name or folder.name, on_hub, **kwargs)
-        if not self.is_world_process_zero():
-            return
-        path = folder / "README.md"
-        card = complete_card(
-            path.read_text(),
-            self.args,
-            self.state.log_history,
-            self.accelerator.num_processes,
-            self.reward_func_names,
-            dataset_name,
-            base_model="/".join(Path(get_config_model_id(self.model.config)).parts[-2:]) or "unnamed",
-            model=folder.name,
+        if self.is_world_process_zero():
+            base = "/".join(Path(get_config_model_id(self.model.config)).parts[-2:]) or "unnamed"
+            run = self.args, self.state.log_history, self.accelerator.num_processes, self.reward_func_names
+            path = folder / "README.md"
+            path.write_text(complete_card(path.read_text(), *run, dataset_name, base_model=base, model=folder.name))
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial) -> str:
+        return self.checkpoints.output_dir(super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model, trial):
+        with self.checkpoints.saving(self._get_output_dir(trial), self.state) as save:
+            super()._save_checkpoint(model, trial)
+        if save.pushes:
+            self._push_from_checkpoint(str(save.target))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.checkpoints.save is not None:  # a checkpoint is pushed when it is complete
+            self.checkpoints.save.pushes = True
+        else:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """Train as transformers does; [`~tic_grpo_trl.checkpoint.manager.CheckpointManager.choose`] says what
+        `resume_from_checkpoint` may be and which errors it raises."""
+        return super().train(self.checkpoints.choose(resume_from_checkpoint), *args, **kwargs)
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
+        position = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
         )
-        path.write_text(card)
+        self.loop_state.loss_from_step = self.state.global_step
+        return position if checkpoint is None else self.checkpoints.read(Path(checkpoint), position)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.is_fsdp_enabled or not load_renamed(Path(resume_from_checkpoint), self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        wrapped = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if wrapped or not load_renamed(Path(str(self.state.best_model_checkpoint)), self.model):
+            super()._load_best_model()
+
+    def _get_train_sampler(self, dataset=None):
+        self.position.sampler = super()._get_train_sampler(dataset)
+        return self.position.sampler
+
+    def _run_epoch(self, **loop):  # type: ignore[override]  # transformers names all arguments
+        self.packed_forward.choose_layout()
+        resumes = loop["resume_from_checkpoint"] is not None and loop["epoch"] == loop["epochs_trained"]
+        if resumes:
+            self.position.skip_to(loop["epoch"], loop["steps_trained_in_current_epoch"])
+            self.checkpoints.restore(Path(loop["resume_from_checkpoint"]))
+        if resumes and self.position.is_at_end(loop["steps_in_epoch"]):
+            self.loop_state.finish_epoch(self.position, loop)
+        else:
+            self.position.begin_epoch(loop["epoch"], resumes)
+            super()._run_epoch(**loop)
+
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
+        if skip_scheduler and self.state.global_step > 0:
+            return {}  # `eval_on_start` of a resumed run
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, epoch, ignore_keys, start, learning_rate=None):
+        self.loop_state.grad_norm, self.loop_state.learning_rate = grad_norm, learning_rate
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, ignore_keys, start, learning_rate)
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        output = super()._finalize_training(trial, num_train_samples, start_time)
+        return output._replace(training_loss=output.metrics["train_loss"])

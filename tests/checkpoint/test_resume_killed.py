@@ -124,7 +124,7 @@ def test_a_process_killed_while_it_draws_a_bar_takes_no_lock_along(jobs, whole, 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "tic_grpo_state_0.pt"])
 def test_a_checkpoint_that_was_cut_is_refused(jobs, whole, tmp_path, name):
-    """By its name, with the one to take instead; with `true` it is passed over."""
+    """By its name, with the one to take instead; with `true` it is skipped."""
     expected, _ = whole("full")
     shutil.copytree(expected, tmp_path / "run")
     cut = tmp_path / "run/checkpoint-16" / name
@@ -132,10 +132,10 @@ def test_a_checkpoint_that_was_cut_is_refused(jobs, whole, tmp_path, name):
     flags = [*flags_of("full"), "--output_dir", tmp_path / "run"]
     refused = jobs.start(*flags, "--resume_from_checkpoint", cut.parent)
     assert refused.wait() != [0]
-    assert f"ValueError: Checkpoint {cut.parent} cannot be resumed from: {name} " in refused.log()
+    assert f"ValueError: Cannot resume from checkpoint {cut.parent}: {name} " in refused.log()
     assert f"resume_from_checkpoint='{tmp_path}/run/checkpoint-15'" in refused.log()
     if name == "optimizer.pt":
         passed_over = jobs.start(*flags, "--resume_from_checkpoint", "true")
         assert passed_over.wait() == [0], passed_over.log()
-        assert f"Checkpoint {cut.parent} is passed over: optimizer.pt has" in passed_over.log()
+        assert f"Skipping checkpoint {cut.parent}: optimizer.pt has" in passed_over.log()
         assert_same_run(tmp_path / "run", expected)

@@ -153,7 +153,7 @@ def test_dead_rows_and_micro_batches_with_nothing_to_compute(tmp_path):
     class Keep(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):
             name = f"checkpoint-{state.global_step}/tic_grpo_state_0.pt"
-            saved.append(torch.load(f"{args.output_dir}/{name}", weights_only=True)["_buffered_inputs"])
+            saved.append(torch.load(f"{args.output_dir}/{name}", weights_only=True)["rollout"]["micro_batches"])
 
     def prepare(trainer):
         trainer.add_callback(Keep())

@@ -2,6 +2,7 @@
 by name."""
 
 import json
+import logging
 import os
 import shutil
 from collections import defaultdict, deque
@@ -98,10 +99,12 @@ def test_manifest_lists_every_file_and_what_the_rollout_was_made_with(whole):
     assert names(whole) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
 
 
-def test_size_is_reported(tmp_path, messages):
+def test_size_is_reported_at_debug_level(tmp_path, caplog):
+    caplog.set_level(logging.DEBUG, logger="tic_grpo_trl")
     trainer_in(tmp_path, max_steps=1).train()
-    (said,) = [text for text in messages() if "State of the run" in text]
-    assert f"{(tmp_path / 'checkpoint-1/tic_grpo_state_0.pt').stat().st_size:,} bytes" in said
+    (record,) = [record for record in caplog.records if "resume state" in record.getMessage()]
+    assert record.levelno == logging.DEBUG
+    assert f"{(tmp_path / 'checkpoint-1/tic_grpo_state_0.pt').stat().st_size / 1000:.1f} kB" in record.getMessage()
 
 
 class Died(BaseException):
@@ -277,12 +280,12 @@ def test_damaged_checkpoint_is_refused_by_name_and_passed_over(run_dir, messages
     harm(last)
     trainer = trainer_in(run_dir)
     initial = weights(trainer)
-    with pytest.raises(ValueError, match=f"{last} cannot be resumed from: {said}") as refused:
+    with pytest.raises(ValueError, match=f"Cannot resume from checkpoint {last}: {said}") as refused:
         trainer.train(resume_from_checkpoint=str(last))
     assert f"resume_from_checkpoint='{before}'" in str(refused.value)
     assert same(weights(trainer), initial)
-    assert trainer._newest_checkpoint() == before
-    (warning,) = [text for text in messages() if "passed over" in text]
+    assert trainer.checkpoints._newest() == before
+    (warning,) = [text for text in messages() if "Skipping checkpoint" in text]
     assert str(last) in warning
 
 
@@ -410,30 +413,30 @@ def resumed(run_dir, step, **config):
 
 def test_settings_that_shape_a_rollout(run_dir, messages):
     assert resumed(run_dir, 1, per_device_train_batch_size=8)[1] == [1, 3]
-    (warning,) = [text for text in messages() if "Settings have changed" in text]
+    (warning,) = [text for text in messages() if "Settings changed" in text]
     assert "per_device_train_batch_size = 8 (was 4)." in warning
 
 
 def test_another_algorithm_inside_a_rollout(run_dir, messages):
     """Refused before anything is generated; with the rollout given up, or between two rollouts, only named."""
-    with pytest.raises(ValueError, match=r"lies inside a rollout of another .*clip_mode = two_sided \(was up_only\)"):
+    with pytest.raises(ValueError, match=r"is inside a rollout of another .*clip_mode = two_sided \(was up_only\)"):
         resumed(run_dir, 1, algorithm="grpo")
     with pytest.raises(ValueError, match=r"epsilon_high = 0.5 \(was 0.28\)"):
         resumed(run_dir, 1, epsilon_high=0.5)
-    assert not [text for text in messages() if "Settings have changed" in text]
+    assert not [text for text in messages() if "Settings changed" in text]
     assert resumed(run_dir, 1, algorithm="grpo", discard_rollout_on_resume=True)[1] == [1, 3]
     assert resumed(run_dir, 2, algorithm="grpo")[1] == [2, 4]
-    warnings = [text for text in messages() if "Settings have changed" in text]
+    warnings = [text for text in messages() if "Settings changed" in text]
     assert len(warnings) == 2
     for warning in warnings:
-        assert "and act from here on: importance_sampling_level = token (was trajectory)" in warning
+        assert "and take effect from here on: importance_sampling_level = token (was trajectory)" in warning
 
 
 def test_settings_that_a_rollout_was_scored_with(run_dir, messages):
     """Its log-probabilities are those at the old temperature: ratios to them would not start at 1."""
     assert resumed(run_dir, 1, temperature=0.5)[1] == [1, 3]
     named, discarded = (text for text in messages() if "checkpoint-1" in text)
-    assert "act from here on: temperature = 0.5 (was 1.0)" in named
+    assert "take effect from here on: temperature = 0.5 (was 1.0)" in named
     assert "is discarded" in discarded
     assert resumed(run_dir, 2, temperature=0.5, discard_rollout_on_resume=True)[1] == [2, 4]
     assert not [text for text in messages() if "checkpoint-2 is discarded" in text]
@@ -447,8 +450,8 @@ def test_changed_settings_of_updates_are_named(run_dir, messages):
     """transformers restores the learning rate with the optimizer, whatever the new settings say."""
     trainer, steps = resumed(run_dir, 1, learning_rate=0.5, max_grad_norm=0.9, warmup_steps=1)
     assert steps == [2, 4]
-    acting, ignored = (text for text in messages() if "Settings have changed" in text)
-    assert "act from here on: warmup_steps = 1.0 (was 0.0), max_grad_norm = 0.9 (was " in acting
+    acting, ignored = (text for text in messages() if "Settings changed" in text)
+    assert "take effect from here on: warmup_steps = 1.0 (was 0.0), max_grad_norm = 0.9 (was " in acting
     assert "without effect" in ignored
     assert "learning_rate = 0.5 (was " in ignored
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]

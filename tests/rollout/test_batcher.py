@@ -148,7 +148,7 @@ def test_in_float64_the_updates_are_trl_s_to_twelve_digits(tmp_path, settings):
     model = GPT2LMHeadModel(config).double()
     # TRL counts this model's positions from the first column, so that prompts of one length are not padded
     pair = trl_and_ours(tmp_path, settings, model=model, prepare=in_float64, rollouts={"prompt": 3})
-    assert pair[1].trainer.layout == "segments"
+    assert pair[1].trainer.packed_forward.choose_layout() == "segments"
     assert pair[1].gradients[0].dtype == torch.float64
     assert_same_updates(*reversed(pair), gradient=1e-12, loss=1e-7)  # the logged loss is float32
 
@@ -230,7 +230,7 @@ def test_packed_rows_are_as_wide_as_pad_to_multiple_of_asks(tmp_path):
             if "position_ids" in kwargs:
                 widths.append(kwargs["input_ids"].size(1))
 
-        assert trainer.layout == "segments"
+        assert trainer.packed_forward.choose_layout() == "segments"
         trainer.model.register_forward_pre_hook(note, with_kwargs=True)
 
     train(tmp_path, prepare=prepare, pad_to_multiple_of=8)
@@ -278,7 +278,7 @@ def test_a_sliding_window_stays_in_its_response(tmp_path, model):
     """Much shorter than the responses."""
     torch.manual_seed(0)
     reference, ours = trl_and_ours(tmp_path, {}, model=model())
-    assert ours.trainer.layout == "rows"
+    assert ours.trainer.packed_forward.choose_layout() == "rows"
     assert_same_updates(ours, reference)
 
 
@@ -307,10 +307,10 @@ def test_frequencies_that_follow_the_longest_position(tmp_path, messages, rope_t
     reference, ours = trl_and_ours(
         tmp_path, {"beta": 0.0}, model=rope_model(rope_type), rollouts=LONGEST, prepare=prepare
     )
-    assert ours.trainer.layout == "padded"
+    assert ours.trainer.packed_forward.choose_layout() == "padded"
     assert_same_updates(ours, reference)
     (warning,) = [text for text in messages() if "padding_free" in text]
-    assert f"does not apply: with rope_type='{rope_type}'" in warning
+    assert f"has no effect: with rope_type='{rope_type}'" in warning
     assert "costs as much as if every response were as long as the longest of the rollout" in warning
 
 
@@ -345,7 +345,7 @@ def test_dropout_does_not_hide_that_a_model_packs(tmp_path, messages):
     trainer = build(tmp_path, random_rollouts(), model=model, algorithm="grpo", disable_dropout=False)
     trainer.model.train()
     state = torch.get_rng_state()
-    assert trainer.layout == "segments"
+    assert trainer.packed_forward.choose_layout() == "segments"
     assert trainer.model.training
     assert torch.equal(torch.get_rng_state(), state)
     assert not [text for text in messages() if "padding_free:" in text and "packed" not in text]
@@ -353,11 +353,11 @@ def test_dropout_does_not_hide_that_a_model_packs(tmp_path, messages):
 
 def test_a_head_that_trl_gets_wrong(tmp_path, messages):
     """TRL's head takes the hidden states as they are; RoBERTa's own has a layer before it."""
-    assert build(tmp_path, random_rollouts(), model=zoo.tiny_model("roberta")).layout == "sorted"
-    (warning,) = [text for text in messages() if "TRL's head" in text]
-    assert "leaves out a step of this model" in warning
-    assert build(tmp_path, random_rollouts(), model=zoo.tiny_model("gemma3_text")).layout == "rows"
-    assert len([text for text in messages() if "TRL's head" in text]) == 1
+    assert build(tmp_path, random_rollouts(), model=zoo.tiny_model("roberta")).packed_forward.choose_layout() == "sorted"
+    (warning,) = [text for text in messages() if "TRL's fused head" in text]
+    assert "skips a step of this model" in warning
+    assert build(tmp_path, random_rollouts(), model=zoo.tiny_model("gemma3_text")).packed_forward.choose_layout() == "rows"
+    assert len([text for text in messages() if "TRL's fused head" in text]) == 1
 
 
 PROMPT_TUNING = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
@@ -366,7 +366,7 @@ PROMPT_TUNING = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
 def test_virtual_tokens_before_prompts_of_one_length(tmp_path):
     """Prompt tuning takes no positions, so it cannot pack."""
     reference, ours = trl_and_ours(tmp_path, {}, peft_config=PROMPT_TUNING, rollouts={"prompt": 3})
-    assert ours.trainer.layout == "padded"
+    assert ours.trainer.packed_forward.choose_layout() == "padded"
     assert_same_updates(ours, reference)
 
 

@@ -126,8 +126,8 @@ def test_a_model_that_cannot_pack_sees_trimmed_rows_of_like_length(tmp_path, mod
     def prepare(trainer):
         if isinstance(trainer, TICGRPOTrainer):
             if model is tiny_model:
-                trainer._layout = "sorted"
-            assert trainer.layout == "sorted"
+                trainer.packed_forward.layout = "sorted"
+            assert trainer.packed_forward.choose_layout() == "sorted"
 
             def note(module, args, kwargs):
                 shapes.append((kwargs["attention_mask"].shape, kwargs["attention_mask"].sum(1).tolist()))

@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
-from tic_grpo_trl.rollout.micro_batches import active_responses, plan_passes, take_responses
+from tic_grpo_trl.forward.packing import plan_passes
+from tic_grpo_trl.rollout.micro_batches import active_responses, take_responses
 from tic_grpo_trl.rollout.partition import (
     immovable_keys,
     responses_of_process,

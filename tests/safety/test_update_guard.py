@@ -1,5 +1,6 @@
 """Bad numbers injected at every place of an update, in one process: nothing of them reaches weights or optimizer."""
 
+import dataclasses
 import math
 
 import pytest
@@ -137,10 +138,11 @@ def test_a_run_without_faults_counts_nothing_and_is_trls(tmp_path):
 
 
 def test_without_the_guard_the_weights_would_be_lost(tmp_path):
-    """The control: the same fault in TRL's own loss."""
+    """The control: the same fault in TRL's own loop."""
     trainer = build(tmp_path, max_steps=1)
     poison_embedding(trainer.model, NAN, in_training)
-    trainer.compute_loss = lambda *args, **kwargs: GRPOTrainer.compute_loss(trainer, *args, **kwargs)
+    trainer.guard.check_forward = lambda *args: None
+    trainer.guard.close_loss = lambda loss, *args: loss
     trainer._get_grad_norm = lambda *args, **kwargs: GRPOTrainer._get_grad_norm(trainer, *args, **kwargs)
     trainer.train()
     assert any(parameter.isnan().any() for parameter in trainer.model.parameters())
@@ -249,13 +251,13 @@ def test_an_update_of_dead_responses_alone_is_none_of_this(tmp_path):
 def test_a_response_that_stays_bad_without_its_tokens_skips_the_update(tmp_path):
     """What is broken is the model: nothing can be left out."""
     trainer = build(tmp_path, max_steps=3, max_non_finite_steps=9)
-    forward = trainer._forward
+    forward = trainer.packed_forward._pass
 
     def nan_everywhere(*args, **kwargs):
-        logps, entropies, aux = forward(*args, **kwargs)
-        return (logps * NAN if trainer.state.global_step == 1 else logps), entropies, aux
+        output = forward(*args, **kwargs)
+        return dataclasses.replace(output, logps=output.logps * NAN) if trainer.state.global_step == 1 else output
 
-    trainer._forward = nan_everywhere
+    trainer.packed_forward._pass = nan_everywhere
     trainer.train()
     assert trainer.states.moved == [True, False, True]
     assert logged(trainer, "update/skipped") == [0, 1, 0]
@@ -292,8 +294,8 @@ def test_warnings_become_rarer(tmp_path, messages):
     poison_embedding(trainer.model, NAN, in_training)
     trainer.train()
     shown = [message for message in messages() if "Non-finite numbers" in message]
-    assert trainer._warnings >= 8
-    assert len(shown) == math.floor(math.log2(trainer._warnings)) + 1
+    assert trainer.guard.reports._count >= 8
+    assert len(shown) == math.floor(math.log2(trainer.guard.reports._count)) + 1
 
 
 # Reward models

@@ -20,22 +20,22 @@ def run(folder, **config):
     config |= {"steps_per_generation": 2, "max_steps": 4, "log_completions": True, "num_completions_to_print": 1}
     trainer = make_trainer(folder, **config, **TRL_UPDATE_PHASE)
     ratios, prompts, completions = [], [], []
-    compute_loss, close_window = trainer._compute_loss, trainer._close_ratio_window
+    compute_loss, close_window = trainer._compute_loss, trainer.ratios.close
 
     def texts(ids, masks):
         rows = [row[mask.bool()] for row, mask in zip(ids, masks, strict=True)]
         return trainer.processing_class.batch_decode(rows, skip_special_tokens=True)
 
-    def noted_ratios():
-        ratios.append([row for window in trainer._ratio_rows for row in window.tolist()])
-        close_window()
+    def noted_ratios(*args):
+        ratios.append([row for window in trainer.ratios._open for row in window.tolist()])
+        return close_window(*args)
 
     def noted_texts(model, inputs):
         prompts.append(texts(inputs["prompt_ids"], inputs["prompt_mask"]))
         completions.append(texts(inputs["completion_ids"], inputs["completion_mask"]))
         return compute_loss(model, inputs)
 
-    trainer._close_ratio_window, trainer._compute_loss = noted_ratios, noted_texts
+    trainer.ratios.close, trainer._compute_loss = noted_ratios, noted_texts
     trainer.train()
     tables = sorted((folder / "completions").glob("*.parquet")) if trainer.accelerator.is_main_process else []
     columns = ["prompt", "completion", "trajectory_ratio"]

@@ -52,20 +52,25 @@ class NotingTrainer(TICGRPOTrainer):
 
     def __init__(self, *args, **kwargs):
         NotingTrainer.last = self
-        self.rollouts, self.partitions, self.trained, self.ratios = [], [], [], []
+        self.rollouts, self.partitions, self.trained, self.ratio_rows = [], [], [], []
         super().__init__(*args, **kwargs)
+        self.batcher.partition = self._noted_partition(self.batcher.partition)
+        self.ratios.close = self._noted_ratios(self.ratios.close)
 
     def _generate_and_score_completions(self, inputs):
         rollout = super()._generate_and_score_completions(inputs)
         self.rollouts.append(masked(rollout["completion_ids"], rollout["completion_mask"]))
         return rollout
 
-    def _partition(self, rollout):
-        rows = super()._partition(rollout)
-        prompts = masked(rows["prompt_ids"], rows["prompt_mask"])
-        completions = masked(rows["completion_ids"], rows["completion_mask"])
-        self.partitions.append(list(zip(prompts, completions, rows["advantages"].tolist(), strict=True)))
-        return rows
+    def _noted_partition(self, partition):
+        def noted(rollout):
+            rows = partition(rollout)
+            prompts = masked(rows["prompt_ids"], rows["prompt_mask"])
+            completions = masked(rows["completion_ids"], rows["completion_mask"])
+            self.partitions.append(list(zip(prompts, completions, rows["advantages"].tolist(), strict=True)))
+            return rows
+
+        return noted
 
     def _compute_loss(self, model, inputs):
         prompts = masked(inputs["prompt_ids"], inputs["prompt_mask"])
@@ -73,9 +78,12 @@ class NotingTrainer(TICGRPOTrainer):
         self.trained.append([row for row in rows if row[1]])  # blank rows have no completion
         return super()._compute_loss(model, inputs)
 
-    def _close_ratio_window(self):
-        self.ratios.append([row for rows in self._ratio_rows for row in rows.tolist()])
-        super()._close_ratio_window()
+    def _noted_ratios(self, close):
+        def noted(*args):
+            self.ratio_rows.append([row for rows in self.ratios._open for row in rows.tolist()])
+            return close(*args)
+
+        return noted
 
     def end(self):
         """The next case needs the process group."""
@@ -108,7 +116,7 @@ def run(name, flags):
     trainer = NotingTrainer.last
     trainer.model.eval()
     batch = fixed_batch()
-    logps = trainer._score(batch)
+    logps = trainer.packed_forward.score(batch).logps
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if dist.get_rank() == 0:
         weights = {key.removeprefix("module."): value.cpu() for key, value in weights.items()}
@@ -117,7 +125,7 @@ def run(name, flags):
         "rollouts": trainer.rollouts,
         "partitions": trainer.partitions,
         "trained": trainer.trained,
-        "ratios": trainer.ratios,
+        "ratios": trainer.ratio_rows,
     }
     return describe(trainer) | {
         "logged": [entry for entry in trainer.state.log_history if "loss" in entry],

@@ -58,8 +58,7 @@ class WatchedTrainer(TICGRPOTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self._phases[0] = "between"
-        window = self.args.gradient_accumulation_steps
-        with self._phase(f"update_{self._step % self._rollout_steps // window + 1}"):
+        with self._phase(f"update_{self.schedule.at(self._step).update + 1}"):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _generate_and_score_completions(self, inputs):

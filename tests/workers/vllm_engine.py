@@ -113,7 +113,7 @@ def train(folder: Path, sync: bool = True, lora: bool = False, prepare=None, see
         forwards["trained" if torch.is_grad_enabled() else "scored"] += 1
 
     trainer._generate_and_score_completions, trainer._compute_loss = noted_rollout, noted_loss
-    assert trainer.layout  # makes a few passes of its own, once
+    assert trainer.packed_forward.choose_layout()  # makes a few passes of its own, once
     trainer.model.register_forward_pre_hook(count)
     if not sync:
         load, loaded = trainer.vllm_generation.sync_weights, []

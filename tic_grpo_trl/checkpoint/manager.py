@@ -1,186 +1,185 @@
-"""Checkpoints that are complete as soon as they can be seen, and a clear word about those that cannot be resumed."""
+"""Writes checkpoints that are complete as soon as they can be seen, and resumes from them exactly.
 
-import json
+A checkpoint is written to `.saving` and moved into place when all processes have written their part. Beside weights,
+optimizer and random states, which transformers saves, it holds the state of every object that a run needs to continue:
+the current rollout with its old log-probabilities, counters, metrics that have not been logged, the position in the
+data. The resumed run's weights, logs and completions are then equal bit for bit to those of a run that was never
+stopped, on the same hardware with the same number of processes; times are not. What lives outside the trainer is not
+saved: the random state of a vLLM engine, environments, the state of reward functions.
+"""
+
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
 
-from ..algorithms import ALGORITHM_FIELDS
 from ..config import TICGRPOConfig
 from . import storage
+from .changed_settings import Changes
+from .run_state import DataPosition, ReferenceModel
 
 
 logger = get_logger(__name__)
 
-# Settings that a checkpoint's manifest holds, by what it means for a resumed run that they have changed.
-# Neither the rest of the rollout nor the place in the data fits into the new batches: a new rollout.
-OF_BATCHES = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "steps_per_generation",
-    "num_iterations",
-    "num_generations",
-)
-# The rest of the rollout has the log-probabilities of the old ones: a new rollout.
-OF_SCORING = (
-    "beta",
-    "temperature",
-    "use_vllm",
-    "vllm_importance_sampling_correction",
-    "vllm_importance_sampling_mode",
-    "vllm_importance_sampling_clip_min",
-    "vllm_importance_sampling_clip_max",
-)
-# The rest of the rollout has advantages and ratios of another algorithm: refused unless the user gives it up.
-OF_ALGORITHM = (*ALGORITHM_FIELDS, "behaviour_policy")
-# transformers restores them with the optimizer: the new value has no effect.
-OF_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
-# The new value acts from the next update or rollout on.
-OF_UPDATES = (
-    "optim",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "max_grad_norm",
-    "max_completion_length",
-    "mask_truncated_completions",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "reward_weights",
-    "multi_objective_aggregation",
-    "partition_by_prompt",
-    "use_bias_correction_kl",
-    "off_policy_mask_threshold",
-    "top_entropy_quantile",
-    "entropy_coef",
-    "sapo_temperature_neg",
-    "sapo_temperature_pos",
-    "vespo_k_pos",
-    "vespo_lambda_pos",
-    "vespo_k_neg",
-    "vespo_lambda_neg",
-)
-REMEMBERED = (OF_BATCHES, OF_SCORING, OF_ALGORITHM, OF_OPTIMIZER, OF_UPDATES)
+
+class Stateful(Protocol):
+    """An object that saves and restores itself."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
 
 
-class CheckpointTrainer(GRPOTrainer):
-    """
-    [`~trl.GRPOTrainer`] that writes a checkpoint under `.saving` and gives it its name when all processes have written
-    their part, and that looks at a checkpoint before it resumes from it.
+@dataclass
+class Save:
+    """A checkpoint that is being written.
 
-    `train(resume_from_checkpoint=True)` takes the newest checkpoint that is complete, and warns of those that it passes
-    over. A path is taken as it is. The text "true" means `True`, so that it can be a flag.
-
-    Raises (`train`):
-        ValueError: if there is no complete checkpoint, or if the one that was named is damaged (a file is missing, cut
-            or not readable) or foreign (no training state, weights of another model). The message names it, the file,
-            and the complete checkpoint before it. On every process alike, before anything is loaded.
+    Attributes:
+        folder: where it is written.
+        target: where it belongs.
+        pushes: whether it goes to the hub when it is complete.
     """
 
-    args: TICGRPOConfig
-    model: PreTrainedModel
-    _staging = False  # checkpoints are being written where nobody looks for them
-    _pushes = False  # the one that is being written goes to the hub
+    folder: Path
+    target: Path
+    pushes: bool = False
 
-    def _state_name(self) -> str:
-        """Of the file with this process's state."""
-        return f"tic_grpo_state_{self.accelerator.process_index}.pt"
 
-    def _save_state(self, folder: Path):
-        """Add to a checkpoint what only a subclass knows."""
+class CheckpointManager:
+    """
+    Write, choose and read the checkpoints of a run.
 
-    def _settings(self) -> dict[str, Any]:
-        values = self.args.to_dict()
-        settings = {name: values[name] for names in REMEMBERED for name in names}
-        settings = json.loads(json.dumps(settings, default=str))  # as the manifest gives them back
-        dataset: Any = self.train_dataset
-        prompts = len(dataset) if hasattr(dataset, "__len__") else None  # unknown of a stream
-        return settings | {"number of processes": self.accelerator.num_processes, "number of prompts": prompts}
+    Args:
+        args: the settings.
+        accelerator: for the communication between processes.
+        model: returns the policy.
+        settings: returns what the manifest keeps of the settings.
+        position: in the data.
+        rollout: the current rollout.
+        others: the other objects whose state is kept, by name.
+        reference: the reference model, if it is trained along; else `None`.
+    """
 
-    # Saving
+    def __init__(
+        self,
+        args: TICGRPOConfig,
+        accelerator: Accelerator,
+        model: Callable[[], PreTrainedModel],
+        settings: Callable[[], dict[str, Any]],
+        position: DataPosition,
+        rollout: Any,
+        others: dict[str, Stateful],
+        reference: ReferenceModel | None,
+    ):
+        self.args, self.accelerator, self.model, self.settings = args, accelerator, model, settings
+        self.position, self.rollout, self.reference = position, rollout, reference
+        self.objects: dict[str, Stateful] = {"position": position, "rollout": rollout} | others
+        self.save: Save | None = None
+        self._read: dict[str, Any] = {}  # state of this process by object, between reading and restoring it
 
-    def _get_output_dir(self, trial) -> str:
-        folder = super()._get_output_dir(trial)
-        return os.path.join(folder, storage.STAGING) if self._staging else folder
+    def _state_path(self, folder: Path) -> Path:
+        return folder / f"tic_grpo_state_{self.accelerator.process_index}.pt"
 
-    def _save_checkpoint(self, model, trial):
-        run_dir = Path(self._get_output_dir(trial))
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        folder, target = run_dir / storage.STAGING / name, run_dir / name
+    # Writing
+
+    def output_dir(self, run_dir: str) -> str:
+        """Return the folder in which transformers should write: the run's, or `.saving` in it for a checkpoint."""
+        return run_dir if self.save is None else os.path.join(run_dir, storage.STAGING)
+
+    @contextmanager
+    def saving(self, run_dir: str, state: TrainerState) -> Iterator[Save]:
+        """Write a checkpoint in a `with` block whose body lets transformers write its part.
+
+        Args:
+            run_dir: the run's folder.
+            state: transformers'.
+        """
+        folder = Path(run_dir)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if self.accelerator.is_local_main_process:
-            storage.clear(run_dir)
+            storage.clear(folder)
         self.accelerator.wait_for_everyone()
-        self._staging, self._pushes = True, False
+        self.save = save = Save(folder / storage.STAGING / name, folder / name)
         try:
-            super()._save_checkpoint(model, trial)
+            yield save
         finally:
-            self._staging = False
-        best = self.state.best_model_checkpoint
-        if best is not None and Path(best) == folder:
-            self.state.best_model_checkpoint = os.path.join(self._get_output_dir(trial), name)
+            self.save = None
+        best = state.best_model_checkpoint
+        if best is not None and Path(best) == save.folder:
+            state.best_model_checkpoint = os.path.join(run_dir, name)
             if self.args.should_save:
-                self.state.save_to_json(str(folder / "trainer_state.json"))
+                state.save_to_json(str(save.folder / "trainer_state.json"))
         if not self.args.save_only_model:
-            self._save_state(folder)
+            self._write_state(save.folder)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_local_main_process:
-            storage.publish(folder, target, self._settings())
+            storage.publish(save.folder, save.target, self.settings())
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            storage.rotate(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
-            storage.clear(run_dir)
-        if self._pushes:
-            super()._push_from_checkpoint(str(target))
+            storage.rotate(folder, self.args.save_total_limit, state.best_model_checkpoint)
+            storage.clear(folder)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging:  # not before it has its name
-            self._pushes = True
-        else:
-            super()._push_from_checkpoint(checkpoint_folder)
+    def _write_state(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = self._state_path(folder)
+        torch.save({name: storage.to_plain(each.state_dict()) for name, each in self.objects.items()}, path)
+        if self.reference is not None:
+            self.reference.save(folder)
+        logger.debug(f"Saved resume state ({path.stat().st_size / 1000:.1f} kB).")
 
     # Choosing a checkpoint
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """As in transformers; what it takes and raises in addition is said at the class."""
-        wanted: Any = resume_from_checkpoint
-        if isinstance(wanted, str) and wanted.lower() in ("true", "false") and not os.path.isdir(wanted):
-            wanted = wanted.lower() == "true"  # as a flag gives it
-        if not wanted:
-            return super().train(None, *args, **kwargs)
-        checkpoint = self._newest_checkpoint() if wanted is True else self._named_checkpoint(Path(wanted))
-        misfit = self._of_any(storage.find_mismatch(checkpoint, self.accelerator.unwrap_model(self.model)))
-        if misfit:
-            raise ValueError(f"Checkpoint {checkpoint} is of another model: {misfit}. {self._before(checkpoint)}")
-        return super().train(str(checkpoint), *args, **kwargs)
+    def choose(self, wanted: str | bool | None) -> str | None:
+        """Find the checkpoint to resume from.
 
-    def _newest_checkpoint(self) -> Path:
+        Args:
+            wanted: a path; `True` or "true" for the newest complete checkpoint; `None`, `False` or "false" for none.
+
+        Returns:
+            Its path, or `None`.
+
+        Raises:
+            ValueError: on every process, if there is no complete checkpoint, or the one that was named is damaged or of
+                another model. The message names it, the file, and the last complete checkpoint before it.
+        """
+        if isinstance(wanted, str) and wanted.lower() in ("true", "false") and not os.path.isdir(wanted):
+            wanted = wanted.lower() == "true"  # as a command line gives it
+        if not wanted:
+            return None
+        checkpoint = self._newest() if wanted is True else self._named(Path(str(wanted)))
+        model = self.accelerator.unwrap_model(self.model())
+        if mismatch := self._first_problem(storage.find_mismatch(checkpoint, model)):
+            raise ValueError(f"Checkpoint {checkpoint} is of another model: {mismatch}. {self._before(checkpoint)}")
+        return str(checkpoint)
+
+    def _newest(self) -> Path:
         run_dir = Path(str(self.args.output_dir))
         self._recover(run_dir)
         steps = {storage.step_of(path) for path in storage.checkpoints_in(run_dir)}
-        passed_over = []
+        damaged = []
         for step in sorted(set(gather_object([*steps])), reverse=True):
             path = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-            damage = self._of_any(self._damage(path))
+            damage = self._first_problem(self._find_damage(path))
             if damage is None:
                 return path
-            passed_over.append(f"{path} ({damage})")
-            logger.warning(f"Checkpoint {path} is passed over: {damage}.")
-        found = f"only damaged ones: {', '.join(passed_over)}" if passed_over else "none at all"
+            damaged.append(f"{path} ({damage})")
+            logger.warning(f"Skipping checkpoint {path}: {damage}.")
+        found = f"only damaged ones: {', '.join(damaged)}" if damaged else "none at all"
         raise ValueError(f"No valid checkpoint found in output directory ({run_dir}), {found}.")
 
-    def _named_checkpoint(self, path: Path) -> Path:
+    def _named(self, path: Path) -> Path:
         self._recover(path.parent)
-        if damage := self._of_any(self._damage(path)):
-            raise ValueError(f"Checkpoint {path} cannot be resumed from: {damage}. {self._before(path)}")
+        if damage := self._first_problem(self._find_damage(path)):
+            raise ValueError(f"Cannot resume from checkpoint {path}: {damage}. {self._before(path)}")
         return path
 
     def _recover(self, run_dir: Path):
@@ -188,54 +187,99 @@ class CheckpointTrainer(GRPOTrainer):
             storage.recover(run_dir)
         self.accelerator.wait_for_everyone()
 
-    def _damage(self, path: Path) -> str | None:
-        """What this process sees wrong with a checkpoint, its own state included."""
+    def _find_damage(self, path: Path) -> str | None:
+        """Describe what this process finds wrong with a checkpoint, its own state included."""
         if not path.is_dir():
             return "there is no such folder"
         if damage := storage.find_damage(path):
             return damage
-        if (path / self._state_name()).exists():
+        if self._state_path(path).exists():
             try:
-                storage.load_state(path / self._state_name(), torch.device("cpu"))
+                storage.load_state(self._state_path(path), torch.device("cpu"))
             except ValueError as error:
                 return str(error)
         return None
 
     def _before(self, path: Path) -> str:
-        """A sentence that names the complete checkpoint before this one."""
-        step, model = storage.step_of(path), self.accelerator.unwrap_model(self.model)
+        """Name the last complete checkpoint before this one, in a sentence."""
+        step, model = storage.step_of(path), self.accelerator.unwrap_model(self.model())
         complete = [
             other
             for other in storage.checkpoints_in(path.parent)
             if (storage.step_of(other) < step or step < 0)
-            and not self._damage(other)
+            and not self._find_damage(other)
             and not storage.find_mismatch(other, model)
         ]
         of_all = gather_object([complete])
         usable = [other for other in complete if all(other in of_one for of_one in of_all)]
         if not usable:
             return f"There is no complete checkpoint before it in {path.parent}."
-        return f"The complete one before it: resume_from_checkpoint={str(usable[0])!r}."
+        return f"The last complete one before it: resume_from_checkpoint={str(usable[0])!r}."
 
-    def _of_any(self, problem: str | None) -> str | None:
-        """The first problem that a process has, the same on all of them."""
+    def _first_problem(self, problem: str | None) -> str | None:
+        """Return the first problem that a process has, the same on all of them."""
         return next((text for text in gather_object([problem]) if text is not None), None)
 
-    # Loading weights that have other names on disk; the parents would find none of them and go on with those they have
+    # Reading
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self.is_fsdp_enabled or not storage.is_renamed(Path(resume_from_checkpoint), self.model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self._load_renamed(resume_from_checkpoint)
+    def read(self, checkpoint: Path, position: tuple[int, int]) -> tuple[int, int]:
+        """Read the state of this process, as far as it fits the current settings.
 
-    def _load_best_model(self):
-        best, wrapped = str(self.state.best_model_checkpoint), self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if wrapped or not storage.is_renamed(Path(best), self.model):
-            super()._load_best_model()
-        else:
-            self._load_renamed(best)
+        Args:
+            checkpoint: its folder.
+            position: epoch and batches of it that transformers would skip.
 
-    def _load_renamed(self, checkpoint: str):
-        saved: Any = type(self.model).from_pretrained(checkpoint, dtype=self.model.dtype)
-        self.model.load_state_dict(saved.state_dict())
+        Returns:
+            Epoch and batches to skip. transformers counts a stream of data as one epoch, however often it restarts.
+
+        Raises:
+            ValueError: if the checkpoint is inside a rollout of another algorithm.
+        """
+        changes = Changes.between(storage.read_manifest(checkpoint)["settings"], self.settings())
+        path = self._state_path(checkpoint)
+        state = None
+        if not changes.processes and all(gather_object([path.exists()])):
+            state = storage.load_state(path, self.accelerator.device)
+        inside = state is not None and state["rollout"]["micro_batches"] is not None
+        discards = inside and bool(changes.scoring or self.args.discard_rollout_on_resume)
+        if changes.algorithm and inside and not (changes.batches or self.args.discard_rollout_on_resume):
+            raise ValueError(
+                f"{checkpoint} is inside a rollout of another algorithm, with its advantages and ratios: "
+                f"{changes.algorithm}. Resume with the old settings or from a checkpoint at the end of a rollout, or "
+                "set discard_rollout_on_resume=True to generate a new rollout."
+            )
+        self._warn(checkpoint, changes, discards, lacks_state=state is None)
+        self._read = state or {}
+        if changes.batches or discards:
+            self._read = {name: value for name, value in self._read.items() if name not in ("position", "rollout")}
+        if "position" in self._read and not self.args.ignore_data_skip:
+            return self._read["position"]["epoch"], self._read["position"]["batches"]
+        return position
+
+    def _warn(self, checkpoint: Path, changes: Changes, discards: bool, lacks_state: bool):
+        if changes.updates:
+            logger.warning(f"Settings changed since {checkpoint} and take effect from here on: {changes.updates}.")
+        if changes.optimizer:
+            logger.warning(
+                f"Settings changed since {checkpoint} without effect, because its optimizer and schedule continue with "
+                f"their own: {changes.optimizer}. To train with new ones, start a run from the checkpoint's weights."
+            )
+        anew = "The rest of its rollout is generated again, so the run is not the same bit for bit."
+        if changes.batches:
+            logger.warning(f"Settings changed since {checkpoint}: {changes.batches}. {anew}")
+        elif discards:
+            logger.warning(f"The rollout of {checkpoint} is discarded. {anew}")
+        if lacks_state and not changes.processes:
+            logger.warning(f"{checkpoint} has no {self._state_path(checkpoint).name}. {anew}")
+
+    def restore(self, checkpoint: Path):
+        """Give every object the state that was read, after transformers has set its own counters."""
+        state, self._read = self._read, {}
+        if "position" not in state:
+            self.position.reset()
+            self.rollout.reset()
+        for name, each in self.objects.items():
+            if name in state:
+                each.load_state_dict(state[name])
+        if self.reference is not None:
+            self.reference.load(checkpoint, self.accelerator.device)

@@ -1,274 +1,193 @@
-"""A run that was stopped goes on as if it had not been: checkpoints that hold all that TRL and transformers forget.
+"""The state of a training loop that neither TRL nor transformers save."""
 
-Kept in addition, for every process: the rollout of which updates are still to come, with its old log-probabilities;
-the counters; metrics, losses and completions that were not logged yet; the place in the data. With the weights, the
-optimizer and the random states that transformers saves, the resumed run's weights, logs and completions are equal bit
-for bit to those of a run that was never stopped, on the same hardware with the same number of processes; times are not.
-What lives outside the trainer is not saved: the random state of a vLLM engine, environments, state of reward functions.
-"""
-
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
 from transformers import TrainerCallback
-from trl.trainer.utils import strip_images_from_messages
+from trl import GRPOTrainer
 
-from . import storage
-from .manager import OF_ALGORITHM, OF_BATCHES, OF_OPTIMIZER, OF_SCORING, OF_UPDATES, CheckpointTrainer
+from .storage import load_state, restore_containers
 
 
 logger = get_logger(__name__)
 
-# What a checkpoint keeps of a process, wherever the trainer has such an attribute
-ROLLOUT = ("_step", "_buffered_inputs", "_filled_at", "_dropped", "_skipped_until")
-POSITION = ("_epoch", "_epoch_batches", "_epoch_ended")
-RESUMED = (
-    *ROLLOUT,
-    *POSITION,
-    "_samples",
-    # not logged yet
-    "_metrics",
-    "_ratio_steps",
-    "_tr_loss",
-    "_total_loss_scalar",
-    "_loss_from_step",
-    "_globalstep_last_logged",
-    "_grad_norm",
-    "_learning_rate",
-    # guards
-    "_spoiled_updates",
-)
 
-
-class ResumableTrainer(CheckpointTrainer):
+class DataPosition(TrainerCallback):
     """
-    [`~trl.GRPOTrainer`] whose checkpoints hold everything: a run that is killed at any moment and goes on with
-    `train(resume_from_checkpoint=True)` ends with the weights, the optimizer state and the logs of one that was not.
+    Keep track of the position in the training data.
 
-    A checkpoint without our state, such as one of TRL's own trainer or with `save_only_model`, is loaded with a
-    warning: what was left of its rollout is generated anew, as a whole rollout with all of its updates. The same where
-    a setting that shapes a rollout has changed.
+    Args:
+        trainer: whose counter of micro-batches, `_step`, is part of the position.
     """
 
-    _buffered_inputs: Any
-
-    def __init__(self, model, reward_funcs=None, args: Any = None, *positional, **kwargs):
-        super().__init__(model, reward_funcs, args, *positional, **kwargs)
-        self._resumed: dict[str, Any] | None = None  # the state that is to be restored
-        self._train_sampler: Any = None
-        self._epoch, self._epoch_batches, self._epoch_ended = 0, 0, False  # its number, micro-batches that are over
-        self._loss_from_step = 0  # the step from which on `_total_loss_scalar` sums losses
-        self._grad_norm: Any = None  # of the last update, as its learning rate
-        self._learning_rate: float | None = None
-        self.add_callback(_Position(self))
-
-    # Saving
-
-    def _save_state(self, folder: Path):
-        start = time.perf_counter()
-        state = {name: storage.to_plain(getattr(self, name)) for name in RESUMED if hasattr(self, name)}
-        if self._step % (int(self.args.steps_per_generation or 1) * self.num_iterations) == 0:
-            state["_buffered_inputs"] = None  # all of its updates are made
-        if self.log_completions and self.accelerator.is_main_process:
-            state["_logs"] = self._completions()
-        state["training"] = self.model.training
-        path = folder / self._state_name()
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(state, path)
-        if self._moves_reference and (self._shards_reference or self.args.should_save):
-            tensors = [tensor.detach() for tensor in _local_tensors(self.ref_model)]
-            torch.save(tensors, folder / self._reference_name())
-        seconds = time.perf_counter() - start
-        logger.info(f"State of the run beside weights and optimizer: {path.stat().st_size:,} bytes, {seconds:.3f} s")
-
-    def _completions(self) -> dict[str, Any]:
-        """The table of `log_completions`, without images."""
-        logs: dict[str, Any] = dict(self._logs)
-        for column in ("prompt", "completion"):
-            logs[column] = [strip_images_from_messages(messages) for messages in logs[column]]
-        return storage.to_plain(logs | {"images": [None] * len(logs["images"])})
-
-    # `sync_ref_model` moves the reference model, which the parents load anew
-
-    @property
-    def _moves_reference(self) -> bool:
-        return self.args.sync_ref_model and self.ref_model is not None
-
-    @property
-    def _shards_reference(self) -> bool:
-        reference: Any = self.ref_model
-        return self.is_fsdp_enabled or any(hasattr(p, "ds_tensor") for p in reference.parameters())
-
-    def _reference_name(self) -> str:
-        return f"tic_grpo_reference_{self.accelerator.process_index if self._shards_reference else 0}.pt"
-
-    # Resuming
-
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """As in transformers; what it takes and raises is said at `CheckpointTrainer`."""
-        self._resumed = None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
-        position = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
-        )
-        self._loss_from_step = self.state.global_step
-        if checkpoint is None:
-            return position
-        self._resumed = self._read_state(Path(checkpoint))
-        if "_epoch" in self._resumed and not self.args.ignore_data_skip:
-            # The parent takes a stream of data for one epoch, however often it starts again.
-            return self._resumed["_epoch"], self._resumed["_epoch_batches"]
-        return position
-
-    def _read_state(self, checkpoint: Path) -> dict[str, Any]:
-        """What the checkpoint keeps of this process, as far as it suits the settings."""
-        then, now = storage.read_manifest(checkpoint)["settings"], self._settings()
-        changed = {name for name in now if then.get(name, now[name]) != now[name]}
-        path = checkpoint / self._state_name()
-        state = None
-        if "number of processes" not in changed and all(gather_object([path.exists()])):
-            state = storage.load_state(path, self.accelerator.device)
-
-        def differences(names) -> str:
-            return ", ".join(f"{name} = {now[name]} (was {then[name]})" for name in names if name in changed)
-
-        inside = state is not None and state.get("_buffered_inputs") is not None
-        batches = differences((*OF_BATCHES, "number of processes", "number of prompts"))
-        scoring, algorithm = differences(OF_SCORING), differences(OF_ALGORITHM)
-        discards = inside and (scoring or self.args.discard_rollout_on_resume)
-        if algorithm and inside and not (batches or self.args.discard_rollout_on_resume):
-            raise ValueError(
-                f"{checkpoint} lies inside a rollout of another algorithm, whose rest has its advantages and ratios: "
-                f"{algorithm}. Resume with the old settings or from a checkpoint at the end of a rollout, or set "
-                "discard_rollout_on_resume=True, which generates a new rollout."
-            )
-        if others := differences((*OF_SCORING, *OF_ALGORITHM, *OF_UPDATES)):
-            logger.warning(f"Settings have changed since {checkpoint} and act from here on: {others}.")
-        if ignored := differences(OF_OPTIMIZER):
-            logger.warning(
-                f"Settings have changed since {checkpoint} without effect, as its optimizer and schedule go on with "
-                f"their own: {ignored}. To train with new ones, start a run from the checkpoint's weights."
-            )
-        anew = "What was left of its rollout is generated anew, and the run is not the same bit for bit."
-        if batches:
-            logger.warning(f"Settings have changed since {checkpoint}: {batches}. {anew}")
-        elif discards:
-            logger.warning(f"The rollout of {checkpoint} is discarded. {anew}")
-        if state is None:
-            if "number of processes" not in changed:
-                logger.warning(f"{checkpoint} has no {path.name}. {anew}")
-            return {}
-        left_out = ROLLOUT + POSITION if batches or discards else ()
-        return {name: value for name, value in state.items() if name not in left_out}
-
-    def _get_train_sampler(self, dataset=None):
-        self._train_sampler = super()._get_train_sampler(dataset)
-        return self._train_sampler
-
-    def _draw_orders(self, epochs: int):
-        """Draw the data's orders of epochs that are over: TRL's sampler draws each after those before."""
-        sampler = self._train_sampler
-        if sampler is not None and sampler.shuffle:
-            for _ in range(epochs):
-                torch.randperm(sampler.num_samples, generator=sampler.generator)
-
-    def _run_epoch(self, **loop):  # type: ignore[override]  # the parent names all arguments
-        epoch = loop["epoch"]
-        if loop["resume_from_checkpoint"] is None or epoch != loop["epochs_trained"]:
-            self._epoch_batches = 0
-        else:
-            self._draw_orders(epoch)
-            self._epoch_batches, self._epoch_ended = loop["steps_trained_in_current_epoch"], True
-            self._restore(Path(loop["resume_from_checkpoint"]))
-            if self.state.global_step >= self.state.max_steps or self._epoch_batches >= loop["steps_in_epoch"]:
-                self._finish_epoch(loop)
-                return
-        self._epoch, self._epoch_ended = epoch, False
-        super()._run_epoch(**loop)
-
-    def _finish_epoch(self, loop: dict[str, Any]):
-        """What is left of an epoch whose updates are all made; the parent would make another one, or leave it out."""
-        self._load_rng_state(loop["resume_from_checkpoint"])
-        self._draw_orders(1)
-        self._epoch = loop["epoch"]
-        if not self._epoch_ended:
-            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
-            self._maybe_log_save_evaluate(
-                self._tr_loss,
-                self._grad_norm,
-                loop["model"],
-                loop["trial"],
-                self._epoch,
-                loop["ignore_keys_for_eval"],
-                loop["start_time"],
-                learning_rate=self._learning_rate,
-            )
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-
-    def _restore(self, checkpoint: Path):
-        """Put what was read into its place, now that the parent's loop has set its own counters."""
-        state, self._resumed = self._resumed or {}, None
-        if "_step" not in state:  # a new rollout, of which all updates follow
-            self._step, self._buffered_inputs = 0, None
-        for name in (*RESUMED, "_logs"):
-            if name in state:
-                setattr(self, name, storage.restore_containers(getattr(self, name, None), state[name]))
-        if "training" in state:  # decides which metrics the next entry of the log shows
-            self.model.train(state["training"])
-        if self._moves_reference:
-            path = checkpoint / self._reference_name()
-            if path.exists():
-                saved: Any = storage.load_state(path, self.accelerator.device)
-                for tensor, value in zip(_local_tensors(self.ref_model), saved, strict=True):
-                    tensor.data.copy_(value)
-            else:
-                logger.warning(f"{checkpoint} has no {path.name}: the reference model starts from the initial one.")
-
-    # The loop
-
-    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
-        if skip_scheduler and self.state.global_step > 0:
-            return {}  # `eval_on_start` in a run that has started before
-        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
-
-    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, epoch, ignore_keys, start, learning_rate=None):
-        self._grad_norm, self._learning_rate = grad_norm, learning_rate
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, ignore_keys, start, learning_rate)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "train_loss" in logs:  # of the whole run, not of this call
-            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self._loss_from_step, 0.001)
-        super().log(logs, start_time)
-
-    def _finalize_training(self, trial, num_train_samples, start_time):
-        output = super()._finalize_training(trial, num_train_samples, start_time)
-        return output._replace(training_loss=output.metrics["train_loss"])
-
-
-class _Position(TrainerCallback):
-    """Keeps count of the micro-batches of an epoch."""
-
-    def __init__(self, trainer: ResumableTrainer):
-        self.trainer = trainer
+    def __init__(self, trainer: GRPOTrainer):
+        self._trainer = trainer
+        self.sampler: Any = None
+        self.epoch, self.batches, self.ended = 0, 0, False  # number of the epoch, its micro-batches that are over
 
     def on_substep_end(self, args, state, control, **kwargs):
-        self.trainer._epoch_batches += 1
+        self.batches += 1
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.trainer._epoch_batches += 1
+        self.batches += 1
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        self.trainer._epoch_ended = True
+        self.ended = True
+
+    def begin_epoch(self, epoch: int, resumes: bool):
+        """Note the beginning of an epoch, or its continuation after a resume."""
+        self.epoch, self.ended = epoch, False
+        if not resumes:
+            self.batches = 0
+
+    def skip_to(self, epoch: int, batches: int):
+        """Go to a position in the data before the state of a checkpoint is restored."""
+        self.draw_orders(epoch)
+        self.batches, self.ended = batches, True
+
+    def is_at_end(self, batches: int) -> bool:
+        """Check whether all updates of the run, or of the epoch with its number of batches, are made."""
+        state = self._trainer.state
+        return state.global_step >= state.max_steps or self.batches >= batches
+
+    def draw_orders(self, epochs: int):
+        """Draw the data's orders of epochs that are over: TRL's sampler draws each after those before it."""
+        if self.sampler is not None and self.sampler.shuffle:
+            for _ in range(epochs):
+                torch.randperm(self.sampler.num_samples, generator=self.sampler.generator)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self._trainer._step,
+            "epoch": self.epoch,
+            "batches": self.batches,
+            "ended": self.ended,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]):
+        self._trainer._step = state["step"]
+        self.epoch, self.batches, self.ended = state["epoch"], state["batches"], state["ended"]
+
+    def reset(self):
+        """Begin with a new rollout."""
+        self._trainer._step = 0
 
 
-def _local_tensors(model: Any) -> list[torch.Tensor]:
-    """The parameters, or this process's part of them where ZeRO-3 or FSDP distributes them."""
-    parts = [getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters()]
-    return [part.to_local() if hasattr(part, "to_local") else part for part in parts]
+class LoopState:
+    """
+    Keep what TRL and transformers have computed but not logged yet.
+
+    Args:
+        trainer: that it belongs to.
+    """
+
+    def __init__(self, trainer: GRPOTrainer):
+        self._trainer: Any = trainer
+        self.loss_from_step = 0  # the step from which on transformers sums the losses of the run
+        self.grad_norm: Any = None  # of the last update
+        self.learning_rate: float | None = None  # of the last update
+
+    def mean_loss(self) -> float:
+        """Return the mean loss of the whole run, where transformers takes the mean since the last resume."""
+        trainer = self._trainer
+        return trainer._total_loss_scalar / max(trainer.state.global_step - self.loss_from_step, 0.001)
+
+    def finish_epoch(self, position: DataPosition, loop: dict[str, Any]):
+        """Finish a resumed epoch whose updates are all made; transformers would make another, or leave this out.
+
+        Args:
+            position: in the data.
+            loop: arguments of transformers' `_run_epoch`.
+        """
+        trainer = self._trainer
+        trainer._load_rng_state(loop["resume_from_checkpoint"])
+        position.draw_orders(1)
+        position.epoch = loop["epoch"]
+        if not position.ended:
+            trainer.control = trainer.callback_handler.on_epoch_end(trainer.args, trainer.state, trainer.control)
+            trainer._maybe_log_save_evaluate(
+                trainer._tr_loss,
+                self.grad_norm,
+                loop["model"],
+                loop["trial"],
+                loop["epoch"],
+                loop["ignore_keys_for_eval"],
+                loop["start_time"],
+                learning_rate=self.learning_rate,
+            )
+        if trainer.state.global_step >= trainer.state.max_steps:
+            trainer.control.should_training_stop = True
+
+    def state_dict(self) -> dict[str, Any]:
+        trainer = self._trainer
+        return {
+            "metrics": trainer._metrics,
+            "loss": trainer._tr_loss,
+            "total_loss": trainer._total_loss_scalar,
+            "loss_from_step": self.loss_from_step,
+            "last_logged": trainer._globalstep_last_logged,
+            "grad_norm": self.grad_norm,
+            "learning_rate": self.learning_rate,
+            "training": trainer.model.training,  # decides which metrics the next entry of the log shows
+        }
+
+    def load_state_dict(self, state: dict[str, Any]):
+        trainer = self._trainer
+        trainer._metrics = restore_containers(trainer._metrics, state["metrics"])
+        trainer._tr_loss, trainer._total_loss_scalar = state["loss"], state["total_loss"]
+        trainer._globalstep_last_logged = state["last_logged"]
+        self.loss_from_step = state["loss_from_step"]
+        self.grad_norm, self.learning_rate = state["grad_norm"], state["learning_rate"]
+        trainer.model.train(state["training"])
+
+
+class ReferenceModel:
+    """
+    Save and load a reference model that `sync_ref_model` moves, which TRL would load from its origin again.
+
+    Args:
+        model: returns the reference model, or `None`.
+        process: index of this process.
+        shards: whether FSDP distributes the model; ZeRO-3 is recognised by the parameters.
+        writes: whether this process saves what all processes have alike.
+    """
+
+    def __init__(self, model: Callable[[], Any], process: int, shards: bool, writes: bool):
+        self.model, self.process, self.shards, self.writes = model, process, shards, writes
+
+    @classmethod
+    def of(cls, trainer: Any) -> "ReferenceModel | None":
+        """Return a trainer's, or `None` if it is not moved."""
+        if not trainer.args.sync_ref_model or trainer.ref_model is None:
+            return None
+        process, writes = trainer.accelerator.process_index, trainer.args.should_save
+        return cls(lambda: trainer.ref_model, process, trainer.is_fsdp_enabled, writes)
+
+    def _path(self, folder: Path) -> Path:
+        return folder / f"tic_grpo_reference_{self.process if self._is_sharded() else 0}.pt"
+
+    def _is_sharded(self) -> bool:
+        return self.shards or any(hasattr(parameter, "ds_tensor") for parameter in self.model().parameters())
+
+    def save(self, folder: Path):
+        """Write this process's part."""
+        if self._is_sharded() or self.writes:
+            torch.save([tensor.detach() for tensor in self._local_tensors()], self._path(folder))
+
+    def load(self, folder: Path, device: torch.device):
+        """Read this process's part; without a file the model stays as it is, with a warning."""
+        path = self._path(folder)
+        if not path.exists():
+            logger.warning(f"{folder} has no {path.name}: the reference model starts from its initial weights.")
+            return
+        saved: Any = load_state(path, device)
+        for tensor, value in zip(self._local_tensors(), saved, strict=True):
+            tensor.data.copy_(value)
+
+    def _local_tensors(self) -> list[torch.Tensor]:
+        """Return the parameters, or this process's part of them."""
+        parts = [getattr(parameter, "ds_tensor", parameter) for parameter in self.model().parameters()]
+        return [part.to_local() if hasattr(part, "to_local") else part for part in parts]

@@ -251,12 +251,26 @@ def _shapes_on_disk(model: Any) -> tuple[Shapes, set[str]]:
     return shapes, {name for name in shapes if name in tied or any(pattern.search(name) for pattern in ignored)}
 
 
-def is_renamed(checkpoint: Path, model: Any) -> bool:
-    """Whether the weights have other names on disk than in the model, as those of mixtures of experts do."""
+def load_renamed(checkpoint: Path, model: Any) -> bool:
+    """Load weights that have other names on disk than in the model, as those of mixtures of experts do.
+
+    transformers would find none of them and go on with the weights that the model has.
+
+    Args:
+        checkpoint: its folder.
+        model: to load them into.
+
+    Returns:
+        Whether there were such names. If not, nothing was loaded.
+    """
     if hasattr(model, "peft_config"):
         return False
     names = model.state_dict().keys()
-    return any(name not in names for path in weight_files(checkpoint) for name in shapes_in(path))
+    if all(name in names for path in weight_files(checkpoint) for name in shapes_in(path)):
+        return False
+    saved: Any = type(model).from_pretrained(str(checkpoint), dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())
+    return True
 
 
 # The state of a process

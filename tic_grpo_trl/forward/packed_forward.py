@@ -1,18 +1,17 @@
 """Log-probabilities and entropies from forward passes over real tokens only."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import use_adapter
 
-from ..checkpoint.run_state import ResumableTrainer
 from ..config import TICGRPOConfig
-from ..rollout.micro_batches import plan_passes
 from .layouts import (
     NOT_TAKEN,
     PROMPT,
@@ -24,12 +23,13 @@ from .layouts import (
     ways_to_pack,
     why_trl_layout,
 )
-from .packing import PACKED, pack
+from .packing import PACKED, pack, plan_passes
+from .responses import sequences
 
 
 logger = get_logger(__name__)
 
-# What TRL's loss passes to a forward pass beside tokens, in models that read images
+# What TRL's loss passes to a forward pass beside tokens, for models that read images
 MULTIMODAL = (
     "pixel_values",
     "image_grid_thw",
@@ -43,113 +43,147 @@ MULTIMODAL = (
     "image_position_ids",
 )
 COST = (
-    "A pass costs as much as if every response were as long as the longest {of}; update/real_token_share logs which "
-    "share of the computed tokens is real."
+    "A pass costs as much as if every response were as long as the longest {of}; update/real_token_share logs the "
+    "share of real tokens."
 )
 
 
-class PaddingFreeTrainer(ResumableTrainer):
+@dataclass(frozen=True)
+class ForwardOutput:
+    """What a forward pass returned, and what it cost.
+
+    Attributes:
+        logps: (B, T) log-probabilities of the completions' tokens.
+        entropies: (B, T), or `None` if not asked for.
+        aux_loss: the router's loss, or `None` if not asked for.
+        tokens: number of real tokens.
+        slots: number of tokens that were computed, padding included.
+        passes: number of forward passes.
     """
-    [`~trl.GRPOTrainer`] whose forward passes (training, old policy, reference policy, evaluation) see no padding, with
-    `padding_free=True` in its [`TICGRPOConfig`].
+
+    logps: torch.Tensor
+    entropies: torch.Tensor | None
+    aux_loss: torch.Tensor | None
+    tokens: int
+    slots: int
+    passes: int
+
+
+class PackedForward:
+    """
+    Compute log-probabilities without computing padding, where `padding_free` is set.
 
     Each model gets the best layout of [`~tic_grpo_trl.forward.packing`] in which its responses have the
-    log-probabilities that they have alone. Inputs with images are forwarded as TRL does. Every process makes the same
-    number of passes.
+    log-probabilities that they have alone. Inputs with images go through TRL's own forward pass.
+
+    Args:
+        args: for `padding_free`, precision and batch size.
+        accelerator: for autocast and the communication between processes.
+        model: returns the policy as it is trained.
+        pad_token_id: fills empty slots.
+        temperature: of the sampler, for the check of the head.
+        pad_to_multiple_of: TRL's argument.
+        padded_forward: TRL's `_get_per_token_logps_and_entropies`.
+        checks_head: whether the model may be called without labels; not under DeepSpeed ZeRO-3, which would keep the
+            head's weights gathered.
+
+    Attributes:
+        layout: how responses are laid out in rows; the empty string before [`choose_layout`].
     """
 
-    args: TICGRPOConfig
-    model: PreTrainedModel
-    pad_to_multiple_of: int | None
-
-    def __init__(self, model, reward_funcs=None, args: Any = None, *positional, **kwargs):
-        self._layout: str | None = None  # found out when first needed, because it takes passes of every process
-        self._work = {"tokens": 0, "slots": 0, "forwards": 0, "trl_forwards": 0}  # since the last update
-        super().__init__(model, reward_funcs, args, *positional, **kwargs)
-
-    def _of_all(self, numbers: list[int]) -> torch.Tensor:
-        """(processes, n) of the n numbers that each process passes."""
-        tensor = torch.tensor(numbers, device=self.accelerator.device)
-        return self.accelerator.gather(tensor).view(self.accelerator.num_processes, -1)
-
-    def _score(self, inputs: dict[str, Any], batch_size: int | None = None, model: Any = None) -> torch.Tensor:
-        """(B, T) log-probabilities without gradient, of a model or under the current weights."""
-        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        width = inputs["completion_ids"].size(1)
-        images = {name: inputs[name] for name in MULTIMODAL if inputs.get(name) is not None}
-        kwargs: Any = self.args.gradient_checkpointing_kwargs
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, kwargs):
-            logps, _, _ = self._get_per_token_logps_and_entropies(
-                self.model if model is None else model, input_ids, attention_mask, width, batch_size, **images
-            )
-        return logps
-
-    @contextmanager
-    def _reference_policy(self) -> Iterator[Any]:
-        """The reference model, or where an adapter is trained the model with the adapter that it had at first."""
-        if self.ref_model is not None:
-            yield self.ref_model
-            return
-        model = self.accelerator.unwrap_model(self.model)
-        with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
-            yield self.model
-
-    def _get_per_token_logps_and_entropies(
+    def __init__(
         self,
-        model,
-        input_ids,
-        attention_mask,
-        logits_to_keep,
-        batch_size=None,
-        compute_entropy=False,
-        compute_aux_loss=False,
-        **multimodal,
+        args: TICGRPOConfig,
+        accelerator: Accelerator,
+        model: Callable[[], PreTrainedModel],
+        pad_token_id: int,
+        temperature: float,
+        pad_to_multiple_of: int | None,
+        padded_forward: Callable,
+        checks_head: bool,
     ):
+        self.args, self.accelerator, self.model = args, accelerator, model
+        self.pad_token_id, self.temperature, self.pad_to_multiple_of = pad_token_id, temperature, pad_to_multiple_of
+        self.padded_forward, self.checks_head = padded_forward, checks_head
+        self.layout = ""
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,  # (B, P + T)
+        attention_mask: torch.Tensor,  # (B, P + T)
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **multimodal: Any,
+    ) -> ForwardOutput:
+        """Compute what TRL's `_get_per_token_logps_and_entropies` computes; the arguments are the same.
+
+        With a `batch_size`, and for evaluation batches, every process has to make the call.
+        """
+        outputs = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
         if any(value is not None for value in multimodal.values()) or self.layout == "padded":
             passes = -(-input_ids.size(0) // (batch_size or input_ids.size(0)))
-            self._note(attention_mask.sum(), input_ids.numel(), passes)
-            return super()._get_per_token_logps_and_entropies(
-                model,
-                input_ids,
-                attention_mask,
-                logits_to_keep,
-                batch_size,
-                compute_entropy,
-                compute_aux_loss,
-                **multimodal,
+            logps, entropies, aux_loss = self.padded_forward(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, **outputs, **multimodal
             )
-        forward_kwargs = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
-        if not self.model.training:
-            # An evaluation batch may be as large as the engine likes it. The passes over it are always the same, so
-            # that equal weights have equal log-probabilities.
+            return ForwardOutput(logps, entropies, aux_loss, int(attention_mask.sum()), input_ids.numel(), passes)
+        if not self.model().training:
+            # An evaluation batch may be as large as the engine likes. The passes over it are always the same, so that
+            # equal weights have equal log-probabilities.
             batch_size = int(self.args.per_device_train_batch_size)
-        if batch_size is None:  # a micro-batch: one pass, whatever it holds
-            return self._forward(model, input_ids, attention_mask, logits_to_keep, **forward_kwargs)
+        if batch_size is None:  # a micro-batch is one pass, whatever it holds
+            return self._pass(model, input_ids, attention_mask, logits_to_keep, **outputs)
+        return self._passes(model, input_ids, attention_mask, logits_to_keep, batch_size, **outputs)
 
-        # An evaluation batch, or the responses on which a run's ratios are looked at
+    def score(self, inputs: dict[str, Any], batch_size: int | None = None, model: Any = None) -> ForwardOutput:
+        """Compute log-probabilities without gradients.
+
+        Args:
+            inputs: a micro-batch.
+            batch_size: rows of a pass; one pass if left out.
+            model: another model than the policy.
+        """
+        ids, mask = sequences(inputs)
+        images = {name: inputs[name] for name in MULTIMODAL if inputs.get(name) is not None}
+        policy: Any = self.model()
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
+        with torch.no_grad(), disable_gradient_checkpointing(policy, checkpointing):
+            return self(
+                policy if model is None else model, ids, mask, inputs["completion_ids"].size(1), batch_size, **images
+            )
+
+    def _passes(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss
+    ) -> ForwardOutput:
+        """Compute several passes, as many on every process."""
         lengths = attention_mask.sum(dim=1).tolist()
         kept = [i for i, length in enumerate(lengths) if length > 0]
-        passes = plan_passes([lengths[i] for i in kept], batch_size, self.layout in PACKED)
+        planned = plan_passes([lengths[i] for i in kept], batch_size, self.layout in PACKED)
         shape = (input_ids.size(0), logits_to_keep)
         logps = torch.zeros(shape, device=input_ids.device)
-        entropies = torch.zeros(shape, device=input_ids.device) if compute_entropy else None
-        aux_losses = []
-        for index in range(int(self._of_all([len(passes)]).max())):
-            # a process that has no more rows makes its pass over a blank one
-            rows = [kept[i] for i in passes[index]] if index < len(passes) else []
+        entropies: Any = torch.zeros(shape, device=input_ids.device) if compute_entropy else None
+        outputs: list[Any] = []
+        for index in range(max(gather_object([len(planned)]))):
+            # a process that has no responses left makes its pass over a blank one
+            rows = [kept[i] for i in planned[index]] if index < len(planned) else []
             ids, mask = (input_ids[rows], attention_mask[rows]) if rows else (input_ids[:1], attention_mask[:1] * 0)
-            row_logps, row_entropies, aux_loss = self._forward(model, ids, mask, logits_to_keep, **forward_kwargs)
-            aux_losses.append(aux_loss)
+            output = self._pass(model, ids, mask, logits_to_keep, compute_entropy, compute_aux_loss)
+            outputs.append(output)
             if rows:
-                logps[rows] = row_logps
+                logps[rows] = output.logps
                 if entropies is not None:
-                    entropies[rows] = row_entropies
-        return logps, entropies, torch.stack(aux_losses).mean() if compute_aux_loss else None
+                    entropies[rows] = output.entropies
+        aux_loss = torch.stack([output.aux_loss for output in outputs]).mean() if compute_aux_loss else None
+        tokens, slots = (sum(getattr(output, name) for output in outputs) for name in ("tokens", "slots"))
+        return ForwardOutput(logps, entropies, aux_loss, tokens, slots, len(outputs))
 
-    def _forward(self, model, input_ids, attention_mask, logits_to_keep, compute_entropy, compute_aux_loss):
-        """Log-probabilities (B, T), entropies (B, T) and router loss of (B, P+T) ids, from one forward pass."""
-        layout = self.layout  # asked first: the answer takes forward passes of every process
+    def _pass(
+        self, model, input_ids, attention_mask, logits_to_keep, compute_entropy, compute_aux_loss
+    ) -> ForwardOutput:
+        """Compute one pass."""
+        layout = self.layout
         if compute_aux_loss or attention_mask.all():
             # the router's loss is a mean over tokens that leaves padding out by the attention mask
             layout = "sorted"
@@ -157,12 +191,11 @@ class PaddingFreeTrainer(ResumableTrainer):
             input_ids,
             attention_mask,
             logits_to_keep,
-            self._tokenizer.pad_token_id,
+            self.pad_token_id,
             layout,
-            linear_width=6 * self.model.config.get_text_config().hidden_size,
+            linear_width=6 * self.model().config.get_text_config().hidden_size,
             multiple_of=self.pad_to_multiple_of,
         )
-        self._note(packed.tokens, packed.input_ids.numel())
         router = {"output_router_logits": True} if compute_aux_loss else {}
         with self.accelerator.autocast():
             outputs = model(
@@ -172,47 +205,47 @@ class PaddingFreeTrainer(ResumableTrainer):
                 **model_inputs(packed, layout),
                 **router,
             )
-        entropies = packed.unpack(outputs.entropy) if compute_entropy else None
-        return packed.unpack(outputs.log_probs), entropies, outputs.aux_loss if compute_aux_loss else None
+        return ForwardOutput(
+            packed.unpack(outputs.log_probs),
+            packed.unpack(outputs.entropy) if compute_entropy else None,
+            outputs.aux_loss if compute_aux_loss else None,
+            packed.tokens,
+            packed.input_ids.numel(),
+            passes=1,
+        )
 
-    def _note(self, tokens: Any, slots: int, forwards: int = 1):
-        if self.model.training:
-            self._work["tokens"] += int(tokens)
-            self._work["slots"] += slots
-            self._work["forwards"] += forwards
-
-    @property
-    def layout(self) -> str:
-        """How forward passes lay out responses: a layout of [`~tic_grpo_trl.forward.packing`]."""
-        if self._layout is None:
-            training = self.model.training
-            self.model.eval()  # dropout would make any two passes differ
+    def choose_layout(self) -> str:
+        """Choose the layout once, by forward passes that every process has to make, and return it."""
+        if not self.layout:
+            model = self.model()
+            training = model.training
+            model.eval()  # dropout would make any two passes differ
             try:
-                self._layout = self._choose_layout()
+                self.layout = self._best_layout(model)
             finally:
-                self.model.train(training)
-        return self._layout
+                model.train(training)
+        return self.layout
 
     @property
     def _precision(self) -> float:
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model().dtype
         return torch.finfo(dtype).eps
 
-    def _choose_layout(self) -> str:
+    def _best_layout(self, model: Any) -> str:
         # Prompt tuning puts its virtual tokens before the padding of a prompt, which is then part of the sequence.
-        if any(adapter.is_prompt_learning for adapter in getattr(self.model, "peft_config", {}).values()):
+        if any(adapter.is_prompt_learning for adapter in getattr(model, "peft_config", {}).values()):
             return "padded"
-        self._check_head()
+        if self.checks_head:
+            self._check_head()
         if not self.args.padding_free:
             return "padded"
-        if why := why_trl_layout(self.model.config):
+        if why := why_trl_layout(model.config):
             logger.warning(
-                f"padding_free does not apply: {why}, so responses keep TRL's padding. "
-                f"{COST.format(of='of the rollout')}"
+                f"padding_free has no effect: {why}, so TRL's padding is kept. {COST.format(of='of the rollout')}"
             )
             return "padded"
         device = self.accelerator.device
-        for layout in ways_to_pack(self.model.config):
+        for layout in ways_to_pack(model.config):
 
             def call(segments=None, layout=layout, **inputs):
                 return self._log_probs(**inputs, **attention_arguments(layout, segments, device))
@@ -222,36 +255,34 @@ class PaddingFreeTrainer(ResumableTrainer):
                 return layout
         if ignores_left_padding(self._log_probs, device, self._precision):
             logger.warning(
-                "padding_free: the model lets responses that share a row see each other, so each has a row of its own, "
-                f"sorted by length. {COST.format(of='in its pass')}"
+                "padding_free: responses that share a row change each other's log-probabilities in this model, so each "
+                f"gets its own row, sorted by length. {COST.format(of='in its pass')}"
             )
             return "sorted"
         logger.warning(
-            "padding_free does not apply: padding before a prompt changes the model's log-probabilities, so responses "
-            f"keep TRL's. {COST.format(of='of the rollout')}"
+            "padding_free has no effect: padding before a prompt changes the model's log-probabilities, so TRL's "
+            f"padding is kept. {COST.format(of='of the rollout')}"
         )
         return "padded"
 
     @torch.no_grad()
     def _check_head(self):
-        """Warn where TRL's head, which takes the place of the model's own, computes other log-probabilities."""
-        if self.is_deepspeed_enabled:  # ZeRO-3 would keep the head gathered after an ordinary call
-            return
+        """Warn if TRL's fused head, which replaces the model's own, computes other log-probabilities."""
         ids = torch.tensor([PROMPT], device=self.accelerator.device)
         try:
             with self.accelerator.autocast():
-                logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1].float()
+                logits = self.model()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1].float()
         except NOT_TAKEN:
             return
         own = (logits / self.temperature).log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
         error = float((self._log_probs(ids)[0].float() - own).abs().max())
         if error > rounding(own, self._precision):
             logger.warning(
-                f"TRL's head leaves out a step of this model: its log-probabilities are up to {error:.2g} nats away "
-                "from those of the model's logits. Training follows another policy than the one that samples, with "
-                "TRL's own trainer, too."
+                "TRL's fused head skips a step of this model: its log-probabilities differ from those of the model's "
+                f"logits by up to {error:.2g} nats. The trained policy is not the one that samples; TRL's own trainer "
+                "has the same error."
             )
 
     def _log_probs(self, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
         with self.accelerator.autocast():
-            return self.model(input_ids=input_ids, labels=input_ids, fused_lm_head=True, **inputs).log_probs
+            return self.model()(input_ids=input_ids, labels=input_ids, fused_lm_head=True, **inputs).log_probs

@@ -15,6 +15,7 @@ prompt. The layouts, best first:
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -80,6 +81,28 @@ def lay_out(lengths: list[int], linear_width: int) -> list[list[int]]:
             break
         best = min(best, rows, key=cost)
     return best
+
+
+def plan_passes(lengths: list[int], rows_per_pass: int, packs: bool) -> list[list[int]]:
+    """Distribute responses over the fewest forward passes that are no larger than TRL's.
+
+    A forward pass has `rows_per_pass` rows as long as the longest response. With `packs`, several responses share a
+    row; without, responses of similar length share a pass. Rows are spread evenly over the passes.
+
+    Args:
+        lengths: of the responses with their prompts, in tokens.
+        rows_per_pass: TRL's micro-batch, `per_device_train_batch_size`.
+        packs: whether responses can share a row.
+
+    Returns:
+        Indices of the responses by pass; at most ⌈n / rows_per_pass⌉ passes.
+    """
+    if not lengths:
+        return []
+    rows = first_fit(lengths, max(lengths)) if packs else [[i] for i in longest_first(lengths)]
+    passes = -(-len(rows) // rows_per_pass)
+    cuts = [len(rows) * i // passes for i in range(passes + 1)]
+    return [[i for row in rows[start:end] for i in row] for start, end in pairwise(cuts)]
 
 
 @dataclass(frozen=True)

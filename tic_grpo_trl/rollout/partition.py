@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 
-from .responses import PADDED_SIDE, is_per_response, response_count, select_responses
+from ..forward.responses import PADDED_SIDE, is_per_response, response_count, select_responses
 
 
 def responses_to_prompts(prompts: torch.Tensor, num_generations: int) -> torch.Tensor:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from packaging.version import Version
 
+from ..forward.responses import PADDED_SIDE, loss_mask, response_count
 from ..rewards.failures import _shown
-from ..rollout.responses import PADDED_SIDE, loss_mask, response_count
 
 
 FIRST_DEEPSPEED = "0.19.8"  # that discards non-finite gradients of any precision

@@ -1,15 +1,17 @@
-"""Warnings of settings that make the ratio meaningless: once a run and cause, each with the figure that was measured.
+"""Warns of settings that make the ratios meaningless, once per run and cause, with the effect as measured.
 
-The measurements are a few forward passes over some responses of a run's first rollout, before any update on it, and
-only where such a setting is on. Every process makes the same passes; random states and metrics of the work are left as
-they were, so that a run that is resumed and measures again goes on as the one that was not interrupted.
+The measurements are a few forward passes over some responses of the first rollout, before any update on it. They are
+made only where such a setting is on, by every process alike. They don't touch the random states, so that a resumed run
+that measures again continues exactly like one that was never interrupted.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from torch import nn
@@ -24,8 +26,10 @@ from transformers import (
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from ..config import TICGRPOConfig
+from ..forward.packed_forward import PackedForward
 from ..forward.packing import used_columns
-from ..rollout.responses import loss_mask, response_count
+from ..forward.responses import loss_mask, response_count, sequences
 
 
 logger = get_logger(__name__)
@@ -107,45 +111,88 @@ def sampler_log_ratio(
 
 
 class RatioProbe:
-    """What a trainer asks about its ratios, and is warned of.
+    """
+    Measure what a run's settings do to its ratios, and warn where they make them meaningless.
 
     Args:
-        trainer: the [`~tic_grpo_trl.TICGRPOTrainer`].
-        dropout: names of what [`disable_attention_dropout`] left active.
+        args: the settings.
+        accelerator: for autocast and the communication between processes.
+        model: returns the policy.
+        forward: the forward passes.
+        pad_token_id: of the tokenizer.
+        temperature: of the sampler.
+        compares: whether any update compares the policy with an earlier one or with the sampler. Otherwise the ratio is
+            1 by definition.
+
+    Raises:
+        ValueError: if dropout is active although the weight is a product over the response.
     """
 
-    def __init__(self, trainer: Any, dropout: list[str]):
-        self._trainer = trainer
-        self._dropout = dropout
+    def __init__(
+        self,
+        args: TICGRPOConfig,
+        accelerator: Accelerator,
+        model: Callable[[], Any],
+        forward: PackedForward,
+        pad_token_id: int,
+        temperature: float,
+        compares: bool,
+    ):
+        self.args, self.accelerator, self.model, self.forward = args, accelerator, model, forward
+        self.pad_token_id, self.temperature = pad_token_id, temperature
+        self.compares, self.dropout = compares, disable_attention_dropout(model(), args.disable_dropout)
+        if self.dropout and args.importance_sampling_level == "trajectory":
+            raise ValueError(
+                f"Dropout is active in {len(self.dropout)} modules (first: {self.dropout[0]}), which makes the "
+                "trajectory ratio noise that grows with the response length: set disable_dropout=True (the default), "
+                "or lora_dropout=0 and the model's own dropout to 0."
+            )
+        if not compares and args.importance_sampling_level == "trajectory":
+            logger.warning(
+                "K = 1: no rollout serves a second update, so every ratio is 1 and TIC-GRPO has nothing to correct. "
+                f"For K = 4 set steps_per_generation={4 * args.gradient_accumulation_steps} (mini-batches of a larger "
+                "rollout) or num_iterations=4 (the same rollout four times)."
+            )
         self._has_measured = False
         self._is_stale = False
 
-    def check_rollout(self, rollout: dict[str, Any]):
-        """Measure what a run's settings do to the ratios of its first rollout. Every process has to call this."""
+    def check_rollout(self, rollout: dict[str, Any], metrics: dict[str, list[float]], is_new: bool):
+        """Measure the effect of the settings on the first rollout. Every process has to call this.
+
+        Args:
+            rollout: that was generated.
+            metrics: TRL's, to which `trajectory_ratio/noise_floor` is added: the noise of R through rounding, root mean
+                square in nats.
+            is_new: whether the run has just begun; a resumed run has logged the noise before.
+        """
         if self._has_measured:
             return
         self._has_measured = True
-        trainer, args = self._trainer, self._trainer.args
-        # Without an inner loop the policy is compared with itself, in the very same pass.
-        compares = trainer._has_old_policy or args.behaviour_policy == "sampler"
+        args, noise = self.args, None
         by_trajectory = args.importance_sampling_level == "trajectory"
-        types = {torch.bfloat16, torch.float16} & {parameter.dtype for parameter in trainer.model.parameters()}
+        types = {torch.bfloat16, torch.float16} & {parameter.dtype for parameter in self.model().parameters()}
         types |= {torch.bfloat16} if args.bf16 else {torch.float16} if args.fp16 else set()
-        if compares and self._dropout and args.importance_sampling_level != "none":
+        if self.compares and self.dropout and args.importance_sampling_level != "none":
             self._check_dropout(rollout)
-        elif compares and types and by_trajectory:
-            self._check_precision(rollout, " and ".join(sorted(str(each).removeprefix("torch.") for each in types)))
+        elif self.compares and types and by_trajectory:
+            names = " and ".join(sorted(str(each).removeprefix("torch.") for each in types))
+            noise = self._check_precision(rollout, names)
         if args.changed_sampling and by_trajectory:
             self._check_sampling(rollout)
+        if noise is not None and is_new:
+            metrics["trajectory_ratio/noise_floor"].append(noise)
 
-    def check_sampler(self, ratio: float):
+    def check_sampler(self, ratio: float | None):
         """Warn when the sampler's weights look stale, and again only after they looked well.
 
         Args:
-            ratio: [`~tic_grpo_trl.metrics.ratios.mean_sampler_ratio`] of the updates since the last log.
+            ratio: [`~tic_grpo_trl.metrics.ratios.mean_sampler_ratio`] of the updates since the last log,
+                or `None` if it is unknown.
         """
+        if ratio is None:
+            return
         was_stale = self._is_stale
-        self._is_stale = abs(math.log(ratio)) > STALE_LOG_RATIO and not self._trainer.args.changed_sampling
+        self._is_stale = abs(math.log(ratio)) > STALE_LOG_RATIO and not self.args.changed_sampling
         if self._is_stale and not was_stale:
             logger.warning(
                 f"The sampler's weights look stale: the policy gives its tokens {ratio:.3f} times the probability "
@@ -160,19 +207,17 @@ class RatioProbe:
                 noise, shown = self._noise(rows, self._score(rows) - self._score(rows))
             measured = f": R, which should be 0, is {noise:.2g} nats (rms) {shown}"
         logger.warning(
-            f"Dropout is active in {len(self._dropout)} modules (first: {self._dropout[0]}), so that two passes over "
+            f"Dropout is active in {len(self.dropout)} modules (first: {self.dropout[0]}), so that two passes over "
             f"the same weights differ{measured}, and grows with the square root of the length. Set "
             "disable_dropout=True (the default), or lora_dropout=0 and the model's own dropout to 0."
         )
 
-    def _check_precision(self, rollout: dict[str, Any], types: str):
+    def _check_precision(self, rollout: dict[str, Any], types: str) -> float | None:
         rows = self._rows(rollout, ROWS)
-        if not rows or (self._trainer.args.padding_free and self._trainer.layout == "padded"):
-            return  # of such a model more padding is more than rounding
+        if not rows or (self.args.padding_free and self.forward.layout == "padded"):
+            return None  # in such a model more padding changes more than the rounding
         with self._measuring():
             noise, shown = self._noise(rows, self._score(rows) - self._score_shifted(rows))
-        if self._trainer.state.global_step == 0:  # a resumed run has it in its log history
-            self._trainer._metrics["train"]["trajectory_ratio/noise_floor"].append(noise)
         if noise > NOISE_LIMIT:
             logger.warning(
                 f"Log-probabilities in {types} are noise in R: between two passes over the same weights in other "
@@ -181,15 +226,16 @@ class RatioProbe:
                 "bf16=False and fp16=False, or at least cast_lm_head_to_fp32=True; or widen the cap "
                 "(epsilon_high)."
             )
+        return noise
 
     def _check_sampling(self, rollout: dict[str, Any]):
-        settings = self._trainer.args.changed_sampling
+        settings = self.args.changed_sampling
         names = ", ".join(f"{name}={value}" for name, value in settings.items())
         measured = ""
         if rows := self._rows(rollout, LOGIT_ROWS):
             with self._measuring():
                 per_token, tokens = self._sampler_log_ratio(rows, settings)
-            lengths = self._trainer.accelerator.gather(loss_mask(rollout).sum(1).double())
+            lengths = self.accelerator.gather(loss_mask(rollout).sum(1).double())
             length = lengths.mean().item()
             if tokens:
                 measured = (
@@ -198,7 +244,7 @@ class RatioProbe:
                     f"e^{per_token * length:.2g} times."
                 )
         meaning = "so P_θ/P_old is not the ratio of anything that was sampled and the gradient is biased"
-        if self._trainer.args.behaviour_policy == "sampler":
+        if self.args.behaviour_policy == "sampler":
             meaning = "so the ratio does not start at 1, and what the sampler never draws does not count"
         logger.warning(
             f"With {names} the sampler is a different policy from the one whose log-probabilities are computed, "
@@ -209,20 +255,16 @@ class RatioProbe:
 
     @contextmanager
     def _measuring(self):
-        """No gradient, and no trace: not in the random states, nor in the counts of the update's work."""
-        trainer, device = self._trainer, self._trainer.accelerator.device
-        work = dict(trainer._work)
+        """Compute without gradients and without using up random numbers."""
+        device = self.accelerator.device
         devices = [] if device.type in ("cpu", "mps") else [device]
-        kwargs = trainer.args.gradient_checkpointing_kwargs
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
         with (
             torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"),
             torch.no_grad(),
-            disable_gradient_checkpointing(trainer.model, kwargs),
+            disable_gradient_checkpointing(self.model(), checkpointing),
         ):
-            try:
-                yield
-            finally:
-                trainer._work = work
+            yield
 
     def _rows(self, rollout: dict[str, Any], count: int) -> dict[str, torch.Tensor]:
         """Some responses, of as many groups as can be; none of a rollout with images, whose passes take more."""
@@ -241,34 +283,34 @@ class RatioProbe:
         mask = loss_mask(rows)
         length = mask.sum(1)
         log_ratios = torch.where(length > 0, (difference * mask).sum(1), math.nan)  # (n,)
-        gather = self._trainer.accelerator.gather
+        gather = self.accelerator.gather
         log_ratios, length = gather(log_ratios), gather(length)
-        live = length[length > 0].double()
+        lengths = length[length > 0].double()
         return root_mean_square(log_ratios), (
-            f"over {live.numel()} responses of the first rollout with {live.mean().item():.0f} tokens on average"
+            f"over {lengths.numel()} responses of the first rollout with {lengths.mean().item():.0f} tokens on average"
         )
 
     def _score(self, rows: dict[str, torch.Tensor]) -> torch.Tensor:
         """(n, T) log-probabilities, as training computes them."""
-        return self._trainer._score(rows, self._trainer.args.per_device_train_batch_size)
+        return self.forward.score(rows, self.args.per_device_train_batch_size).logps
 
     def _score_shifted(self, rows: dict[str, torch.Tensor]) -> torch.Tensor:
         """(n, T) the same in padded rows, with more padding than they need."""
-        trainer, size = self._trainer, self._trainer.args.per_device_train_batch_size
-        ids, mask = self._sequences(rows)
-        ids = nn.functional.pad(ids, (SHIFT, 0), value=trainer._tokenizer.pad_token_id)
+        model, size = self.model(), self.args.per_device_train_batch_size
+        ids, mask = sequences(rows)
+        ids = nn.functional.pad(ids, (SHIFT, 0), value=self.pad_token_id)
         mask = nn.functional.pad(mask, (SHIFT, 0))
         width = rows["completion_ids"].size(1)
         # Rotary embeddings see differences of positions only: shifted ones are rounded in another way.
-        rotary = getattr(trainer.model.config.get_text_config(), "rope_parameters", None)
+        rotary = getattr(model.config.get_text_config(), "rope_parameters", None)
         position_ids = (mask.cumsum(1) - 1).clamp(min=0) + (SHIFT if rotary else 0)
         labels = ids.masked_fill(mask == 0, -100)
         labels[:, :-width] = -100
         logps = []
         for start in range(0, ids.size(0), size):
             part = slice(start, start + size)
-            with trainer.accelerator.autocast():
-                outputs = trainer.model(
+            with self.accelerator.autocast():
+                outputs = model(
                     input_ids=ids[part],
                     attention_mask=mask[part],
                     position_ids=position_ids[part],
@@ -280,18 +322,17 @@ class RatioProbe:
 
     def _sampler_log_ratio(self, rows: dict[str, torch.Tensor], settings: dict[str, float]) -> tuple[float, int]:
         """Mean over tokens of [`sampler_log_ratio`], in nats, and their number, over all processes."""
-        trainer = self._trainer
         count = min(LOGIT_TOKENS, rows["completion_ids"].size(1))
         rows = {name: value if name.startswith("prompt") else value[:, :count] for name, value in rows.items()}
-        ids, mask = self._sequences(rows)
+        ids, mask = sequences(rows)
         logps, logits = self._logits(ids, mask, count)
-        log_ratio = sampler_log_ratio(logits, ids, trainer.temperature, settings)
+        log_ratio = sampler_log_ratio(logits, ids, self.temperature, settings)
         known = loss_mask(rows).bool() & log_ratio.isfinite()
         # The pass itself says whether these are its logits: some models scale or bend them.
-        own = (logits.float() / trainer.temperature).log_softmax(-1).gather(2, rows["completion_ids"].unsqueeze(2))
+        own = (logits.float() / self.temperature).log_softmax(-1).gather(2, rows["completion_ids"].unsqueeze(2))
         known &= (own.squeeze(2) - logps).abs().where(known, 0.0).sum() <= LOGIT_ERROR * known.sum()
         sums = torch.stack([log_ratio.where(known, 0.0).double().sum(), known.double().sum()])
-        total, tokens = trainer.accelerator.gather(sums).view(-1, 2).sum(dim=0).tolist()
+        total, tokens = self.accelerator.gather(sums).view(-1, 2).sum(dim=0).tolist()
         return total / max(tokens, 1), int(tokens)
 
     def _logits(self, ids: torch.Tensor, mask: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -300,15 +341,15 @@ class RatioProbe:
         By TRL's own kind of pass and the head's weights: ZeRO-3 keeps those of a model that was called for its logits
         gathered, which the next pass then takes for granted.
         """
-        trainer = self._trainer
-        model = trainer.model.get_base_model() if is_peft_model(trainer.model) else trainer.model
+        policy = self.model()
+        model = policy.get_base_model() if is_peft_model(policy) else policy
         hidden = []
         hook = model.base_model.register_forward_hook(lambda module, args, output: hidden.append(output[0]))
         labels = ids.masked_fill(mask == 0, -100)
         labels[:, :-count] = -100
         try:
-            with trainer.accelerator.autocast():
-                logps = trainer.model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs[
+            with self.accelerator.autocast():
+                logps = policy(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs[
                     :, -count:
                 ]
         finally:
@@ -320,9 +361,3 @@ class RatioProbe:
         with maybe_gather_lm_head_ctx(weight, bias):
             logits = nn.functional.linear(hidden[0][:, -count - 1 : -1].to(weight.dtype), weight, bias)
         return logps, logits
-
-    @staticmethod
-    def _sequences(rows: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(n, P + T) ids and mask of prompts and completions."""
-        ids = torch.cat([rows["prompt_ids"], rows["completion_ids"]], dim=1)
-        return ids, torch.cat([rows["prompt_mask"], rows["completion_mask"]], dim=1)

@@ -27,6 +27,7 @@ from trl.trainer.utils import split_pixel_values_by_grid
 
 from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
 from tic_grpo_trl.forward.packed_forward import MULTIMODAL
+from tic_grpo_trl.rollout.scoring import check_behaviour_policy
 from tic_grpo_trl.objective import CORRECTION_MODES
 
 
@@ -113,7 +114,7 @@ def test_a_sampler_without_log_probabilities_is_refused(tmp_path):
         train(tmp_path, **SAMPLER)
     with pytest.raises(ValueError, match=r"behaviour_policy='sampler' needs .* set use_vllm=True"):
         build(tmp_path, (None, random_rollouts()[1]), **SAMPLER)
-    with pytest.raises(ValueError, match=r"vllm_importance_sampling_correction=True would correct for once more"):
+    with pytest.raises(ValueError, match=r"vllm_importance_sampling_correction=True would correct twice"):
         build(tmp_path, random_rollouts(), vllm_importance_sampling_correction=True, **SAMPLER)
     assert TICGRPOConfig(str(tmp_path), **CPU).vllm_importance_sampling_correction is True
     assert TICGRPOConfig(str(tmp_path), **CPU, behaviour_policy="sampler").vllm_importance_sampling_correction is False
@@ -215,9 +216,9 @@ def test_a_server_with_unprocessed_log_probabilities_is_refused(tmp_path):
     trainer.use_vllm, trainer.vllm_mode = True, "server"
     trainer.vllm_generation = SimpleNamespace(vllm_client=client)
     with pytest.raises(ValueError, match="restart it with --logprobs-mode processed_logprobs"):
-        trainer._check_server_logprobs()
+        check_behaviour_policy(trainer)
     info["model_config"]["logprobs_mode"] = "processed_logprobs"
-    trainer._check_server_logprobs()
+    check_behaviour_policy(trainer)
 
 
 # Evaluation
@@ -288,6 +289,8 @@ def test_rollouts_with_images_stay_in_trl_s_micro_batches(tmp_path):
 
     def prepare(trainer):
         trainer._generate_and_score_completions = lambda inputs: vision_rollout()
+        if isinstance(trainer, TICGRPOTrainer):
+            trainer.scorer.score = lambda *args: None  # the rollout has old log-probabilities
         compute_loss = trainer._compute_loss
 
         def noted(model, inputs):
@@ -321,7 +324,9 @@ def test_rollouts_with_images_are_scored_with_them(tmp_path, behaviour_policy):
     rollouts = random_rollouts(sampler=own_logprobs(0.0))
     trainer = build(tmp_path, rollouts, model=tiny_vision_model(), behaviour_policy=behaviour_policy, **settings)
     trainer.model.train()
-    micro_batches = trainer._cut(split_pixel_values_by_grid(rollout))
+    trainer.packed_forward.choose_layout()
+    micro_batches = trainer.batcher.cut(split_pixel_values_by_grid(rollout))
+    trainer.scorer.score(micro_batches, trainer._metrics["train"])
     assert len(micro_batches) == 2
     for index, inputs in enumerate(micro_batches):
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)

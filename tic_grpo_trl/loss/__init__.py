@@ -1,0 +1,1 @@
+"""TRL's loss with the weight of the algorithm."""

@@ -1,0 +1,116 @@
+"""Gives TRL's loss the algorithm's importance weight, by anchored old log-probabilities."""
+
+import math
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..config import TICGRPOConfig
+from ..forward.responses import loss_mask
+from ..objective import (
+    ClippedWeight,
+    anchored_old_logps,
+    clip_log_weight,
+    log_importance_weight,
+    token_log_ratio,
+)
+from ..rollout.schedule import Position
+
+
+@dataclass
+class LossPass:
+    """One computation of TRL's loss.
+
+    Attributes:
+        inputs: the copy of the micro-batch that TRL's loss reads after its forward pass.
+        level: TRL's `importance_sampling_level` for it.
+        position: of the micro-batch; `None` in an evaluation.
+        repeated: whether it computes the micro-batch again, without responses that had bad numbers.
+        logps: (B, T) log-probabilities of the policy, without gradient, after the forward pass.
+    """
+
+    inputs: dict[str, Any]
+    level: str
+    position: Position | None
+    repeated: bool = False
+    logps: torch.Tensor | None = None
+
+
+@contextmanager
+def overridden(target: Any, **values: Any):
+    """Give attributes of an object other values for the duration of a `with` block."""
+    with ExitStack() as stack:
+        for name, value in values.items():
+            if name in vars(target):
+                stack.callback(setattr, target, name, vars(target)[name])
+            else:  # an attribute of the class, such as a method
+                stack.callback(delattr, target, name)
+            setattr(target, name, value)
+        yield
+
+
+class ImportanceWeight:
+    """
+    Compute the algorithm's weight, and make TRL's loss use it.
+
+    Args:
+        args: for the algorithm's level and clip rule.
+    """
+
+    def __init__(self, args: TICGRPOConfig):
+        self.args = args
+        self.level, self.clip, self.is_anchored = str(args.importance_sampling_level), args.clip, args.is_anchored
+
+    def loss_pass(self, inputs: dict[str, Any], position: Position | None, repeated: bool = False) -> LossPass:
+        """Describe a computation of TRL's loss.
+
+        At TRL's sequence level, one weight per response gives the same loss and gradient more cheaply, as long as
+        nothing else in the loss differs between the tokens of a response.
+        """
+        if not self.is_anchored:
+            return LossPass(dict(inputs), self.level, position, repeated)
+        correction = inputs.get("importance_sampling_ratio")  # (B, 1) or (B, T)
+        per_response = (
+            self.level != "token"
+            and inputs["advantages"].dim() == 1
+            and self.args.beta == 0.0
+            and self.args.top_entropy_quantile == 1.0
+            and (correction is None or correction.size(1) == 1)
+        )
+        return LossPass(dict(inputs), "sequence" if per_response else "token", position, repeated)
+
+    @contextmanager
+    def trl_settings(self, trainer: Any, loss_pass: LossPass):
+        """Set TRL's options so that an anchored weight, which is already bounded, is not bounded again."""
+        if not self.is_anchored:
+            yield
+            return
+        options = {"importance_sampling_level": loss_pass.level, "epsilon_low": 1.0, "epsilon_high": math.inf}
+        with overridden(trainer, **options), overridden(trainer.args, delta=None):
+            yield
+        if "anchored" not in loss_pass.inputs:
+            raise RuntimeError("This TRL version computes its loss in another way: install trl>=1.16,<1.17.")
+
+    def apply(self, logps: torch.Tensor, inputs: dict[str, Any]) -> tuple[torch.Tensor, ClippedWeight]:
+        """Weight a micro-batch.
+
+        Args:
+            logps: (B, T) log-probabilities of the policy, with their gradient.
+            inputs: that TRL's loss is about to read. Its old log-probabilities are replaced if the weight is anchored.
+
+        Returns:
+            (B, T) log-ratios, and what the clip rule did to the weight.
+        """
+        mask = loss_mask(inputs)
+        old_logps = inputs.get("old_per_token_logps")  # `None` on-policy
+        log_ratio = token_log_ratio(logps, old_logps, mask)  # (B, T)
+        log_weight = log_importance_weight(log_ratio, mask, self.level)  # (B, 1) or (B, T)
+        clipped = clip_log_weight(log_weight, inputs["advantages"], mask, self.clip)
+        if self.is_anchored:
+            # TRL's off-policy mask measures the drift from the behaviour policy, not from the anchor.
+            inputs.setdefault("sampling_per_token_logps", logps.detach() if old_logps is None else old_logps)
+            inputs["old_per_token_logps"] = anchored_old_logps(logps, clipped)
+            inputs["anchored"] = True
+        return log_ratio, clipped

@@ -1,0 +1,95 @@
+"""The tables of `log_completions`: each response's trajectory ratio, and how many tables are kept."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from trl.trainer.utils import strip_images_from_messages
+
+from ..checkpoint.storage import restore_containers
+from ..forward.responses import loss_mask
+
+
+class CompletionsTable:
+    """
+    Add a column `trajectory_ratio` to TRL's table of completions.
+
+    It holds w' = P_θ/P_old of each response as of its latest update, and nothing for responses that have not been
+    trained on.
+
+    Args:
+        accelerator: for the communication between processes.
+        logs: returns TRL's table by column; like these, the new column keeps the last `generation_batch_size` entries.
+        is_logged: whether there is a table. Without one, nothing is done here.
+    """
+
+    def __init__(self, accelerator: Accelerator, logs: Callable[[], dict[str, Any]], is_logged: bool):
+        self.accelerator, self.logs, self.is_logged = accelerator, logs, is_logged
+        self._responses = 0  # in the table so far, those that it has dropped included
+        self._ratios: list[tuple[torch.Tensor, torch.Tensor]] = []  # (numbers, R) of the current update
+
+    def add_responses(self, rollout: dict[str, Any], count: int):
+        """Number the responses of a rollout across all processes, as its column `sample`."""
+        if not self.is_logged:
+            return
+        counts = gather_object([count])
+        first = self._responses + sum(counts[: self.accelerator.process_index])
+        self._responses += sum(counts)
+        self._column.extend([None] * sum(counts))
+        rollout["sample"] = torch.arange(first, first + count, device=self.accelerator.device)
+
+    def add_ratios(self, inputs: dict[str, Any], log_ratios: torch.Tensor):
+        """Note the log-ratios R, (B,), of a micro-batch."""
+        if self.is_logged:
+            is_real = loss_mask(inputs).any(dim=1)
+            self._ratios.append((torch.where(is_real, inputs["sample"], -1), log_ratios))
+
+    def close_update(self):
+        """Write the ratios of an update into the table."""
+        if not self._ratios:
+            return
+        columns = (torch.cat(column) for column in zip(*self._ratios, strict=True))
+        numbers, log_ratios = (self.accelerator.gather(column).tolist() for column in columns)
+        self._ratios.clear()
+        column = self._column
+        first = self._responses - len(column)
+        for number, log_ratio in zip(numbers, log_ratios, strict=True):
+            if number >= first:
+                column[number - first] = float(f"{math.exp(min(log_ratio, 700.0)):.4g}")
+
+    def rotate(self, output_dir: Path, limit: int | None, step: int):
+        """Delete the oldest tables beyond `completions_total_limit`.
+
+        Args:
+            output_dir: the run's folder.
+            limit: number of tables to keep; `None` keeps all.
+            step: the current step. Later tables, which a resumed run will write again, don't count.
+        """
+        if not self.is_logged or limit is None or not self.accelerator.is_main_process:
+            return
+        folder = output_dir / "completions"
+        tables = {int(path.stem.split("_")[1]): path for path in folder.glob("completions_*.parquet")}
+        for number in sorted(number for number in tables if number <= step)[:-limit]:
+            tables[number].unlink()
+
+    @property
+    def _column(self) -> Any:
+        return self.logs()["extra"]["trajectory_ratio"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the table, without images, on the main process, which writes it."""
+        if not self.is_logged or not self.accelerator.is_main_process:
+            return {"responses": self._responses}
+        logs = dict(self.logs())
+        for name in ("prompt", "completion"):
+            logs[name] = [strip_images_from_messages(messages) for messages in logs[name]]
+        return {"responses": self._responses, "logs": logs | {"images": [None] * len(logs["images"])}}
+
+    def load_state_dict(self, state: dict[str, Any]):
+        self._responses = state["responses"]
+        logs = self.logs()
+        logs.update(restore_containers(logs, state.get("logs", {})))

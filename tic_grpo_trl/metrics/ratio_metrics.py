@@ -1,0 +1,66 @@
+"""Collects the trajectory ratios of a run's responses and logs their metrics."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from .ratios import mean_sampler_ratio, merge_steps
+
+
+PREFIX = "trajectory_ratio"
+
+Metrics = dict[str, list[float]]
+
+
+class RatioMetrics:
+    """
+    Collect ratio statistics per update and evaluation batch, and log them.
+
+    Args:
+        accelerator: for the communication between processes.
+        removes_clip_ratios: whether TRL's `clip_ratio/*` are removed, because they describe weights after the cap.
+    """
+
+    def __init__(self, accelerator: Accelerator, removes_clip_ratios: bool):
+        self.accelerator, self.removes_clip_ratios = accelerator, removes_clip_ratios
+        self._open: list[torch.Tensor] = []  # of this process's micro-batches in the current update
+        self._closed: dict[str, list[tuple[int | None, torch.Tensor]]] = {"train": [], "eval": []}  # of all processes
+
+    def add(self, statistics: torch.Tensor):
+        """Add the [`~tic_grpo_trl.metrics.ratios.ratio_statistics`] of a micro-batch."""
+        self._open.append(statistics)
+
+    def close(self, mode: str, inner_step: int | None) -> torch.Tensor:
+        """End an update or an evaluation batch; nothing is read from the device here.
+
+        Args:
+            mode: `"train"` or `"eval"`.
+            inner_step: k = 1 … K, or `None` where a rollout serves one update.
+
+        Returns:
+            (n, 9) its statistics from all processes.
+        """
+        statistics = self.accelerator.gather(torch.cat(self._open))
+        self._open.clear()
+        self._closed[mode].append((inner_step, statistics))
+        return statistics
+
+    def log(self, mode: str, metrics: Metrics) -> float | None:
+        """Add the metrics since the last log to TRL's, and return the mean of P_old/P_sampler where it is known."""
+        steps = self._closed[mode]
+        sampler_ratio = mean_sampler_ratio(steps) if steps else None
+        if sampler_ratio is not None:
+            metrics["sampling/mean_ratio"].append(sampler_ratio)
+        for name, value in merge_steps(steps).items():
+            metrics[f"{PREFIX}/{name}"].append(value)
+        steps.clear()
+        for name in [name for name in metrics if self.removes_clip_ratios and name.startswith("clip_ratio/")]:
+            del metrics[name]
+        return sampler_ratio
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._closed
+
+    def load_state_dict(self, state: dict[str, Any]):
+        self._closed = {mode: list(steps) for mode, steps in state.items()}
