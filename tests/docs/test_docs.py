@@ -36,7 +36,7 @@ PAGES = sorted(
     for pattern in ("*.md", "*.ipynb")
     for path in ROOT.rglob(pattern)
     if not any(part in NOT_OURS or part.startswith(".") for part in path.relative_to(ROOT).parts)
-    and path.parent != DOCS / "notebooks"  # which the site makes of examples/notebooks
+    and path.parent not in (DOCS / "notebooks", DOCS / "api")  # generated when the site is built
 )
 
 
