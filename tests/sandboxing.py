@@ -1,4 +1,4 @@
-"""What the tests of the sandbox share: its runs, what a host permits, and that nothing is left of a run."""
+"""Share what the sandbox tests need: runs, what the host permits, and a check that a run leaves nothing behind."""
 
 import os
 import tempfile
@@ -12,13 +12,13 @@ from tic_grpo_trl.rewards.sandbox import Limits, run_program
 
 
 ROOT = os.getuid() == 0
-QUICK = Limits(wall_seconds=30)  # for programs that end by themselves, on hosts that are busy
+QUICK = Limits(wall_seconds=30)  # for programs that end by themselves, even on a busy host
 
-# what a host may forbid, down to resource limits and the user alone
+# what a host may forbid
 DEGRADED = [(), ("namespaces",), ("seccomp",), ("namespaces", "seccomp")]
 
 
-# another trainer, without the seconds that the package's imports take
+# another trainer, without the package's slow imports
 TRAINER = """
 import importlib, json, os, sys, types
 package = sys.modules["rewards"] = types.ModuleType("rewards")
@@ -27,14 +27,14 @@ isolation, sandbox = (importlib.import_module(f"rewards.{name}") for name in ("i
 """
 
 
-def means(*names):
-    """Skips the test where the host does not permit the sandbox these means."""
-    missing = set(names) - set(isolation.sandbox_report().means)
+def require(*names):
+    """Skip the test if the host does not permit these mechanisms."""
+    missing = set(names) - set(isolation.sandbox_report().mechanisms)
     if missing:
         pytest.skip(f"not permitted on this host: {', '.join(sorted(missing))}")
 
 
-HELD_BY = {  # any one of these
+ENFORCED_BY = {  # any one of these
     "network": {"namespaces", "seccomp"},
     "processes": {"seccomp", "process limit"},
     "signals": {"namespaces", "seccomp", "uid"},
@@ -43,16 +43,16 @@ HELD_BY = {  # any one of these
 
 
 def report_for(name, without):
-    """The report without some means; skips the test where no other one holds what `name` says."""
+    """Return the report without some mechanisms. Skip the test if no other mechanism enforces the guarantee `name`."""
     report = isolation.sandbox_report(without)
-    if not HELD_BY[name] & set(report.means):
-        pytest.skip(f"nothing holds it without {', '.join(without) or 'any'} on this host")
-    assert name in report.held
+    if not ENFORCED_BY[name] & set(report.mechanisms):
+        pytest.skip(f"nothing enforces it without {', '.join(without) or 'any'} on this host")
+    assert name not in report.missing
     return report
 
 
 def runs_left() -> list[psutil.Process]:
-    """Processes of this test's runs, whoever their parent is by now."""
+    """Return the processes of this test's runs, whatever their parent is by now."""
     found, start = [], sandbox.START.format(sandbox.HERE)
     for process in psutil.process_iter(["cmdline", "status"]):
         command = " ".join(process.info["cmdline"] or ())
@@ -64,8 +64,8 @@ def runs_left() -> list[psutil.Process]:
 @pytest.fixture(autouse=True)
 def nothing_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(sandbox, "START", f"{sandbox.START}  # {tmp_path}")  # tells its runs from other tests'
-    before = set(psutil.Process().children(recursive=True))  # other tests' processes that compare answers
+    monkeypatch.setattr(sandbox, "START", f"{sandbox.START}  # {tmp_path}")  # distinguishes its runs from other tests'
+    before = set(psutil.Process().children(recursive=True))  # other tests' math workers
     yield
     assert not list(tmp_path.glob("sandbox-*"))
     assert set(psutil.Process().children(recursive=True)) <= before

@@ -1,4 +1,4 @@
-r"""Which part of a completion is its answer, and the reward for giving one."""
+r"""Check how answers are found in completions, and the format reward."""
 
 import time
 
@@ -30,7 +30,7 @@ from tic_grpo_trl.rewards.answers import TAIL, completion_text, final_answer, go
         ("Answer: 5\nNo: \\boxed{24}", "24"),
         ("Answer: 5\nAnswer: 24", "24"),
         ("<think>\\boxed{5}</think> It is \\boxed{24}", "24"),
-        # several at once are one answer
+        # several together form one answer
         (r"\boxed{24} \boxed{25}", "24,25"),
         (r"$\boxed{24}$ and $\boxed{25}$", "24,25"),
         (r"\boxed{24}" + "\n" + r"\boxed{24}", "24"),

@@ -1,4 +1,4 @@
-"""Reward functions that fail, in a real trainer: the error names the function, the sample and its texts."""
+"""Check that errors of failing reward functions name the function, the prompt and the completion."""
 
 import asyncio
 import functools
@@ -29,7 +29,7 @@ def batch(size: int = 3) -> dict:
 
 
 def score(reward_func, columns):
-    """What a trainer does with a function: call it, gather, look for failures."""
+    """Do what the trainer does: call the function, gather, raise failures."""
     function = checked(reward_func)
     call = functools.partial(function, **columns)
     values = asyncio.run(call()) if is_async_callable(function) else call()
@@ -70,7 +70,7 @@ def test_rewards_pass(output):
     [{0: 0.25, 1: 0.5, 2: 1.0}, {0.25, 0.5, 1.0}, frozenset({1, 2, 3}), {1: 2, 3: 4, 5: 6}.keys(), b"abc", "123"],
 )
 def test_collections_without_the_order_of_the_completions(output, is_async):
-    """A dictionary's keys would be taken for the rewards, a set's elements in any order."""
+    """A dict would give its keys as rewards, and a set has no order."""
 
     async def later(**kwargs):
         return output
@@ -84,7 +84,7 @@ def test_collections_without_the_order_of_the_completions(output, is_async):
 
 @pytest.mark.parametrize("is_async", [False, True])
 def test_a_reward_that_is_given_environments_alone(is_async):
-    """TRL calls an environment's own reward with nothing else."""
+    """TRL calls an environment's own reward with the environments only."""
 
     async def later(environments, **kwargs):
         return [float(environment) for environment in environments]
@@ -244,7 +244,7 @@ def test_training_ends_with_the_error(tmp_path, monkeypatch, kind):
 
 
 def test_rewards_are_those_of_the_function_itself(tmp_path, monkeypatch):
-    """Nothing changes while nothing fails, a sample without a reward included."""
+    """Rewards do not change as long as nothing fails, including `None`."""
 
     def with_gaps(completions, log_metric, **kwargs):
         log_metric("own", 7.0)

@@ -1,5 +1,5 @@
-"""A reward function that fails or hangs on one of two processes ends both, with one message, long before any collective
-times out."""
+"""A reward function that fails or hangs on one of two processes ends both with the same message, long before any
+collective times out."""
 
 import json
 import time
@@ -10,11 +10,11 @@ from launching import CONFIGS, ON_CPU, ROOT, free_port, launch_command, started
 
 pytestmark = pytest.mark.distributed
 
-SECONDS = 60  # from the failure; torch's own time-out is half an hour
+SECONDS = 60  # after the failure; torch's own timeout is half an hour
 
 
 def launched(folder, how: str):
-    """Status, time of the end and log of two processes whose reward function fails."""
+    """Run two processes whose reward function fails; return exit status, end time and log."""
     config = [CONFIGS / "multi_gpu.yaml", *ON_CPU, "--main_process_port", free_port()]
     log = folder / "log.txt"
     with started([*launch_command(*config), ROOT / "tests/workers/reward_failure.py", folder, how], log) as process:
@@ -24,7 +24,7 @@ def launched(folder, how: str):
 
 @pytest.fixture(params=["raise", "nan", "hang"])
 def failed(request, tmp_path):
-    """What both processes noted."""
+    """Return what both processes recorded."""
     status, ended, log = launched(tmp_path, request.param)
     notes = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(2)]
     assert status != 0, log.read_text()
@@ -61,7 +61,7 @@ def test_both_processes_end_with_one_message(failed):
 def test_a_process_that_nothing_can_interrupt_ends_both(tmp_path):
     status, ended, log = launched(tmp_path, "hang in C")
     assert status != 0
-    assert ended - float((tmp_path / "failed_at").read_text()) < SECONDS + 30  # which the launcher gives the other one
+    assert ended - float((tmp_path / "failed_at").read_text()) < SECONDS + 30  # the launcher waits for the other one
     text = log.read_text()
     assert "Reward function 'fragile' did not return within reward_timeout = 20 s" in text
     assert "libc.pthread_mutex_lock(lock)" in text

@@ -1,4 +1,4 @@
-"""The sandbox: programs that reach out, what the report says about them, and the filter. All are bounded."""
+"""Run programs that try to leave the sandbox, and check the report and the filter. All programs are bounded."""
 
 import json
 import os
@@ -13,16 +13,16 @@ from pathlib import Path
 
 import psutil
 import pytest
-from sandboxing import DEGRADED, ROOT, TRAINER, means, nothing_is_left, ok, report_for
+from sandboxing import DEGRADED, ROOT, TRAINER, nothing_is_left, ok, report_for, require
 
 from tic_grpo_trl.rewards import isolation, sandbox
 from tic_grpo_trl.rewards.runner import kernel
 
 
-__all__ = ["nothing_is_left"]  # a fixture, in force for every test here
+__all__ = ["nothing_is_left"]  # an autouse fixture
 
 
-# Programs that reach out
+# Programs that try to reach outside
 
 
 @pytest.mark.parametrize("without", DEGRADED)
@@ -49,12 +49,12 @@ for address, kind in (("127.0.0.1", socket.SOCK_STREAM), ("127.0.0.1", socket.SO
 
 
 def test_the_network_report_can_tell():
-    """The probe connects where nothing stands in the way, so that its silence elsewhere means something."""
+    """The probe does connect if nothing prevents it, so its failure elsewhere is meaningful."""
     report = isolation.sandbox_report(("namespaces", "seccomp"))
     assert "network" in report.missing
 
 
-def test_the_environment_is_empty_and_the_trainers_out_of_reach():
+def test_the_environment_is_empty_and_the_trainers_is_unreadable():
     code = """
 import os
 print(dict(os.environ))
@@ -65,7 +65,7 @@ for pid in {os.getppid(), int(input())} - {0, os.getpid()}:
         except OSError:
             pass
 """
-    means("landlock")
+    require("landlock")
     for without in DEGRADED:
         assert ok(code, str(os.getpid()), without=without) == "{}\n"
 
@@ -84,11 +84,11 @@ def attempt(name, kill):
     except OSError:
         pass
 attempt("bystander", lambda: os.kill({bystander.pid}, 9))
-# signal 0 asks for permission alone: a test that failed would otherwise end more than itself
+# signal 0 only checks permission: a failing test must not kill anything
 attempt("trainer", lambda: os.kill({os.getpid()}, 0))
-if {confined}:  # or Linux answers 0, also where it would permit none
+if {confined}:  # otherwise Linux returns 0 even if it would permit none
     attempt("everyone", lambda: os.kill(-1, 0))
-if os.getppid() != 0:  # it is in a process namespace of its own otherwise
+if os.getppid() != 0:  # otherwise it is in its own PID namespace
     attempt("guardian", lambda: os.kill(os.getppid(), 0))
 """
     try:
@@ -133,7 +133,7 @@ for place in ("/tmp", "/var/tmp", "/dev/shm", {folder!r}):
 
 
 def test_files_outside_cannot_be_read():
-    means("landlock")
+    require("landlock")
     paths = [__file__, "/etc/passwd", "/proc/cpuinfo", tempfile.gettempdir(), sandbox.__file__]
     code = f"""
 import os
@@ -180,8 +180,8 @@ def test_the_programs_die_with_the_trainer(tmp_path):
 # What the report says
 
 
-def test_every_means_that_the_kernel_has_is_in_force():
-    found = set(isolation.sandbox_report().means)
+def test_every_mechanism_of_the_kernel_is_in_force():
+    found = set(isolation.sandbox_report().mechanisms)
     if os.uname().machine in kernel.ARCHITECTURES and Path("/proc/sys/kernel/seccomp").exists():
         assert "seccomp" in found
     if kernel.libc.syscall(444, None, 0, 1) > 0:
@@ -192,20 +192,20 @@ def test_every_means_that_the_kernel_has_is_in_force():
         assert {"namespaces", "read-only mounts", "sized temporary folder", "process limit"} <= found
 
 
-def test_the_report_agrees_with_the_means():
+def test_the_report_agrees_with_the_mechanisms():
     report = isolation.sandbox_report()
-    assert set(report.held) | set(report.missing) == set(isolation.HOLDS)
-    if {"landlock", "seccomp"} <= set(report.means):
+    assert set(report.missing) <= set(isolation.GUARANTEES)
+    if {"landlock", "seccomp"} <= set(report.mechanisms):
         assert not report.missing
     text = str(report)
     assert text.startswith("in force: ")
-    for name in isolation.HOLDS:
-        assert re.search(rf"^{name} +{'yes' if name in report.held else 'NO'} ", text, re.MULTILINE)
+    for name in isolation.GUARANTEES:
+        assert re.search(rf"^{name} +{'NO' if name in report.missing else 'yes'} ", text, re.MULTILINE)
 
 
-def test_nothing_is_held_without_any_means():
+def test_nothing_is_guaranteed_without_any_mechanism():
     report = isolation.sandbox_report(("namespaces", "landlock", "seccomp", "uid"))
-    assert report.means == ()
+    assert report.mechanisms == ()
     assert {"network", "processes", "signals", "reading"} <= set(report.missing)
     assert str(report).startswith("in force: resource limits alone")
 
@@ -214,7 +214,7 @@ REPORTS = """
 reports = {}
 for without in ((), ("namespaces",), ("namespaces", "landlock")):
     report = isolation.sandbox_report(without)
-    reports[" ".join(without)] = {"means": report.means, "missing": report.missing}
+    reports[" ".join(without)] = {"mechanisms": report.mechanisms, "missing": report.missing}
 print(json.dumps(reports))
 """
 
@@ -227,12 +227,12 @@ os.setresuid(65534, 65534, 65534)
 """
 
 
-@pytest.mark.skipif(not ROOT, reason="every other test runs unprivileged already")
+@pytest.mark.skipif(not ROOT, reason="all other tests already run unprivileged")
 def test_an_unprivileged_trainer():
-    """As an ordinary user: all of it, also where the host forbids namespaces; without Landlock too little."""
-    python = shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin")  # not one in root's home
+    """An ordinary user gets every guarantee, even without namespaces. Without Landlock some are missing."""
+    python = shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin")  # outside root's home
     if python is None:
-        pytest.skip("no Python that surely every user may run")
+        pytest.skip("no Python that every user may run")
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         os.chmod(folder, 0o755)
         ignore = shutil.ignore_patterns("__pycache__")
@@ -249,10 +249,10 @@ def test_an_unprivileged_trainer():
         )
         assert done.returncode == 0, done.stderr
         reports = json.loads(done.stdout)
-    assert "uid" not in reports[""]["means"]
-    if {"landlock", "seccomp"} <= set(reports["namespaces"]["means"]):
+    assert "uid" not in reports[""]["mechanisms"]
+    if {"landlock", "seccomp"} <= set(reports["namespaces"]["mechanisms"]):
         assert reports[""]["missing"] == reports["namespaces"]["missing"] == []
-    # the same user's files and processes are then open to the program, and the report says so
+    # the program can then access the same user's files and processes, and the report says so
     assert {"environment", "writing", "reading"} <= set(reports["namespaces landlock"]["missing"])
 
 
@@ -263,16 +263,16 @@ def test_root_in_a_container():
     command = ["setpriv", "--bounding-set", "-sys_admin", sys.executable, "-I", "-c", TRAINER + REPORTS]
     done = subprocess.run([*command, str(sandbox.HERE)], capture_output=True, text=True, timeout=120, check=True)
     reports = json.loads(done.stdout)
-    assert "uid" in reports["namespaces"]["means"]
-    if {"landlock", "seccomp"} <= set(isolation.sandbox_report().means):
+    assert "uid" in reports["namespaces"]["mechanisms"]
+    if {"landlock", "seccomp"} <= set(isolation.sandbox_report().mechanisms):
         assert reports[""]["missing"] == reports["namespaces"]["missing"] == []
 
 
-# The filter, also for the architecture that this host does not have
+# The filter, including the architecture that this host does not have
 
 
 def verdict(machine: str, number: int, *arguments: int, arch: int | None = None) -> str:
-    """What the filter answers to a system call, by following its instructions."""
+    """Follow the filter's instructions and return its answer to a system call."""
     data = {kernel.NUMBER: number, kernel.ARCH: arch or kernel.ARCHITECTURES[machine][1]}
     data |= {kernel.ARGUMENTS + 8 * i: argument & 0xFFFFFFFF for i, argument in enumerate((*arguments, 0, 0, 0))}
     program, accumulator, at = kernel.seccomp_program(machine, pid=7), 0, 0

@@ -1,4 +1,4 @@
-r"""math_reward: what counts as right, and that no expression can stop it. Real processes with math-verify in them."""
+r"""Check what math_reward accepts and that no expression can hang it, with real math-verify workers."""
 
 import json
 import pickle
@@ -15,7 +15,7 @@ from tic_grpo_trl.rewards import MathReward, math_reward, mathematics
 from tic_grpo_trl.rewards.mathematics import default_workers
 
 
-HANGS = r"\boxed{9^{9^{9^{9}}}}"  # one multiplication of integers, which no signal handler interrupts
+HANGS = r"\boxed{9^{9^{9^{9}}}}"  # one integer multiplication, which no signal handler can interrupt
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ WRONG = [
     ("1/3", r"\boxed{0.33}"),
     ("1011", r"\boxed{10,11}"),
     (r"x \in [0, 1]", r"\boxed{x}"),
-    # many candidates
+    # several candidates
     ("24", r"\boxed{24} \boxed{25}"),
     ("25", r"\boxed{24} \boxed{25}"),
     ("24", "Answer: 24 or 25"),
@@ -81,7 +81,7 @@ def test_right_and_wrong(reward, pairs, expected):
 
 
 def test_gold_comes_first(reward):
-    """An inequality as the solution is met by the interval, not the other way round."""
+    """An interval equals a solution that is an inequality, but not the other way round."""
     assert reward([r"\boxed{(1, 2)}"], solution=["1 < x < 2"]) == [1.0]
     assert reward([r"\boxed{1 < x < 2}"], solution=["(1, 2)"]) == [0.0]
 
@@ -102,7 +102,7 @@ def test_what_cannot_be_parsed_is_skipped_and_counted(reward):
 
 
 def test_long_completion(reward):
-    """18,000 tokens of nonsense in front cost nothing."""
+    """18,000 tokens of noise before the answer cost nothing."""
     noise = r"\frac{\sqrt{" * 8000
     start = time.monotonic()
     assert reward([noise + r"\boxed{24}", noise + "\nAnswer: 24", noise], solution=["24"] * 3) == [1.0, 1.0, 0.0]
@@ -122,7 +122,7 @@ def test_hanging_answers_are_killed_and_cost_only_themselves():
         assert metrics["math_reward/timeout"] == 0.25
         assert metrics["math_reward/crash"] == 0.0
         assert not any(process.is_running() for process in before)
-        # a solution that math-verify cannot parse in time, or at all, is no reason to punish
+        # a solution that math-verify cannot parse, or not in time, is not the completion's fault
         assert reward([r"\boxed{24}"], solution=["(" * 1500 + "24" + ")" * 1500]) == [None]
     finally:
         reward.close()
@@ -137,7 +137,7 @@ def test_a_process_that_dies_costs_one_answer():
         texts = [HANGS, r"\boxed{24}", r"\boxed{25}"]
         assert reward(texts, solution=["24"] * 3, log_metric=metrics.__setitem__) == [0.0, 1.0, 0.0]
         assert metrics["math_reward/crash"] == pytest.approx(1 / 3)
-        # one that dies idle costs nothing
+        # a worker that dies while idle costs nothing
         (worker,) = reward._pool.workers
         worker.process.kill()
         worker.process.wait()
@@ -148,7 +148,7 @@ def test_a_process_that_dies_costs_one_answer():
 
 
 def test_from_another_thread_and_as_a_copy(reward):
-    """math-verify's own timeouts work in the main thread only; TRL may hand reward functions to other processes."""
+    """math-verify's own timeouts only work in the main thread, and reward functions may be pickled."""
     results = []
     thread = threading.Thread(target=lambda: results.append(reward([r"\boxed{24}"], solution=["24"])))
     thread.start()
@@ -180,7 +180,7 @@ def test_cores_are_shared_by_the_processes_of_a_host(monkeypatch):
     assert default_workers() == 1
 
 
-# As users write it: no `if __name__ == "__main__"`
+# As users write scripts, without `if __name__ == "__main__"`
 SCRIPT = r"""
 import json, os
 print("started", flush=True)
@@ -205,7 +205,7 @@ def script(tmp_path):
 
 
 def read(output):
-    """The processes that compare, if the script has scored as it should."""
+    """Check the script's rewards and return the process ids of its workers."""
     results, pids = json.loads(next(line for line in output if line.startswith("[[")))
     assert results == [[1.0, 0.0], 0, [1.0, 0.0]]
     assert len(pids) == 2
@@ -226,7 +226,7 @@ def test_script_without_a_guard(script):
     assert not any(psutil.pid_exists(pid) for pid in read(done.stdout.splitlines()))
 
 
-# The same processes without torch, which takes long to import
+# The same workers without torch, which is slow to import
 KILLED = r"""
 import json, sys, types
 sys.modules["rewards"] = package = types.ModuleType("rewards")
@@ -240,7 +240,7 @@ pool.run([("24", "9^{9^{9^{9}}}")])
 
 
 def test_processes_end_with_one_that_is_killed():
-    """An idle one and one that is deep in an expression."""
+    """One worker is idle and one is inside a long comparison."""
     command = [sys.executable, "-c", KILLED, mathematics.__file__.rpartition("/")[0]]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         outcomes, pids = json.loads(process.stdout.readline())

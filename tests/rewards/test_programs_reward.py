@@ -1,4 +1,4 @@
-"""The reward for programs: reading problems and completions, comparing answers, and what TRL gets to see."""
+"""Check the code reward: parsing problems and completions, comparing outputs, rewards and logging."""
 
 import json
 import logging
@@ -49,7 +49,7 @@ def block(code: str) -> str:
 
 
 def score(reward, completions, solutions):
-    """Rewards, verdicts and metrics of a batch."""
+    """Return the rewards, verdicts and metrics of a batch."""
     verdicts, metrics = {}, {}
     rewards = reward(
         prompts=["?"] * len(completions),
@@ -213,7 +213,7 @@ def test_functions(reward):
 
 
 def test_a_verdict_cannot_be_forged(reward):
-    """A program that ends early, prints a verdict or writes to every descriptor it finds gives no answer."""
+    """Exiting early, printing a verdict or writing to every open descriptor earns nothing."""
     attempts = [
         "import os\nprint('passed')\nos._exit(0)",
         'import os\nfor fd in range(3, 64):\n    try: os.write(fd, b\'{"exit_code": 0, "passed": true}\\n\')\n'
@@ -234,7 +234,7 @@ def test_timeouts_are_counted_and_run_side_by_side():
     assert rewards == [0.0] * 4
     assert verdicts == ["timeout in test 1"] * 4
     assert metrics["code_reward/timeout"] == 1.0
-    assert time.monotonic() - started < 9  # 12 one after another
+    assert time.monotonic() - started < 9  # 12 if run one after another
 
 
 def test_partial_rewards_run_all_tests():
@@ -264,8 +264,8 @@ def test_options_are_checked():
 
 
 def test_incomplete_isolation(monkeypatch, caplog):
-    """Refused by default; otherwise said once, loudly."""
-    report = Report(means=("seccomp",), held=("network", "processes", "signals"), missing=("environment", "writing"))
+    """Refused by default; otherwise one warning."""
+    report = Report(mechanisms=("seccomp",), missing=("environment", "writing"))
     monkeypatch.setattr(code_module, "sandbox_report", lambda: report)
     with pytest.raises(
         RuntimeError, match=r"Missing: environment \(no other.*In force: seccomp.*require_isolation=False"
@@ -281,7 +281,7 @@ def test_incomplete_isolation(monkeypatch, caplog):
 
 
 def test_in_the_trainer(tmp_path):
-    """The verdicts reach the completions table and the shares the log."""
+    """Verdicts reach the table of completions, and metrics reach the log."""
     trainer = TICGRPOTrainer(
         model=tiny_model(),
         reward_funcs=CodeReward(Limits(wall_seconds=20)),

@@ -1,4 +1,4 @@
-"""The sandbox: programs that mean no harm, and programs that use too much. All are bounded, should one get out."""
+"""Run well-behaved programs and programs that use too much. All are bounded in case one escapes."""
 
 import json
 import signal
@@ -6,16 +6,16 @@ import threading
 import time
 
 import pytest
-from sandboxing import DEGRADED, QUICK, means, nothing_is_left, ok, report_for, runs_left
+from sandboxing import DEGRADED, QUICK, nothing_is_left, ok, report_for, require, runs_left
 
 from tic_grpo_trl.rewards import sandbox
 from tic_grpo_trl.rewards.sandbox import Limits, run_program
 
 
-__all__ = ["nothing_is_left"]  # a fixture, in force for every test here
+__all__ = ["nothing_is_left"]  # an autouse fixture
 
 
-# Programs that mean no harm
+# Well-behaved programs
 
 
 def test_a_program_reads_and_prints():
@@ -122,7 +122,7 @@ def test_the_clock_ends_a_run(code, without):
 def test_processor_time_ends_a_run(without):
     started = time.monotonic()
     code = (
-        "import signal\nsignal.signal(signal.SIGXCPU, lambda *_: None)\nwhile True: pass"  # only the hard limit is left
+        "import signal\nsignal.signal(signal.SIGXCPU, lambda *_: None)\nwhile True: pass"  # leaves only the hard limit
     )
     result = run_program(code, limits=Limits(wall_seconds=60, cpu_seconds=1), without=without)
     assert result.status == "timeout"
@@ -134,7 +134,7 @@ def test_a_program_cannot_refuse_to_end():
 import ctypes, signal, time
 for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
     signal.signal(number, signal.SIG_IGN)
-print(ctypes.CDLL(None).prctl(1, 0, 0, 0, 0), flush=True)  # would outlive its guardian
+print(ctypes.CDLL(None).prctl(1, 0, 0, 0, 0), flush=True)  # would let it outlive its guardian
 time.sleep(60)
 """
     result = run_program(code, limits=Limits(wall_seconds=2))
@@ -159,7 +159,7 @@ except PermissionError:
 if ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) != -1:
     print("shm")
 """
-    means("seccomp")
+    require("seccomp")
     assert ok(code) == ""
 
 
@@ -181,7 +181,7 @@ def test_files_are_bounded():
     code = "with open('large', 'wb') as file:\n    for _ in range(32): file.write(bytes(1 << 20))"  # 32 MiB at most
     result = run_program(code, limits=QUICK)
     assert (result.status, result.error) == ("error", "OSError: [Errno 27] File too large")
-    means("sized temporary folder")
+    require("sized temporary folder")
     code = "for i in range(12):\n    with open(f'{i}', 'wb') as file: file.write(bytes(8 << 20))"  # 96 MiB at most
     assert run_program(code, limits=QUICK).error == "OSError: [Errno 28] No space left on device"
 
@@ -206,12 +206,12 @@ print(made)
 def test_processes_are_bounded(without):
     report = report_for("processes", without)
     made = int(ok(FORKS, limits=Limits(wall_seconds=30, processes=16), without=without))
-    assert made == 0 if "seccomp" in report.means else 0 < made < 16
+    assert made == 0 if "seccomp" in report.mechanisms else 0 < made < 16
 
 
 @pytest.mark.parametrize("without", [(), ("seccomp",)])
 def test_a_fork_bomb(without):
-    """At most 2^6 processes in all, should nothing hold it; each ends after a second."""
+    """At most 2^6 processes in total if nothing stops it. Each ends after a second."""
     report_for("processes", without)
     code = """
 import os, time
@@ -229,7 +229,7 @@ time.sleep(1)
 
 
 def test_threads_are_bounded():
-    means("process limit")
+    require("process limit")
     code = """
 import threading, time
 made = 0
@@ -245,8 +245,8 @@ print(made)
 
 
 def test_a_daemon_ends_with_its_program():
-    """Without the filter a program can detach a process; the process namespace ends it."""
-    means("namespaces")
+    """Without the filter a program can detach a process, but its PID namespace ends it."""
+    require("namespaces")
     code = """
 import os, time
 if os.fork() == 0:

@@ -1,4 +1,4 @@
-"""reward_timeout: a reward function that hangs ends the run, whatever it is stuck in; one in time notices nothing."""
+"""Check reward_timeout: a hanging reward function ends the run whatever it is stuck in; others are unaffected."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ from tic_grpo_trl.rewards import RewardError, checked, deadline
 
 
 LIMIT = 0.3  # seconds
-END = 120.0  # by which the machine, however busy, has ended everything here
+END = 120.0  # everything ends before this, even on a busy machine
 
 
 def sleeps(**kwargs):
@@ -40,7 +40,7 @@ def waits_for_a_lock(**kwargs):
 
 
 def backtracks(**kwargs):
-    re.match(r"(a+)+$", "a" * 60 + "b")  # keeps the interpreter to itself
+    re.match(r"(a+)+$", "a" * 60 + "b")  # never releases the interpreter lock
 
 
 def catches_everything(**kwargs):
@@ -87,7 +87,7 @@ HANGS = {
 
 
 def call(function, columns):
-    """What comes back, the failure and the seconds."""
+    """Return the rewards, the failure and the seconds taken."""
     limited = checked(function, LIMIT)
     start = time.monotonic()
     one = functools.partial(limited, **columns)
@@ -115,15 +115,15 @@ def test_nothing_is_left_in_force():
     call(sleeps, batch())
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
     assert not deadline._active
-    signal.raise_signal(deadline.SIGNAL)  # one that comes late
-    for _ in range(100):  # the watching threads end with their calls
+    signal.raise_signal(deadline.SIGNAL)  # a late one
+    for _ in range(100):  # the watcher threads end with their calls
         if not any("_watch" in thread.name for thread in threading.enumerate()):
             break
         time.sleep(0.1)
     assert not any("_watch" in thread.name for thread in threading.enumerate())
 
 
-def test_a_function_in_time_notices_nothing():
+def test_a_function_in_time_is_unaffected():
     before = threading.active_count()
     assert score_in_time(count_a, None) == score_in_time(count_a, END)
     assert threading.active_count() <= before + 1
@@ -141,7 +141,7 @@ def score_in_time(function, limit):
 
 
 def test_a_function_with_an_alarm_of_its_own():
-    """SIGALRM belongs to the reward functions: math_verify's time-outs use it."""
+    """Reward functions may use SIGALRM, as math-verify's timeouts do."""
     rang = []
 
     def alarmed(completions, **kwargs):
@@ -186,11 +186,11 @@ def test_the_search_for_the_sample_that_raised_has_the_limit_too():
     assert seconds < END / 2
 
 
-# What only the end of the process ends
+# Calls that only the end of the process stops
 
 
 def blocked_in_c(library):
-    """A call into C that no signal ends: a lock that is taken twice."""
+    """Return a function that blocks in C, where no signal interrupts it, by locking a mutex twice."""
 
     def my_reward(**kwargs):
         lock = ctypes.create_string_buffer(128)
@@ -225,7 +225,7 @@ UNSTOPPABLE = {
 
 
 def ended(function, log) -> int:
-    """Call it in a process of its own, which prints to `log`."""
+    """Call the function in another process that prints to `log`; return its exit code."""
 
     def run():
         with open(log, "w") as output:
@@ -252,7 +252,7 @@ def test_what_nothing_interrupts_ends_the_process(kind, tmp_path):
     assert log.endswith("Nothing could interrupt it, so this process ends.\n")
 
 
-def test_what_keeps_the_interpreter_ends_the_process_with_its_stack(tmp_path):
+def test_what_holds_the_interpreter_lock_ends_the_process_with_its_stack(tmp_path):
     was_on = faulthandler.is_enabled()
     assert ended(blocked_in_c(ctypes.PyDLL), tmp_path / "log.txt") == 1
     log = (tmp_path / "log.txt").read_text()

@@ -1,4 +1,4 @@
-"""Started in two processes by test_rewards_processes.py: a reward function that fails, or hangs, in its second step."""
+"""Train in two processes with a reward function that fails or hangs in its second step (test_failures_processes.py)."""
 
 import ctypes
 import json
@@ -18,7 +18,7 @@ failed_at = None
 
 
 def fragile(prompts, completions, log_metric, **kwargs):
-    """Process 1 raises or hangs; both return NaN, but process 0 only for its last sample."""
+    """Raise or hang in process 1, or return NaN in both: process 0 for its last sample, process 1 for its first."""
     global failed_at
     fragile.calls += 1
     if fragile.calls == 2 and how == "raise" and dist.get_rank() == 1:
@@ -30,7 +30,7 @@ def fragile(prompts, completions, log_metric, **kwargs):
         if how == "hang":
             time.sleep(3600)
         libc, lock = ctypes.CDLL(None), ctypes.create_string_buffer(128)
-        for _ in range(2):  # no signal ends the second
+        for _ in range(2):  # no signal interrupts the second
             libc.pthread_mutex_lock(lock)
     rewards = count_a(completions)
     if fragile.calls >= 2 and how == "nan":

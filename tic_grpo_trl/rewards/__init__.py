@@ -1,6 +1,6 @@
-"""Verifiable rewards in TRL's reward-function signature, and what happens when a reward function fails.
+"""Verifiable rewards in TRL's reward-function signature, and clear errors for reward functions that fail.
 
-Importing this starts nothing: the processes that compare answers or run programs start at a function's first call.
+Importing this package starts no processes. They start at a reward function's first call.
 """
 
 from .answers import answer_format_reward

@@ -1,19 +1,18 @@
-r"""The final answer in a text, and a reward for giving one.
+r"""Find the final answer in a completion, and reward giving one.
 
-Two forms count: LaTeX's `\boxed{24}`, which most models write, and a line `Answer: 24`, which the papers' prompt
-(DAPO's) asks for. An answer is taken whole and strictly: `Answer: 24 or 25` is "24 or 25", never 24.
+Two forms count: LaTeX's `\boxed{24}`, which most models write, and a line `Answer: 24`, which DAPO's prompt asks for.
+The whole answer is taken: `Answer: 24 or 25` means "24 or 25", never 24.
 """
 
 import re
 from typing import Any
 
 
-# Of the text after </think>, the characters at the end that are looked at: an answer is short and stands last
-TAIL = 4096
+TAIL = 4096  # characters searched at the end of the text, where a short answer stands
 BOX = r"\boxed{"
 
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-# What may stand between boxes that are one answer, as in `\boxed{2} and \boxed{3}`
+# Allowed between boxes that form one answer, as in `\boxed{2} and \boxed{3}`
 _BETWEEN_BOXES = re.compile(r"(?:[\s$,;]|\\[()\[\],;]|and|or)*")
 _ANSWER_LINE = re.compile(r"^[ \t*_#>]*(?:final[ \t]+)?answer[ \t*_]*:[ \t*_]*(.*)$", re.IGNORECASE | re.MULTILINE)
 _ANSWER_IS = re.compile(r"\banswer\s+is\b\s*:?", re.IGNORECASE)
@@ -22,13 +21,10 @@ _AFTER_THE_BOX = re.compile(r"(?:[\s$.*]|\\[)\]])*$")
 
 
 def completion_text(completion: Any) -> str:
-    """What the model itself said last.
+    """Return the last message's text, or an empty string if the model did not write that message (a tool's result).
 
     Args:
-        completion: plain text, or a list of messages with `content` as text or as parts of `type` "text".
-
-    Returns:
-        The last message's text; empty where that is not the model's own (a tool's result) or holds no text.
+        completion: string, or a list of messages whose `content` is a string or a list of parts of `type` "text".
     """
     if isinstance(completion, str):
         return completion
@@ -42,24 +38,21 @@ def completion_text(completion: Any) -> str:
 
 
 def final_part(text: str) -> str:
-    """The last `TAIL` characters of what follows `</think>`; empty while a `<think>` is still open."""
-    spoken = text.rpartition("</think>")[2]
-    return "" if "<think>" in spoken else spoken[-TAIL:]
+    """Return the last `TAIL` characters after `</think>`, or an empty string if a `<think>` is still open."""
+    visible = text.rpartition("</think>")[2]
+    return "" if "<think>" in visible else visible[-TAIL:]
 
 
 def final_answer(text: str) -> str:
-    r"""The answer that a completion commits to, as LaTeX or text.
+    r"""Return the answer in the [`final_part`] of a completion, as LaTeX or plain text.
 
-    Looked at is [`final_part`] alone. What comes last counts: the last `\boxed{}` (together with boxes right before it,
-    as in `\boxed{2} and \boxed{3}`, which are a set) or the last line that starts with "Answer:" (the line after it,
-    if nothing else is on it). Failing both, what follows "answer is" in the last line.
-
-    Args:
-        text: the completion's text.
+    The last of these counts: a `\boxed{}`, together with boxes right before it (`\boxed{2} and \boxed{3}` is a set), or
+    a line that starts with "Answer:" (with its next line, if it is otherwise empty). If there is neither, the answer is
+    what follows "answer is" in the last line.
 
     Returns:
-        The answer without `$`, Markdown emphasis and a full stop at its end; empty where there is none, or where the
-        text ends inside its last box.
+        The answer without `$`, Markdown emphasis and final full stop. Empty if there is none, or if the text ends
+        inside its last box.
     """
     text = final_part(text)
     box = text.rfind(BOX)
@@ -73,9 +66,9 @@ def final_answer(text: str) -> str:
 
 
 def gold_answer(solution: Any) -> str:
-    r"""The right answer in a `solution` column: what its last `\boxed{}` holds, or all of it where there is none.
+    r"""Return the correct answer in a `solution` column: the content of its last `\boxed{}`, or else all of it.
 
-    Empty where there is no mathematical answer: for `None`, and for the JSON that a programming problem has instead.
+    Empty if there is no mathematical answer: for `None`, and for the JSON of a programming problem.
     """
     text = "" if solution is None else str(solution)
     if text.lstrip().startswith('{"'):
@@ -85,16 +78,15 @@ def gold_answer(solution: Any) -> str:
 
 
 def answer_format_reward(completions: list[Any], **kwargs: Any) -> list[float]:
-    r"""Rewards a completion that ends in an answer, right or wrong, in TRL's reward-function signature.
+    r"""Reward completions that end in an answer, correct or not, in TRL's reward-function signature.
 
     Args:
-        completions: completions, length B; plain text or lists of messages.
-        **kwargs: the other columns and arguments that TRL passes, unused.
+        completions: (B,) strings or lists of messages.
+        **kwargs: the other columns and arguments that TRL passes. Unused.
 
     Returns:
-        Rewards, length B: 1.0 where the last line that is not empty reads "Answer: …", or where the text ends in a
-        closed `\boxed{…}` (only `$`, `\)`, `\]`, `*` and full stops may follow) and the answer is not empty; 0.0
-        otherwise.
+        (B,) rewards: 1.0 if the last non-empty line reads "Answer: …" or the text ends in a closed `\boxed{…}` (only
+        `$`, `\)`, `\]`, `*` and full stops may follow), and the answer is not empty. 0.0 otherwise.
     """
     return [float(_ends_in_answer(final_part(completion_text(completion)))) for completion in completions]
 
@@ -109,7 +101,7 @@ def _ends_in_answer(text: str) -> bool:
 
 
 def _closing_brace(text: str, start: int) -> int | None:
-    r"""Where the group that was opened right before `start` ends; `\{` and `\}` are LaTeX's printed braces."""
+    r"""Return the position of the brace that closes the group opened right before `start`. Skip `\{` and `\}`."""
     depth = 1
     for brace in _BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
@@ -119,7 +111,7 @@ def _closing_brace(text: str, start: int) -> int | None:
 
 
 def _boxed(text: str, box: int) -> str:
-    """The content of the box at `box` and of those right before it, each once, joined by commas."""
+    """Return the contents of the box at `box` and of those right before it, without duplicates, joined by commas."""
     found: list[str] = []
     following = None  # where the box after this one starts
     while box >= 0:

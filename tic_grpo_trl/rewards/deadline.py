@@ -33,27 +33,23 @@ _active: list["Deadline"] = []
 
 
 class OutOfTime(BaseException):
-    """Raised inside a call at its limit. Not an `Exception`, because functions catch those and continue."""
+    """Raised at the limit. Holds the stack as text. Not an `Exception`, because functions catch those and continue."""
 
 
 class Deadline:
     """
-    Limit the time spent inside this context.
+    Limit the time spent inside this context, and leave it with [`OutOfTime`] if it took longer.
 
     Args:
         seconds: limit; `None` for no limit.
         describe: makes the message printed before the process is ended, from the call's stack.
-        raises: raise [`OutOfTime`] at the limit. Works only in the main thread, where signal handlers run.
-
-    Attributes:
-        passed: after the context, whether it took longer than the limit.
-        stack: the call's stack at its limit, starting below the function that entered the context; empty before.
+        raises: interrupt the call at the limit. Works only in the main thread, where signal handlers run.
     """
 
     def __init__(self, seconds: float | None, describe: Callable[[str], str], raises: bool = True):
         self.seconds, self.describe = seconds, describe
         self.raises = raises and threading.current_thread() is threading.main_thread()
-        self.passed, self.stack = False, ""
+        self.stack = ""
         self._done = threading.Event()
 
     def __enter__(self) -> "Deadline":
@@ -70,7 +66,7 @@ class Deadline:
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
-    def __exit__(self, *error: Any):
+    def __exit__(self, kind: type[BaseException] | None, *_: Any):
         if self.seconds is None:
             return
         _active.remove(self)  # from here on the signal handler does nothing
@@ -78,11 +74,12 @@ class Deadline:
         if self.raises:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         _arm_last_resort()
-        self.passed = time.monotonic() >= self.at
         self._caller = None
+        if time.monotonic() >= self.at and kind in (None, OutOfTime):
+            raise OutOfTime(self.stack) from None
 
     def record_stack(self, frame: FrameType | None):
-        """Store the stack, unless one is stored already."""
+        """Store the stack below the function that entered the context, unless one is stored already."""
         inner = itertools.takewhile(lambda entry: entry[0] is not self._caller, traceback.walk_stack(frame))
         handler = raise_out_of_time.__code__  # interrupted by another signal
         frames = traceback.StackSummary.extract(entry for entry in inner if entry[0].f_code is not handler)

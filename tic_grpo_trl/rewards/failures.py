@@ -11,7 +11,6 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Set
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,19 +25,11 @@ from .deadline import Deadline, OutOfTime
 MAX_SHOWN = 400  # characters of a value in an error message
 SEARCH_SECONDS = 30.0  # for finding the sample on which a function raised
 LARGEST = torch.finfo(torch.float32).max  # TRL's rewards are float32
+FAILURES = (Exception, SystemExit, asyncio.CancelledError)
 
 
 class RewardError(RuntimeError):
     """Raised on every process when a reward function or model fails. Names the function, the prompt and completion."""
-
-
-@dataclass
-class Attempt:
-    """How one call of a reward function ended: with an output, an error, or its stack at the time limit."""
-
-    output: Any = None
-    error: BaseException | None = None
-    stack: str | None = None
 
 
 class CheckedReward:
@@ -61,39 +52,28 @@ class CheckedReward:
 
     def __call__(self, **columns: Any) -> list[float | None]:
         try:
-            self._score(columns).send(None)  # runs to its end, because `_attempt` has nothing to wait for
-        except StopIteration as finished:
-            return finished.value
-        raise AssertionError
+            return self._check(self._call(columns), columns)
+        except OutOfTime as late:
+            return self._fail_in_time(str(late), columns)
+        except FAILURES as error:
+            return self._fail_with(error, self._find(type(error), columns), columns)
 
-    async def _attempt(self, columns: dict[str, Any]) -> Attempt:
-        deadline = self._deadline(columns)
-        try:
-            with deadline:
-                output = _evaluate(self.reward_func(**columns))
-        except OutOfTime:
-            return Attempt(stack=deadline.stack)
-        except (Exception, SystemExit) as error:
-            return Attempt(error=error)
-        return Attempt(output, stack=deadline.stack if deadline.passed else None)
+    def _call(self, columns: dict[str, Any]) -> Any:
+        with self._deadline(columns):
+            return _evaluate(self.reward_func(**columns))
 
-    async def _score(self, columns: dict[str, Any]) -> list[float | None]:
-        """Return the rewards, or infinities after a failure."""
-        self.failure = None
-        attempt = await self._attempt(columns)
-        if attempt.stack is not None:
-            return self._fail_in_time(attempt.stack, columns)
-        if attempt.error is None:
-            return self._check(attempt.output, columns)
-        failed = None
+    def _find(self, kind: type[BaseException], columns: dict[str, Any]) -> int | None:
+        """Find the sample that alone raises the same kind of error."""
         for sample, alone in _single_samples(columns):
-            if type((await self._attempt(alone)).error) is type(attempt.error):
-                failed = sample
-                break
-        what = f"raised {type(attempt.error).__name__}: {attempt.error}"
-        return self._fail(what, columns, failed, _format(attempt.error), attempt.error)
+            try:
+                self._call(alone)
+            except (*FAILURES, OutOfTime) as error:
+                if type(error) is kind:
+                    return sample
+        return None
 
     def _check(self, output: Any, columns: dict[str, Any]) -> list[float | None]:
+        self.failure = None
         size = _batch_size(columns)
         try:
             values = None if isinstance(output, Mapping | Set | str | bytes) else list(output)
@@ -117,6 +97,9 @@ class CheckedReward:
         self.failure = "\n".join(filter(None, [f"Reward function {self.__name__!r} {what}.", where, details])), error
         return [math.inf] * _batch_size(columns)
 
+    def _fail_with(self, error: BaseException, sample: int | None, columns: dict[str, Any]) -> list[float | None]:
+        return self._fail(f"raised {type(error).__name__}: {error}", columns, sample, _format(error), error)
+
     def _fail_in_time(self, stack: str, columns: dict[str, Any]) -> list[float | None]:
         what = f"did not return within reward_timeout = {self.timeout:g} s"
         return self._fail(what, columns, details=stack and f"Its stack at that time (most recent call last):\n{stack}")
@@ -134,21 +117,34 @@ class AsyncCheckedReward(CheckedReward):
     """Do the same for an `async` function, which stays one."""
 
     async def __call__(self, **columns: Any) -> list[float | None]:  # type: ignore[override]
-        return await self._score(columns)
+        try:
+            return self._check(await self._call(columns), columns)
+        except OutOfTime as late:
+            return self._fail_in_time(str(late), columns)
+        except FAILURES as error:
+            return self._fail_with(error, await self._find(type(error), columns), columns)
 
-    async def _attempt(self, columns: dict[str, Any]) -> Attempt:
+    async def _call(self, columns: dict[str, Any]) -> Any:
         # An exception raised by a signal would hit whichever coroutine is running, so asyncio limits the time. The
         # deadline ends the process if the event loop is blocked or the function ignores its cancellation.
-        deadline = self._deadline(columns, raises=False)
+        limit = asyncio.timeout(self.timeout)
         try:
-            with deadline:
-                async with asyncio.timeout(self.timeout) as limit:
-                    output = _evaluate(await self.reward_func(**columns))
-        except (Exception, SystemExit, asyncio.CancelledError) as error:
-            if not limit.expired():
-                return Attempt(error=error)
-            return Attempt(stack=_format(error.__cause__ or error))
-        return Attempt(output, stack=deadline.stack if deadline.passed else None)
+            with self._deadline(columns, raises=False):
+                async with limit:
+                    return _evaluate(await self.reward_func(**columns))
+        except FAILURES as error:
+            if limit.expired():
+                raise OutOfTime(_format(error.__cause__ or error)) from None
+            raise
+
+    async def _find(self, kind: type[BaseException], columns: dict[str, Any]) -> int | None:  # type: ignore[override]
+        for sample, alone in _single_samples(columns):
+            try:
+                await self._call(alone)
+            except (*FAILURES, OutOfTime) as error:
+                if type(error) is kind:
+                    return sample
+        return None
 
 
 def checked(reward_func: Any, timeout: float | None = None) -> Any:
@@ -229,7 +225,6 @@ def _format(error: BaseException) -> str:
 
 
 def _evaluate(output: Any) -> Any:
-    """Run a generator, which has computed nothing yet."""
     return list(output) if isinstance(output, Iterator) else output
 
 

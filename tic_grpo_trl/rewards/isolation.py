@@ -1,4 +1,4 @@
-"""What the sandbox holds back on this host, tried out rather than assumed."""
+"""Test what the sandbox prevents on this host, instead of assuming it."""
 
 import functools
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from .sandbox import Limits, run_program
 
 
-# What the report tries, in the sandbox; it prints the names of what it should not have been able to do.
+# Runs in the sandbox and prints the names of the things it should not have been able to do
 PROBE = """
 import json, os, socket, time
 job = json.loads(input())
@@ -57,7 +57,7 @@ attempt("reading", lambda: open("/etc/passwd").read(1))
 attempt("processes", processes)
 """
 
-HOLDS = {
+GUARANTEES = {
     "network": "no connection can be made, not even to this host",
     "processes": "no more than Limits.processes can be started",
     "signals": "no other process can be killed",
@@ -69,50 +69,42 @@ HOLDS = {
 
 @dataclass(frozen=True)
 class Report:
-    """What holds on this host, as tried by a program in the sandbox.
+    """List what holds on this host, as tested by a program in the sandbox.
 
     Attributes:
-        means: the means in force.
-        held, missing: what the sandbox holds back and what it does not, names in `HOLDS`.
+        mechanisms: the isolation mechanisms in force.
+        missing: the names in `GUARANTEES` that do not hold.
     """
 
-    means: tuple[str, ...]
-    held: tuple[str, ...]
+    mechanisms: tuple[str, ...]
     missing: tuple[str, ...]
 
     def __str__(self):
-        lines = [f"in force: {', '.join(self.means) or 'resource limits alone'}"]
-        lines += [f"{name:12} {'yes' if name in self.held else 'NO ':4} {text}" for name, text in HOLDS.items()]
+        lines = [f"in force: {', '.join(self.mechanisms) or 'resource limits alone'}"]
+        lines += [f"{name:12} {'NO ' if name in self.missing else 'yes':4} {text}" for name, text in GUARANTEES.items()]
         return "\n".join(lines)
 
 
 @functools.cache
 def sandbox_report(without: tuple[str, ...] = ()) -> Report:
-    """Tries out, with a program in the sandbox, what the sandbox holds back on this host.
+    """Test what the sandbox prevents on this host, once per process.
 
     Args:
-        without: as for `run_program`.
-
-    Returns:
-        The report; tried once in each process.
+        without: mechanisms to leave out, as for `run_program`.
 
     Raises:
-        RuntimeError: where the sandbox cannot be set up, or a program in it cannot use the standard library.
+        RuntimeError: if the sandbox cannot be set up, or a program in it cannot use the standard library.
     """
     with tempfile.TemporaryDirectory(prefix="sandbox-") as folder, socket.create_server(("127.0.0.1", 0)) as server:
-        os.chmod(folder, 0o777)  # open to all, so that only the sandbox stands in the way
+        os.chmod(folder, 0o777)  # open to everyone, so that only the sandbox can prevent access
         Path(folder, "file").write_text("readable")
         limits = Limits(processes=16)
         job = {"pid": os.getpid(), "port": server.getsockname()[1], "folder": folder, "processes": limits.processes}
         result = run_program(PROBE, json.dumps(job), limits, without=without)
     if result.status != "ok":
         raise RuntimeError(
-            f"a program in the sandbox ended with {result.status}: {result.stderr_tail}. It needs {sys.base_prefix} to "
-            "be readable: install Python where every user may read it, or run as another user than root."
+            f"a program in the sandbox ended with {result.status}: {result.stderr_tail}. It needs to read "
+            f"{sys.base_prefix}: install Python where every user may read it, or do not run as root."
         )
-    missing = result.stdout.split()
-    return Report(
-        result.held,
-        tuple(name for name in HOLDS if name not in missing),
-        tuple(name for name in HOLDS if name in missing),
-    )
+    possible = result.stdout.split()
+    return Report(result.mechanisms, tuple(name for name in GUARANTEES if name in possible))

@@ -65,7 +65,8 @@ class MathWorker:
         # a comparison that outlives this process kills its worker a little later; -P keeps this folder off sys.path
         command = [sys.executable, "-P", str(WORKER), str(MEMORY), str(int(self.timeout) + 5)]
         with theirs:
-            self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL)
+            fd = theirs.fileno()
+            self.process = subprocess.Popen(command, stdin=fd, stdout=fd, stderr=subprocess.DEVNULL)
         self.jobs_done = 0
         if (reply := self._receive("", START_SECONDS)) != READY:
             self.connection.settimeout(1.0)

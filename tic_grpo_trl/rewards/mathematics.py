@@ -95,7 +95,7 @@ class MathReward:
 
         parseable = [self._parseable[gold] for gold in golds]
         comparable = [bool(ok and answer) for ok, answer in zip(parseable, answers, strict=True)]
-        jobs = [(gold, answer) for ok, gold, answer in zip(comparable, golds, answers, strict=True) if ok]
+        jobs: list[Job] = [(gold, answer) for ok, gold, answer in zip(comparable, golds, answers, strict=True) if ok]
         replies = iter(self._run(jobs))
         outcomes = [next(replies) if ok else None for ok in comparable]
 

@@ -1,4 +1,4 @@
-"""The reward for programs: each runs against the problem's tests in the sandbox."""
+"""Reward programs: run each one against its problem's tests in the sandbox."""
 
 import json
 import logging
@@ -10,9 +10,9 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from .answers import completion_text
-from .isolation import HOLDS, sandbox_report
+from .isolation import GUARANTEES, sandbox_report
 from .mathematics import check_workers, default_workers
-from .sandbox import DEFAULT_LIMITS, Limits, Result, run_program
+from .sandbox import DEFAULT_LIMITS, Limits, run_program
 
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ LANGUAGES = ("", "python", "py", "python3")
 
 @dataclass(frozen=True)
 class IOTest:
-    """One test of a program: `arguments` are for a call of the problem's function, `None` for a run with `stdin`."""
+    """Hold one test. `arguments` are for a call of the problem's function; `None` means a run with `stdin`."""
 
     stdin: str
     expected: str
@@ -33,22 +33,22 @@ class IOTest:
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem's tests and the name of the function to call, if there is one."""
+    """Hold a problem's tests and the name of the function to call, if there is one."""
 
     tests: tuple[IOTest, ...]
     function: str | None = None
 
 
 def parse_problem(solution: Any) -> Problem | None:
-    """Reads a `solution` column.
+    """Read a `solution` column.
 
     Args:
-        solution: JSON text, `{"tests": [{"input", "output", "type"}, …], "function": name or null}`. With the type
-            `stdin`, `input` is the standard input and `output` what the program has to print; with `functional`,
-            `input` has one JSON value per line for each argument of `function`, and `output` is its result as JSON.
+        solution: JSON string, `{"tests": [{"input", "output", "type"}, …], "function": name or null}`. With type
+            `stdin`, `input` is the standard input and `output` the expected output. With type `functional`, `input` has
+            one line of JSON per argument of `function`, and `output` is the expected result as JSON.
 
     Returns:
-        The problem, `None` for anything else: another column's content, no tests, a test that cannot be read.
+        The problem. `None` for anything else: other content, no tests, a test that cannot be read.
     """
     try:
         parsed = json.loads(solution)
@@ -62,7 +62,7 @@ def parse_problem(solution: Any) -> Problem | None:
 def _parse_test(test: dict[str, Any], function: Any) -> IOTest:
     given, expected, kind = test["input"], test["output"], test["type"]
     if not isinstance(given, str) or not isinstance(expected, str):
-        raise TypeError("input and output are text")
+        raise TypeError("input and output must be strings")
     if kind == "stdin":
         return IOTest(given, expected)
     if kind != "functional" or not isinstance(function, str):
@@ -72,38 +72,39 @@ def _parse_test(test: dict[str, Any], function: Any) -> IOTest:
 
 
 def extract_code(completion: str) -> str | None:
-    """The last closed block of Python between fences (marked python, py or not at all) after `</think>`.
+    """Return the last closed block of Python (marked python, py or not at all) after `</think>`.
 
     Returns:
-        The code without common indentation; `None` where there is no such block, or a `<think>` is still open.
+        The code without common indentation. `None` if there is no such block or a `<think>` is still open.
     """
     text = completion.rpartition("</think>")[2]
-    found: list[str] | None = None
-    block: list[str] | None = None
-    language = ""
     if "<think>" in text:
         return None
+    found: list[str] = []
+    block: list[str] | None = None
+    language = ""
     for line in text.splitlines():
         stripped = line.strip()
         if block is None and stripped.startswith(FENCE):
             block, language = [], stripped[len(FENCE) :].strip().lower()
         elif block is not None and stripped == FENCE:
-            if language in LANGUAGES:
-                found = block
+            found = block if language in LANGUAGES else found
             block = None
         elif block is not None:
             block.append(line)
-    code = textwrap.dedent("\n".join(found)) if found is not None else ""
+    code = textwrap.dedent("\n".join(found))
     return code if code.strip() else None
 
 
 def same_output(printed: str, expected: str) -> bool:
-    """Whether two outputs agree line by line, spaces around a line and empty lines at the end apart.
+    """Compare two outputs line by line, ignoring spaces around lines and empty lines at the end.
 
-    A line may also agree number by number (`1.50 2` and `1.5 2.0`, as decimals), as in LiveCodeBench's comparison.
+    Lines of numbers are compared as decimals (`1.50 2` equals `1.5 2.0`), as in LiveCodeBench.
     """
-    lines, right = ([line.strip() for line in text.strip().split("\n")] for text in (printed, expected))
-    return len(lines) == len(right) and all(a == b or _same_numbers(a, b) for a, b in zip(lines, right, strict=True))
+    lines, correct = ([line.strip() for line in text.strip().split("\n")] for text in (printed, expected))
+    return len(lines) == len(correct) and all(
+        a == b or _same_numbers(a, b) for a, b in zip(lines, correct, strict=True)
+    )
 
 
 def _same_numbers(a: str, b: str) -> bool:
@@ -114,7 +115,7 @@ def _same_numbers(a: str, b: str) -> bool:
 
 
 def same_value(answer: str | None, expected: str) -> bool:
-    """Whether two JSON texts hold equal values; tuples have become lists, and 1 equals 1.0."""
+    """Compare two JSON strings by value. JSON makes tuples lists, and 1 equals 1.0."""
     try:
         return answer is not None and json.loads(answer) == json.loads(expected)
     except (ValueError, RecursionError):
@@ -122,17 +123,17 @@ def same_value(answer: str | None, expected: str) -> bool:
 
 
 class CodeReward:
-    """Rewards programs that pass their problem's tests, in TRL's reward-function signature.
+    """Reward programs that pass their problem's tests, in TRL's reward-function signature.
 
-    Every test is a run of its own in the sandbox (`sandbox.run_program`). The program sees the test's input alone;
-    what it should answer stays in this process, which compares. After the first test that fails, the rest is not run.
+    Each test runs separately in the sandbox (`sandbox.run_program`). The program sees only the test's input. The
+    expected output stays in this process, which compares. After the first failed test, the others do not run.
 
     Args:
         limits: what each run may use.
-        workers: programs that run at a time; by default this process' share of the host's cores, at most 16.
-        partial: reward the share of tests passed (all of them are run then) instead of 1.0 for all and else 0.0.
-        require_isolation: refuse to run any program where the sandbox lacks something on this host (`sandbox_report`).
-            `False` runs them nevertheless, with a warning: for hosts that are themselves expendable.
+        workers: programs to run at the same time. Default: this process's share of the host's cores, at most 16.
+        partial: return the fraction of tests passed, which runs all of them, instead of 1.0 for all and 0.0 otherwise.
+        require_isolation: refuse to run any program if the sandbox on this host lacks a guarantee (`sandbox_report`).
+            `False` only warns, for hosts that are expendable.
 
     Raises:
         ValueError: if `workers` is not positive.
@@ -149,28 +150,28 @@ class CodeReward:
         self.__name__ = "code_reward"
         self.limits, self.workers, self.partial = limits, workers, partial
         self.require_isolation = require_isolation
-        self._checked = False
+        self._isolation_checked = False
 
     def check_isolation(self) -> None:
-        """Tries the sandbox out, logs what holds, once.
+        """Test the sandbox and log the result, once.
 
         Raises:
-            RuntimeError: if something is missing and `require_isolation` is set, or the sandbox does not work at all.
+            RuntimeError: if a guarantee is missing and `require_isolation` is set, or if the sandbox does not work.
         """
-        if self._checked:
+        if self._isolation_checked:
             return
         report = sandbox_report()
-        logger.info("The sandbox for candidate programs on this host:\n%s", report)
+        logger.info("Sandbox for candidate programs on this host:\n%s", report)
         if report.missing:
-            lacking = "; ".join(f"{name} ({HOLDS[name]})" for name in report.missing)
+            missing = "; ".join(f"{name} ({GUARANTEES[name]})" for name in report.missing)
             if self.require_isolation:
                 raise RuntimeError(
-                    f"The sandbox cannot hold candidate programs back on this host. Missing: {lacking}. In force: "
-                    f"{', '.join(report.means) or 'resource limits alone'}. Allow user namespaces or Landlock (see "
-                    "docs/code_reward.md) or, where the host is expendable, use CodeReward(require_isolation=False)."
+                    f"The sandbox cannot isolate candidate programs on this host. Missing: {missing}. In force: "
+                    f"{', '.join(report.mechanisms) or 'resource limits alone'}. Enable user namespaces or Landlock "
+                    "(see docs/code_reward.md) or, if the host is expendable, use CodeReward(require_isolation=False)."
                 )
-            logger.warning("Candidate programs run without full isolation. Missing: %s.", lacking)
-        self._checked = True
+            logger.warning("Candidate programs run without full isolation. Missing: %s.", missing)
+        self._isolation_checked = True
 
     def __call__(
         self,
@@ -180,22 +181,22 @@ class CodeReward:
         log_metric: Callable[[str, float], None] | None = None,
         **kwargs: Any,
     ) -> list[float | None]:
-        """Scores a batch.
+        """Score a batch.
 
         Args:
-            completions: completions, length B; plain text or lists of messages.
-            solution: problems as `parse_problem` reads them, length B.
-            log_extra, log_metric: as TRL passes them. Logged are the column `code_verdict` and, as shares of this
-                batch, `code_reward/timeout`, `code_reward/no_code` and `code_reward/skipped`.
-            **kwargs: the other columns and arguments that TRL passes, unused.
+            completions: (B,) strings or lists of messages.
+            solution: (B,) problems as `parse_problem` reads them.
+            log_extra, log_metric: TRL's logging functions. They receive the column `code_verdict` and, as fractions of
+                the batch, `code_reward/timeout`, `code_reward/no_code` and `code_reward/skipped`.
+            **kwargs: the other columns and arguments that TRL passes. Unused.
 
         Returns:
-            Rewards, length B: 1.0 where all tests pass, 0.0 otherwise and for a completion without code (with
-            `partial`, the share of tests passed); `None` where the solution holds no tests.
+            (B,) rewards: 1.0 if all tests pass. 0.0 otherwise, and for a completion without code. With `partial`, the
+            fraction of tests passed. `None` if the solution holds no tests.
 
         Raises:
-            ValueError: if the data set has no column `solution`, or its length is another.
-            RuntimeError: as [`check_isolation`] does.
+            ValueError: if the data set has no column `solution`, or its length differs from that of `completions`.
+            RuntimeError: as in [`check_isolation`].
         """
         if solution is None or len(solution) != len(completions):
             raise ValueError(
@@ -215,7 +216,7 @@ class CodeReward:
         return [reward for reward, _ in scored]
 
     def _score(self, completion: Any, solution: Any) -> tuple[float | None, str]:
-        """A completion's reward and verdict."""
+        """Return a completion's reward and verdict."""
         problem = parse_problem(solution)
         if problem is None:
             return None, SKIPPED
@@ -224,35 +225,27 @@ class CodeReward:
             return 0.0, NO_CODE
         verdict, passed = PASSED, 0
         for number, test in enumerate(problem.tests, 1):
-            failure = self._failure(code, test, problem.function)
-            if failure is None:
-                passed += 1
-                continue
-            if verdict == PASSED:
-                verdict = f"{failure[0]} in test {number}{failure[1]}"
-            if not self.partial:
+            failure, details = self._run_test(code, test, problem.function)
+            passed += not failure
+            if failure and verdict == PASSED:
+                verdict = f"{failure} in test {number}{details}"
+            if failure and not self.partial:
                 break
-        share = passed / len(problem.tests)
-        return (share if self.partial else float(share == 1)), verdict
+        return (passed / len(problem.tests) if self.partial else float(verdict == PASSED)), verdict
 
-    def _failure(self, code: str, test: IOTest, function: str | None) -> tuple[str, str] | None:
-        """`None` where the program passes the test, otherwise what went wrong and the details to put behind it."""
+    def _run_test(self, code: str, test: IOTest, function: str | None) -> tuple[str, str]:
+        """Return why the program fails a test, empty if it passes, and details to append to the verdict."""
         if test.arguments is None:
             result = run_program(code, test.stdin, self.limits)
-            right = same_output(result.stdout, test.expected)
+            correct = same_output(result.stdout, test.expected)
         else:
             result = run_program(code, "", self.limits, function=function, arguments=test.arguments)
-            right = same_value(result.answer, test.expected)
-        if result.status == "ok":
-            return None if right else ("wrong answer", "")
-        return _describe(result)
-
-
-def _describe(result: Result) -> tuple[str, str]:
-    names = {"timeout": TIMEOUT, "memory": "out of memory", "output": "too much output"}
-    if result.status in names:
+            correct = same_value(result.answer, test.expected)
+        if result.status == "error":
+            return "runtime error", f": {result.error[:200]}"
+        names = {"ok": "" if correct else "wrong answer", "timeout": TIMEOUT}
+        names |= {"memory": "out of memory", "output": "too much output"}
         return names[result.status], ""
-    return "runtime error", f": {result.error[:200]}"
 
 
 code_reward = CodeReward()

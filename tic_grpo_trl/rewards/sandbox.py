@@ -1,9 +1,9 @@
-"""Runs a Python program that nobody has read, within limits and apart from everything else. Linux.
+"""Run an untrusted Python program within limits and isolated from everything else. Linux only.
 
-Each run is a fresh interpreter (`runner/`) that gives up its rights before it executes the program. Several means
-overlap, so that what one host forbids another means still holds: namespaces, Landlock, a seccomp filter, an
-unprivileged user, resource limits; `isolation.py` tries out what holds. This keeps accidents and reward hacking in; it
-is not a boundary against an attacker with a kernel exploit (docs/code_reward.md).
+Each run is a fresh interpreter (`runner/`) that gives up its rights before it executes the program. Namespaces,
+Landlock, a seccomp filter, an unprivileged user and resource limits overlap, so if a host forbids one of them, another
+still protects; `isolation.py` tests what does. The sandbox contains accidents and reward hacking. It is not a boundary
+against an attacker with a kernel exploit (docs/code_reward.md).
 """
 
 import json
@@ -32,17 +32,17 @@ Status = Literal["ok", "error", "timeout", "memory", "output"]
 
 @dataclass(frozen=True)
 class Limits:
-    """What one run of a program may use.
+    """Limit what one run of a program may use.
 
     Attributes:
-        wall_seconds: time on the clock, the interpreter's start (some 50 ms) included.
+        wall_seconds: wall-clock time, including some 50 ms to start the interpreter.
         cpu_seconds: processor time, rounded up to whole seconds.
         memory_bytes: address space.
-        output_bytes: standard output and standard error, each, and the result of a called function.
+        output_bytes: standard output, standard error, and the result of a called function, each.
         file_bytes: size of any one file.
-        temp_bytes: all files together, where a mount namespace is permitted.
+        temp_bytes: size of all files together, where a mount namespace is permitted.
         processes: processes and threads together, where they can be counted (see docs/code_reward.md). The seccomp
-            filter refuses processes altogether and leaves threads.
+            filter forbids new processes altogether and allows threads.
     """
 
     wall_seconds: float = 10.0
@@ -64,24 +64,22 @@ DEFAULT_LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended.
+    """Describe how a run ended.
 
     Attributes:
-        status: `ok` (exit code 0), `error`, `timeout` (on the clock or of the processor), `memory` (a `MemoryError`
-            that was not caught), `output` (more than `Limits.output_bytes`; the run was stopped).
-        stdout: what it wrote, at most `Limits.output_bytes`.
+        status: `ok` (exit code 0), `error`, `timeout` (wall-clock or processor time), `memory` (an uncaught
+            `MemoryError`) or `output` (stopped for exceeding `Limits.output_bytes`).
+        stdout: what it wrote, up to `Limits.output_bytes`.
         stderr_tail: the last 4 KiB of its standard error.
-        seconds: time on the clock, start and cleaning up included.
-        answer: the called function's result as JSON, `None` where none was called or it did not return.
-        held: the means in force.
+        answer: the called function's result as JSON; `None` if none was called or it did not return.
+        mechanisms: the isolation mechanisms in force.
     """
 
     status: Status
     stdout: str
     stderr_tail: str
-    seconds: float
     answer: str | None = None
-    held: tuple[str, ...] = ()
+    mechanisms: tuple[str, ...] = ()
 
     @property
     def error(self) -> str:
@@ -99,27 +97,23 @@ def run_program(
     arguments: Collection[Any] = (),
     without: Collection[str] = (),
 ) -> Result:
-    """Runs one program in the sandbox.
+    """Run one program in the sandbox. Leave no process and no file behind.
 
     Args:
-        code: the program, Python source. It sees the standard library alone, an empty environment, and a temporary
-            folder of its own as the current one.
+        code: Python source. The program sees only the standard library, an empty environment, and an empty temporary
+            folder as its working directory.
         stdin: its standard input.
         limits: what it may use.
-        function: a function to call with `arguments` after the program has run: a method of its class `Solution`
-            where it defines one, a function of that name otherwise. The program is then imported rather than run
-            (`__name__` is not `"__main__"`).
+        function: function to call with `arguments` after the program has run: a method of its class `Solution`, if it
+            defines one, otherwise a module-level function. `__name__` is then not `"__main__"`.
         arguments: JSON values.
-        without: means to leave out, of `namespaces`, `landlock`, `seccomp` and `uid`, to see what the others hold.
-
-    Returns:
-        The result. Nothing of the run is left: no process, no file.
+        without: mechanisms to leave out (`namespaces`, `landlock`, `seccomp`, `uid`), to test the others.
 
     Raises:
-        RuntimeError: where the sandbox itself could not be set up.
+        RuntimeError: if the sandbox itself cannot be set up.
     """
-    started = time.monotonic()
     with ExitStack() as stack:
+        deadline = time.monotonic() + limits.wall_seconds
         folder = tempfile.mkdtemp(prefix="sandbox-")
         stack.callback(remove_folder, folder)
         job = {
@@ -135,27 +129,28 @@ def run_program(
         (report, report_end), (result, result_end) = (os.pipe() for _ in range(2))
         for fd in (report, result):
             stack.callback(os.close, fd)
+        inherited = (job_fd, report_end, result_end)
+        start = [sys.executable, "-I", "-S", "-X", "utf8", "-c", START.format(str(HERE)), *map(str, inherited)]
         try:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-X", "utf8", "-c", START.format(str(HERE))]
-                + [str(fd) for fd in (job_fd, report_end, result_end)],
+                start,
                 stdin=stdin_fd,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 env={},
                 cwd="/",
-                pass_fds=(job_fd, report_end, result_end),
+                pass_fds=inherited,
                 start_new_session=True,
             )
         finally:
             os.close(report_end)
             os.close(result_end)
-        outputs, stopped = collect(process, report, result, limits, started)
-    return judge(outputs, stopped, limits, time.monotonic() - started)
+        outputs, stopped = collect(process, report, result, limits.output_bytes, deadline)
+    return judge(outputs, stopped, limits.cpu_seconds)
 
 
 def memory_file(stack: ExitStack, text: str) -> int:
-    """A descriptor to read the text from, which no pipe's size bounds and no disk holds."""
+    """Open a descriptor that reads the text, without the size limit of a pipe and without using the disk."""
     fd = os.memfd_create("sandbox")
     stack.callback(os.close, fd)
     with open(fd, "wb", closefd=False) as file:
@@ -165,7 +160,7 @@ def memory_file(stack: ExitStack, text: str) -> int:
 
 
 def remove_folder(folder: str) -> None:
-    """Removes a temporary folder, folders without permissions in it included."""
+    """Remove a temporary folder, even if folders in it deny access."""
 
     def open_up(function, path, _):
         os.chmod(os.path.dirname(path), 0o700)
@@ -176,36 +171,34 @@ def remove_folder(folder: str) -> None:
 
 
 def collect(
-    process: subprocess.Popen, report: int, result: int, limits: Limits, started: float
+    process: subprocess.Popen, report: int, result: int, output_bytes: int, deadline: float
 ) -> tuple[dict[str, bytes], Status | None]:
-    """Reads what a run writes until it ends or breaks a limit, and ends it.
+    """Read what a run writes until it ends or exceeds a limit, then end it.
 
     Returns:
-        The bytes of `stdout`, `stderr`, `report` and `result`, and the limit it was stopped for.
+        The bytes of `stdout`, `stderr`, `report` and `result`, and the limit exceeded, if any.
     """
     assert process.stdout is not None
     assert process.stderr is not None
     outputs = dict.fromkeys(("stdout", "stderr", "report", "result"), b"")
     counts = dict.fromkeys(outputs, 0)
     stopped: Status | None = None
-    deadline = started + limits.wall_seconds
     pipes = (process.stdout.fileno(), process.stderr.fileno(), report, result)
     try:
         with selectors.DefaultSelector() as selector, process.stdout, process.stderr:
             for name, pipe in zip(outputs, pipes, strict=True):
                 selector.register(pipe, selectors.EVENT_READ, name)
             while selector.get_map():
-                ready = selector.select(max(0.0, deadline - time.monotonic()))
-                for key, _ in ready:
+                for key, _ in selector.select(max(0.0, deadline - time.monotonic())):
                     data = os.read(key.fd, 1 << 16)
                     if not data:
                         selector.unregister(key.fileobj)
                     counts[key.data] += len(data)
                     if key.data == "stderr":
                         outputs["stderr"] = (outputs["stderr"] + data)[-STDERR_TAIL:]
-                    elif counts[key.data] <= limits.output_bytes:
+                    elif counts[key.data] <= output_bytes:
                         outputs[key.data] += data
-                too_much = max(counts.values()) > limits.output_bytes
+                too_much = max(counts.values()) > output_bytes
                 if stopped is None and (too_much or time.monotonic() >= deadline):
                     stopped = "output" if too_much else "timeout"
                     deadline = time.monotonic() + GRACE
@@ -213,24 +206,24 @@ def collect(
                 elif time.monotonic() >= deadline:
                     break
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # not yet waited for, so the number is still this group's
+        os.killpg(process.pid, signal.SIGKILL)  # before waiting, so the id still belongs to this process group
         process.wait()
     return outputs, stopped
 
 
-def judge(outputs: dict[str, bytes], stopped: Status | None, limits: Limits, seconds: float) -> Result:
-    """The result in what a run wrote; the guardian's report is in the trainer's hands alone."""
+def judge(outputs: dict[str, bytes], stopped: Status | None, cpu_seconds: float) -> Result:
+    """Make the result from what a run wrote. The program cannot write to the guardian's report."""
     report: dict[str, Any] = {}
     for line in outputs["report"].splitlines():
         report |= json.loads(line)
     stdout, stderr, answer = (outputs[name].decode(errors="replace") for name in ("stdout", "stderr", "result"))
-    if "failed" in report or ("held" not in report and stopped is None):
+    if "failed" in report or ("mechanisms" not in report and stopped is None):
         raise RuntimeError(f"the sandbox could not be set up: {report.get('failed') or stderr or 'no report'}")
     exit_code = report.get("exit_code")
     status: Status
     if stopped is not None:
         status = stopped
-    elif exit_code == -signal.SIGXCPU or (exit_code == -signal.SIGKILL and report["cpu"] >= limits.cpu_seconds):
+    elif exit_code == -signal.SIGXCPU or (exit_code == -signal.SIGKILL and report["cpu"] >= cpu_seconds):
         status = "timeout"
     elif exit_code == 0:
         status = "ok"
@@ -238,4 +231,4 @@ def judge(outputs: dict[str, bytes], stopped: Status | None, limits: Limits, sec
         status = "memory" if stderr.rstrip().endswith("MemoryError") else "error"
         if not stderr and exit_code is not None and exit_code < 0:
             stderr = f"killed by signal {-exit_code} ({signal.strsignal(-exit_code)})"
-    return Result(status, stdout, stderr, seconds, answer or None, tuple(report.get("held", ())))
+    return Result(status, stdout, stderr, answer or None, tuple(report.get("mechanisms", ())))

@@ -1,4 +1,4 @@
-"""What runs inside the sandbox's process, before and around a candidate program. Standard library only.
+"""Code that runs inside the sandbox's processes, before and around a candidate program. Standard library only.
 
-`sandbox.py` starts it as a fresh interpreter that sees neither the site-packages nor the rest of this package.
+`sandbox.py` starts it in a fresh interpreter that sees neither site-packages nor the rest of this package.
 """

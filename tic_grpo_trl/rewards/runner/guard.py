@@ -1,8 +1,8 @@
-"""The guardian and the candidate: two processes between the trainer and a program it does not trust.
+"""Run the two processes between the trainer and an untrusted program: the guardian and the candidate.
 
-The guardian separates itself (namespaces, where permitted), forks the candidate, waits, and reports how it ended. On
-`SIGTERM`, which it also gets when the trainer dies, it kills the candidate; as the candidate is the first process of
-its PID namespace, the kernel then kills all that it started. The candidate gives up every right before it runs a line.
+The guardian enters its own namespaces where permitted, forks the candidate, waits for it and reports how it ended. On
+`SIGTERM`, which it also receives when the trainer dies, it kills the candidate. The candidate is the first process of
+its PID namespace, so the kernel then kills everything it started. It gives up all rights before it runs the program.
 """
 
 import contextlib
@@ -19,17 +19,17 @@ from typing import Any
 from . import kernel
 
 
-UIDS = range(60_001, 64_001)  # for a run started by root: one of its own, so that process limits count it alone
+UIDS = range(60_001, 64_001)  # when started by root: one user per run, so that process limits count that run alone
 SYSTEM_FILES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
-# what a candidate finds imported, as on the sites whose problems LiveCodeBench collects
+# Imported for the candidate, as on the sites from which LiveCodeBench collects its problems
 IMPORT_ALL = ("typing", "collections", "functools", "itertools", "heapq", "bisect", "math")
 IMPORT = (*IMPORT_ALL, "sys", "re", "random", "string", "operator", "copy")
 
 
 def main() -> None:
-    """Runs one job; the arguments are the descriptors of the job (JSON), the report and the result."""
+    """Run one job. The arguments are the descriptors of the job (JSON), the report and the result."""
     job_fd, report_fd, result_fd = map(int, sys.argv[1:])
     with open(job_fd) as file:
         job = json.load(file)
@@ -44,7 +44,7 @@ def send(fd: int, message: dict[str, Any]) -> None:
 
 
 def guard(job: dict[str, Any], report_fd: int, result_fd: int) -> None:
-    """Separates, forks the candidate, waits for it and reports its exit code and CPU seconds."""
+    """Isolate this process, fork the candidate, wait for it, and report its exit code and processor seconds."""
     child = 0
 
     def stop(*_) -> None:
@@ -54,9 +54,9 @@ def guard(job: dict[str, Any], report_fd: int, result_fd: int) -> None:
     die_with_parent(signal.SIGTERM, job["parent"])
     os.chdir(job["folder"])
     uid = UIDS[os.getpid() % len(UIDS)] if os.getuid() == 0 and "uid" not in job["without"] else None
-    # opened while every path can be reached
+    # opened while every path is still reachable
     library, devices = open_paths([*sys.path[:-1], *SYSTEM_FILES]), open_paths(DEVICES)
-    held = separate(job, uid)
+    mechanisms = enter_namespaces(job, uid)
 
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     guardian = os.getpid()
@@ -64,8 +64,9 @@ def guard(job: dict[str, Any], report_fd: int, result_fd: int) -> None:
     if child == 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-        confine(job, uid, held, library, devices, 0 if "namespaces" in held else guardian)
-        send(report_fd, {"held": held})
+        parent = 0 if "namespaces" in mechanisms else guardian
+        mechanisms += drop_rights(job, uid, library, devices, parent, set(mechanisms))
+        send(report_fd, {"mechanisms": mechanisms})
         os.close(report_fd)
         run(job, result_fd)
         return
@@ -73,11 +74,11 @@ def guard(job: dict[str, Any], report_fd: int, result_fd: int) -> None:
     os.close(result_fd)
     _, status, usage = os.wait4(child, 0)
     send(report_fd, {"exit_code": os.waitstatus_to_exitcode(status), "cpu": usage.ru_utime + usage.ru_stime})
-    os._exit(0)  # spares the interpreter's own end
+    os._exit(0)  # skips the interpreter's shutdown
 
 
 def open_paths(paths: Iterable[str]) -> dict[str, int]:
-    """Descriptors of the paths that exist."""
+    """Open the paths that exist."""
     opened = {}
     for path in paths:
         with contextlib.suppress(OSError):
@@ -86,14 +87,14 @@ def open_paths(paths: Iterable[str]) -> dict[str, int]:
 
 
 def die_with_parent(number: int, parent: int) -> None:
-    """`parent` is the parent's process id as this process sees it."""
+    """Receive a signal when the parent dies. `parent` is its process id as this process sees it."""
     kernel.prctl(kernel.PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         os._exit(1)
 
 
 def drop_uid(uid: int | None) -> bool:
-    """Becomes the unprivileged user for good, if there is one to become and this process may."""
+    """Become the unprivileged user permanently, if one is given and this process may."""
     if uid is None:
         return False
     if os.getuid() == uid:
@@ -104,64 +105,60 @@ def drop_uid(uid: int | None) -> bool:
         os.setresuid(uid, uid, uid)
     except PermissionError:
         return False
-    kernel.prctl(kernel.PR_SET_DUMPABLE, 1)  # or /proc/self would be root's
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 1)  # otherwise root would own /proc/self
     return True
 
 
-def separate(job: dict[str, Any], uid: int | None) -> list[str]:
-    """Enters namespaces of its own where permitted: by root's right, or with a user namespace as an ordinary user.
-
-    Returns:
-        The means in force so far: `namespaces`, `read-only mounts`, `sized temporary folder`.
-    """
+def enter_namespaces(job: dict[str, Any], uid: int | None) -> list[str]:
+    """Enter new namespaces where permitted, as root or through a user namespace, and return the mechanisms applied."""
     if uid is not None:
         with contextlib.suppress(PermissionError):
             os.chown(".", uid, uid)
-    held: list[str] = []
+    applied: list[str] = []
     if "namespaces" in job["without"]:
-        return held
+        return applied
+    owner = uid or os.getuid()
     try:
         kernel.unshare(kernel.NAMESPACES)
-        owner = uid or os.getuid()
     except OSError:
         drop_uid(uid)
-        die_with_parent(signal.SIGTERM, job["parent"])  # a change of user clears it
-        owner = os.getuid()
-        group = os.getgid()
+        die_with_parent(signal.SIGTERM, job["parent"])  # changing the user clears it
+        owner, group = os.getuid(), os.getgid()
         try:
             kernel.unshare(kernel.CLONE_NEWUSER | kernel.NAMESPACES)
         except OSError:
-            return held
+            return applied
         for name, text in (("setgroups", "deny"), ("uid_map", f"{owner} {owner} 1"), ("gid_map", f"{group} {group} 1")):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
-        held.append("user namespace")
-    held.append("namespaces")
+        applied.append("user namespace")
+    applied.append("namespaces")
     with contextlib.suppress(OSError):
         kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
         with contextlib.suppress(OSError):
             kernel.mount_read_only("/")
-            held.append("read-only mounts")
+            applied.append("read-only mounts")
         options = f"size={job['limits']['temp_bytes']},nr_inodes=1024,mode=0700,uid={owner}"
         kernel.mount("none", job["folder"], "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
         os.chdir(job["folder"])
-        held.append("sized temporary folder")
-    return held
+        applied.append("sized temporary folder")
+    return applied
 
 
-def confine(
+def drop_rights(
     job: dict[str, Any],
     uid: int | None,
-    held: list[str],
     library: dict[str, int],
     devices: dict[str, int],
-    guardian: int,
-) -> None:
-    """Gives up every right, in the order in which the steps still can be taken; adds to `held` what is in force."""
-    if "namespaces" in held:
+    parent: int,
+    before: set[str],
+) -> list[str]:
+    """Give up every right, in an order in which each step is still permitted, and return the mechanisms applied."""
+    applied: list[str] = []
+    if "namespaces" in before:
         try:
             kernel.mount("none", "/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV)
-        except OSError:  # a container that masks parts of /proc: nobody's processes are better than everybody's
+        except OSError:  # a container that masks parts of /proc: an empty one is better than the host's
             if uid is None:
                 with contextlib.suppress(OSError):
                     kernel.mount("none", "/proc", "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=0")
@@ -169,24 +166,30 @@ def confine(
     if "landlock" not in job["without"]:
         with contextlib.suppress(OSError):
             kernel.landlock(list(library.values()), list(devices.values()), os.open(".", os.O_PATH | os.O_CLOEXEC))
-            held.append("landlock")
+            applied.append("landlock")
     if drop_uid(uid):
-        held.append("uid")
+        applied.append("uid")
     kernel.drop_capabilities()
-    die_with_parent(signal.SIGKILL, guardian)
-    sys.path[:] = sys.path[:-1]  # the runner's own
+    die_with_parent(signal.SIGKILL, parent)
+    sys.path[:] = sys.path[:-1]  # remove this package
     for path in list(sys.path):
         if path in library and not os.access(path, os.R_OK | os.X_OK):
-            move_imports(path, f"/proc/self/fd/{library[path]}")  # Python lives in a home this user cannot enter
-    set_limits(job["limits"], held)
+            redirect_imports(path, f"/proc/self/fd/{library[path]}")  # Python is in a home this user cannot enter
+    # Elsewhere the limit would count all processes of the trainer's user; before Linux 5.14, in user namespaces too.
+    release = tuple(int(part) for part in os.uname().release.split(".")[:2])
+    limits_processes = "uid" in applied or ("user namespace" in before and release >= (5, 14))
+    set_limits(job["limits"], limits_processes)
+    if limits_processes:
+        applied.append("process limit")
     if "seccomp" not in job["without"]:
         with contextlib.suppress(OSError):
             kernel.seccomp()
-            held.append("seccomp")
+            applied.append("seccomp")
+    return applied
 
 
-def move_imports(old: str, new: str) -> None:
-    """Imports from the folder `old` go through `new`, those of packages that are imported already included."""
+def redirect_imports(old: str, new: str) -> None:
+    """Import from the folder `new` instead of `old`, including submodules of packages imported already."""
     sys.path[:] = [new if path == old else path for path in sys.path]
     for package in list(sys.modules.values()):
         if hasattr(package, "__path__"):
@@ -194,7 +197,7 @@ def move_imports(old: str, new: str) -> None:
             package.__path__ = [new + path.removeprefix(old) if path.startswith(old) else path for path in paths]
 
 
-def set_limits(limits: dict[str, Any], held: list[str]) -> None:
+def set_limits(limits: dict[str, Any], limits_processes: bool) -> None:
     cpu = math.ceil(limits["cpu_seconds"])
     wanted = {
         resource.RLIMIT_CPU: (cpu, cpu + 1),
@@ -204,11 +207,8 @@ def set_limits(limits: dict[str, Any], held: list[str]) -> None:
         resource.RLIMIT_STACK: (64 << 20, 64 << 20),
         resource.RLIMIT_CORE: (0, 0),
     }
-    # elsewhere it would count all processes of the trainer's user, in user namespaces too before Linux 5.14
-    release = tuple(int(part) for part in os.uname().release.split(".")[:2])
-    if "uid" in held or ("user namespace" in held and release >= (5, 14)):
+    if limits_processes:
         wanted[resource.RLIMIT_NPROC] = (limits["processes"],) * 2
-        held.append("process limit")
     for name, (soft, hard) in wanted.items():
         most = resource.getrlimit(name)[1]
         if most != resource.RLIM_INFINITY:
@@ -217,19 +217,19 @@ def set_limits(limits: dict[str, Any], held: list[str]) -> None:
 
 
 def run(job: dict[str, Any], result_fd: int) -> None:
-    """Executes the candidate as `__main__`, or imports it and calls its function with the job's arguments."""
+    """Execute the candidate as `__main__`, or import it and call its function with the job's arguments."""
     function = job["function"]
     module = ModuleType("candidate" if function else "__main__")
     sys.modules[module.__name__] = module
     sys.argv = ["candidate.py"]
-    os.environ.clear()  # Python itself sets one
-    namespace = vars(module)
+    os.environ.clear()  # Python itself sets a variable
+    namespace, builtins = vars(module), sys.modules["builtins"]
     imported = {name: __import__(name) for name in IMPORT if name in IMPORT_ALL or name in job["code"]}
     for name in IMPORT_ALL:
         public = getattr(imported[name], "__all__", None) or [n for n in dir(imported[name]) if n[0] != "_"]
-        namespace.update({n: getattr(imported[name], n) for n in public if not hasattr(sys.modules["builtins"], n)})
+        namespace.update({n: getattr(imported[name], n) for n in public if not hasattr(builtins, n)})
     namespace.update(imported)
-    vars(sys.modules["builtins"]).update(exit=sys.exit, quit=sys.exit)  # usually the site module's
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # usually done by the site module
     try:
         exec(compile(job["code"], "candidate.py", "exec"), namespace)
         if function:

@@ -1,6 +1,6 @@
-"""The kernel's means of confinement: namespaces, Landlock, a seccomp filter, capabilities. Linux, 64 bit.
+"""Call the kernel's confinement mechanisms: namespaces, Landlock, a seccomp filter, capabilities. 64-bit Linux.
 
-Each function either puts its means in force or raises `OSError`. None needs more than the standard library.
+Each function either applies its mechanism or raises `OSError`. None needs more than the standard library.
 """
 
 import ctypes
@@ -16,14 +16,8 @@ libc = ctypes.CDLL(None, use_errno=True)
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 
 # unshare(2)
-CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
-    0x00020000,
-    0x08000000,
-    0x10000000,
-    0x20000000,
-    0x40000000,
-)
-NAMESPACES = CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
+CLONE_NEWUSER = 0x10000000
+NAMESPACES = 0x00020000 | 0x08000000 | 0x20000000 | 0x40000000  # mount, IPC, PID, network
 
 # mount(2), mount_setattr(2)
 MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE = 2, 4, 0x4000, 1 << 18
@@ -31,7 +25,7 @@ AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = -100, 0x8000, 1
 
 
 def check(result: int) -> int:
-    """The result of a call to the C library, its error as `OSError`."""
+    """Return the result of a call to the C library, or raise its error as `OSError`."""
     if result == -1:
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))
@@ -57,13 +51,13 @@ def mount(source: str, target: str, kind: str | None, flags: int, options: str =
 
 
 def mount_read_only(path: str) -> None:
-    """Every mount at and below `path` becomes read-only in this mount namespace (Linux 5.12, `mount_setattr(2)`)."""
+    """Make every mount at and below `path` read-only in this mount namespace (Linux 5.12, `mount_setattr(2)`)."""
     attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY, 0, 0, 0)
     syscall(442, AT_FDCWD, path.encode(), AT_RECURSIVE, attributes, ctypes.c_size_t(len(attributes)))
 
 
 def drop_capabilities() -> None:
-    """No capability is left in any of the three sets of this thread (`capset(2)`, version 3)."""
+    """Empty all three capability sets of this thread (`capset(2)`, version 3)."""
     header = struct.pack("II", 0x20080522, 0)
     check(libc.capset(header, bytes(24)))
 
@@ -74,15 +68,15 @@ SCOPES = 1 << 0 | 1 << 1  # abstract Unix sockets and signals of processes outsi
 
 
 def landlock(readable: list[int], devices: list[int], writable: int) -> None:
-    """Files outside the named ones can no longer be opened, made or removed (Linux 5.13).
+    """Forbid opening, creating and removing all files except the given ones (Linux 5.13).
 
     Args:
-        readable: descriptors of folders and files to read, everything below them included.
+        readable: descriptors of files and folders to read, with everything below them.
         devices: descriptors of device files to read and write.
-        writable: descriptor of the one folder in which files may be made, written and removed.
+        writable: descriptor of the one folder in which files may be created, written and removed.
 
     Raises:
-        OSError: where the kernel has no Landlock or has not switched it on.
+        OSError: if the kernel has no Landlock or has it disabled.
     """
     version = syscall(444, None, ctypes.c_size_t(0), 1)
     # 13 rights at first, then renaming across folders (2), truncating (3), ioctl on devices (5)
@@ -97,67 +91,26 @@ def landlock(readable: list[int], devices: list[int], writable: int) -> None:
     os.close(ruleset)
 
 
-# seccomp: numbers of system calls on x86_64 and on aarch64 (-1: it has none)
-ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column below, AUDIT_ARCH
-DENIED = {
+# seccomp: numbers of system calls on x86_64 and on aarch64, -1 if it has none
+ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # index into the pair, AUDIT_ARCH
+_TABLE = (
     # other processes and programs
-    "fork": (57, -1),
-    "vfork": (58, -1),
-    "execve": (59, 221),
-    "execveat": (322, 281),
-    "setsid": (112, 157),
-    "setpgid": (109, 154),
-    "ptrace": (101, 117),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "tkill": (200, 130),
-    "rt_sigqueueinfo": (129, 138),
-    "rt_tgsigqueueinfo": (297, 240),
-    "pidfd_send_signal": (424, 424),
-    "pidfd_open": (434, 434),
-    "pidfd_getfd": (438, 438),
-    # the network, also by way of io_uring
-    "socket": (41, 198),
-    "io_uring_setup": (425, 425),
+    "fork 57 -1, vfork 58 -1, execve 59 221, execveat 322 281, setsid 112 157, setpgid 109 154, ptrace 101 117, "
+    "process_vm_readv 310 270, process_vm_writev 311 271, tkill 200 130, rt_sigqueueinfo 129 138, "
+    "rt_tgsigqueueinfo 297 240, pidfd_send_signal 424 424, pidfd_open 434 434, pidfd_getfd 438 438, "
+    # the network, also through io_uring
+    "socket 41 198, io_uring_setup 425 425, "
     # memory that no limit counts or that outlives the process
-    "shmget": (29, 194),
-    "semget": (64, 190),
-    "msgget": (68, 186),
-    "mq_open": (240, 180),
-    "memfd_create": (319, 279),
-    "memfd_secret": (447, 447),
-    # files that Landlock does not watch
-    "truncate": (76, 45),
-    "chmod": (90, -1),
-    "fchmod": (91, 52),
-    "fchmodat": (268, 53),
-    "fchmodat2": (452, 452),
-    "chown": (92, -1),
-    "fchown": (93, 55),
-    "lchown": (94, -1),
-    "fchownat": (260, 54),
-    "setxattr": (188, 5),
-    "lsetxattr": (189, 6),
-    "fsetxattr": (190, 7),
-    "open_by_handle_at": (304, 265),
-    # new namespaces, mounts and other large parts of the kernel
-    "unshare": (272, 97),
-    "setns": (308, 268),
-    "mount": (165, 40),
-    "umount2": (166, 39),
-    "pivot_root": (155, 41),
-    "chroot": (161, 51),
-    "open_tree": (428, 428),
-    "move_mount": (429, 429),
-    "fsopen": (430, 430),
-    "mount_setattr": (442, 442),
-    "bpf": (321, 280),
-    "perf_event_open": (298, 241),
-    "userfaultfd": (323, 282),
-    "add_key": (248, 217),
-    "request_key": (249, 218),
-    "keyctl": (250, 219),
-}
+    "shmget 29 194, semget 64 190, msgget 68 186, mq_open 240 180, memfd_create 319 279, memfd_secret 447 447, "
+    # changes to files that Landlock does not control
+    "truncate 76 45, chmod 90 -1, fchmod 91 52, fchmodat 268 53, fchmodat2 452 452, chown 92 -1, fchown 93 55, "
+    "lchown 94 -1, fchownat 260 54, setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7, open_by_handle_at 304 265, "
+    # namespaces, mounts and other large parts of the kernel
+    "unshare 272 97, setns 308 268, mount 165 40, umount2 166 39, pivot_root 155 41, chroot 161 51, "
+    "open_tree 428 428, move_mount 429 429, fsopen 430 430, mount_setattr 442 442, bpf 321 280, "
+    "perf_event_open 298 241, userfaultfd 323 282, add_key 248 217, request_key 249 218, keyctl 250 219, "
+)
+DENIED = {name: (int(x86), int(arm)) for name, x86, arm in map(str.split, _TABLE.strip(" ,").split(","))}
 CLONE, CLONE3, KILL, TGKILL, PRLIMIT = (56, 220), (435, 435), (62, 129), (234, 131), (302, 261)
 PRCTL, FCNTL = (157, 167), (72, 25)
 CLONE_THREAD, F_SETOWN, F_SETOWN_EX = 0x00010000, 8, 15
@@ -170,12 +123,12 @@ EPERM, ENOSYS = 1, 38
 
 
 def seccomp_program(machine: str, pid: int) -> list[tuple[int, int, int, int]]:
-    """The filter as BPF instructions (code, jump if true, jump if false, operand).
+    """Build the filter as BPF instructions (code, jump if true, jump if false, operand).
 
-    Refused with `EPERM`: `DENIED`; making a process rather than a thread; signals to a process other than `pid`;
-    limits of other processes; being signalled on another process's behalf; outliving the guardian. `clone3` does not
-    exist, because its flags are out of a filter's sight: the C library then uses `clone`. Another architecture's calls
-    (32-bit ones on x86_64) kill the process.
+    These fail with `EPERM`: the calls in `DENIED`, creating a process rather than a thread, signals to a process other
+    than `pid`, limits of other processes, having the kernel signal another process, and outliving the guardian.
+    `clone3` fails with `ENOSYS`, because a filter cannot see its flags; the C library then uses `clone`. System calls
+    of another architecture (32-bit ones on x86_64) kill the process.
     """
     column, audit_arch = ARCHITECTURES[machine]
     refuse = (RETURN, 0, 0, ERROR | EPERM)
@@ -188,15 +141,8 @@ def seccomp_program(machine: str, pid: int) -> list[tuple[int, int, int, int]]:
     program += [(EQUAL, 0, 1, CLONE3[column]), (RETURN, 0, 0, ERROR | ENOSYS)]
 
     def by_argument(numbers: tuple[int, int], index: int, test: int, operand: int, if_so: int, if_not: int) -> None:
-        program.extend(
-            [
-                (EQUAL, 0, 4, numbers[column]),
-                (LOAD, 0, 0, ARGUMENTS + 8 * index),
-                (test, 0, 1, operand),
-                (RETURN, 0, 0, if_so),
-                (RETURN, 0, 0, if_not),
-            ]
-        )
+        load = [(EQUAL, 0, 4, numbers[column]), (LOAD, 0, 0, ARGUMENTS + 8 * index)]
+        program.extend([*load, (test, 0, 1, operand), (RETURN, 0, 0, if_so), (RETURN, 0, 0, if_not)])
 
     no = ERROR | EPERM
     by_argument(CLONE, 0, BITS, CLONE_THREAD, ALLOW, no)
@@ -204,21 +150,17 @@ def seccomp_program(machine: str, pid: int) -> list[tuple[int, int, int, int]]:
     by_argument(TGKILL, 0, EQUAL, pid, ALLOW, no)
     by_argument(PRLIMIT, 0, EQUAL, 0, ALLOW, no)
     by_argument(PRCTL, 0, EQUAL, PR_SET_PDEATHSIG, no, ALLOW)
-    program += [  # an allowed `fcntl` falls through, so this rule has to be the last
-        (EQUAL, 0, 4, FCNTL[column]),
-        (LOAD, 0, 0, ARGUMENTS + 8),
-        (EQUAL, 1, 0, F_SETOWN),
-        (EQUAL, 0, 1, F_SETOWN_EX),
-        refuse,
-    ]
+    # an allowed `fcntl` falls through to the end, so its rule comes last
+    program += [(EQUAL, 0, 4, FCNTL[column]), (LOAD, 0, 0, ARGUMENTS + 8)]
+    program += [(EQUAL, 1, 0, F_SETOWN), (EQUAL, 0, 1, F_SETOWN_EX), refuse]
     return [*program, (RETURN, 0, 0, ALLOW)]
 
 
 def seccomp() -> None:
-    """Puts the filter in force for this thread and those it starts; `no_new_privs` has to be set.
+    """Apply the filter to this thread and those it starts. `no_new_privs` must be set.
 
     Raises:
-        OSError: on another architecture than x86_64 and aarch64, on a 32-bit interpreter, or where the kernel refuses.
+        OSError: on architectures other than x86_64 and aarch64, on a 32-bit interpreter, or if the kernel refuses.
     """
     machine = os.uname().machine
     if machine not in ARCHITECTURES or sys.maxsize < 2**32:
