@@ -1,4 +1,4 @@
-"""Small data files of the hub sets' real schemas."""
+"""Small data files with the real schemas of the hub data sets."""
 
 import base64
 import json
@@ -20,7 +20,7 @@ PROBLEMS = [
     ("求 $x$ 的值。", "-7"),
     ("How many ways?", "33"),
 ]
-EVALUATION_ROWS = {
+EVALUATION_EXAMPLES = {
     "aime24": [
         {"id": 60 + i, "problem": f"P{i}", "solution": "Long.", "answer": "033", "url": "u", "year": "2024"}
         for i in (1, 0, 1)
@@ -33,19 +33,19 @@ EVALUATION_ROWS = {
 }
 
 
-def write(path, rows):
-    """Rows as a file of the kind that the name ends in, or as a `save_to_disk` folder."""
+def write(path, examples):
+    """Write examples to a file of the type that the name ends in, or to a `save_to_disk` folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text("".join(json.dumps(example) + "\n" for example in examples))
     elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
+        path.write_text(json.dumps(examples))
     elif path.suffix == ".csv":
-        Dataset.from_list(rows).to_csv(path)
+        Dataset.from_list(examples).to_csv(path)
     elif path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
+        pq.write_table(pa.Table.from_pylist(examples), path)
     else:
-        Dataset.from_list(rows).save_to_disk(path)
+        Dataset.from_list(examples).save_to_disk(path)
     return path
 
 
@@ -77,7 +77,7 @@ def dapo_processed(problems):
     ]
 
 
-def aime_rows(*years):
+def aime_examples(*years):
     return [
         {
             "ID": f"{year}-{number}",
@@ -96,14 +96,14 @@ def contents(dataset):
 
 
 def packed(value) -> str:
-    """As LiveCodeBench stores private tests: base64 of zlib of a pickle."""
+    """Encode private tests as LiveCodeBench does: a pickle, compressed with zlib, in base64."""
     return base64.b64encode(zlib.compress(pickle.dumps(value))).decode()
 
 
 STDIN = [{"input": "1 2\n", "output": "3\n", "testtype": "stdin"}]
 
 
-def livecodebench_row(**changes):
+def livecodebench_example(**changes):
     return {
         "question_title": "Sum",
         "question_content": "Add {two} numbers.\n",

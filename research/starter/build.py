@@ -1,13 +1,13 @@
-r"""Makes the starter model from nothing: character tokenizer, tiny Qwen3, warm start on the sums of `task.py`.
+"""Build the starter model from scratch: a character tokenizer, a tiny Qwen3 and supervised training on sums.
 
-    python -m research.starter.build --output_dir runs/starter
+    python -m research.starter.build --output_dir runs/starter-model
 
-The warm start leaves something for reinforcement learning to find. Phase 1 teaches the chain style well; direct
-answers are guesses there, uniform within two of the right sum, so that about one in five is right whatever the seed.
-Phase 2 re-mixes: it goes on, briefly, with mostly direct answers. What is left is a model that is right about one time
-in three, and would be right nearly nine times in ten if it chose to write its steps down.
+The supervised training leaves room for reinforcement learning. Phase 1 teaches the chain style well. Its direct answers
+are random guesses within two of the correct sum, so about one in five is correct. Phase 2 continues briefly with mostly
+direct answers. The resulting model is correct about one time in three, and would be correct nearly nine times in ten if
+it wrote its steps down.
 
-Only problems of the `train` split are seen, loss is on the answer tokens only, and one thread and one seed give the
+Training uses only problems of the `train` split, with the loss on answer tokens only. One thread and one seed give the
 same weights bit for bit.
 """
 
@@ -27,16 +27,14 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 from tic_grpo_trl.starter.task import (
     BOX,
-    STYLES,
     TERM_COUNTS,
     exact_match_reward,
-    format_answer,
     make_dataset,
     make_prompt,
-    running_sums,
     sample_problem,
-    style_of,
 )
+
+from .answer_styles import STYLES, format_answer, running_sums, style_of
 
 
 PAD, UNKNOWN, START, END = "<|endoftext|>", "<|unk|>", "<|im_start|>", "<|im_end|>"
@@ -51,15 +49,15 @@ CHAT_TEMPLATE = (
 
 MAX_NEW_TOKENS = 48
 BATCH_SIZE = 64
-WRONG_STEP_RATE = 0.02  # of the steps written down in chain and terse answers
+WRONG_STEP_RATE = 0.02  # share of wrong steps in chain and terse answers
 GUESS_ERROR = 2  # direct answers are off by at most this
 CHAIN_MIX, CHAIN_LR = (0.15, 0.70, 0.15), 5e-3  # phase 1: shares of direct, chain, terse
 REMIX, REMIX_LR = (0.80, 0.12, 0.08), 1e-3  # phase 2
-WARMUP_STEPS = 50  # of phase 1; both phases then go straight down to a twentieth of their learning rate
+WARMUP_STEPS = 50  # of phase 1; both phases then decay linearly to a twentieth of their learning rate
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A character tokenizer of 104 tokens: a BPE without merges, four words and the four special tokens of ChatML."""
+    """Build a character tokenizer of 104 tokens: a BPE without merges, four words and ChatML's four special tokens."""
     vocab = {token: i for i, token in enumerate([PAD, UNKNOWN, START, END, *CHARACTERS])}
     core = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=UNKNOWN))
     core.decoder = decoders.Fuse()
@@ -78,7 +76,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """A Qwen3 of 167,040 float32 parameters with fresh weights from torch's global generator."""
+    """Build a Qwen3 of 167,040 float32 parameters, initialized from torch's global generator."""
     tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -91,7 +89,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
         max_position_embeddings=256,
         tie_word_embeddings=True,
         attention_dropout=0.0,
-        initializer_range=0.05,  # a model this narrow starts faster than with the usual 0.02
+        initializer_range=0.05,  # a model this narrow learns faster from it than from the usual 0.02
         dtype="float32",
         bos_token_id=None,
         **tokens,
@@ -107,7 +105,7 @@ def make_batch(
     mix: tuple[float, float, float],
     term_counts: tuple[int, ...] = TERM_COUNTS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One supervised batch of training problems, answered in styles drawn from `mix`.
+    """Make one supervised batch of training problems, answered in styles drawn from `mix`.
 
     Returns:
         `input_ids` and `labels`, both (B, T), padded on the right; labels are -100 on prompt and padding.
@@ -133,7 +131,7 @@ def make_batch(
 
 
 def take_step(model: Qwen3ForCausalLM, optimizer: torch.optim.Optimizer, lr: float, batch: tuple) -> float:
-    """One optimizer step at learning rate `lr`; returns the loss."""
+    """Take one optimizer step at learning rate `lr` and return the loss."""
     input_ids, labels = batch
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -153,17 +151,17 @@ def measure(
     seed: int,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> dict:
-    """Samples one answer per problem at temperature 1 and scores it.
+    """Sample one answer per problem at temperature 1 and score it.
 
     Args:
         model: the model, left in evaluation mode.
         tokenizer: its tokenizer.
-        problems: P rows of `make_dataset`.
+        problems: P problems of `make_dataset`.
         seed: seeds torch's global generator.
         max_new_tokens: longest answer, in tokens.
 
     Returns:
-        `accuracy`, `mean_tokens` (answer and its end), and under `styles` each style's `share` and `accuracy`.
+        `accuracy`, `mean_tokens` (end token included), and under `styles` the `share` and `accuracy` of each style.
     """
     torch.manual_seed(seed)
     model.eval()
@@ -209,19 +207,19 @@ def build(
     max_new_tokens: int = MAX_NEW_TOKENS,
     start: str | Path | None = None,
 ) -> dict:
-    """Trains the starter and saves model, tokenizer and `starter_card.json` to `output_dir`.
+    """Train the starter and save model, tokenizer and `starter_card.json` to `output_dir`.
 
-    Seeds torch's global generator. Bit-identical for a seed only with `torch.set_num_threads(1)`.
+    This seeds torch's global generator. Results are bit-identical only with `torch.set_num_threads(1)`.
 
     Args:
         output_dir: folder to write to.
-        seed: decides the initial weights and the training problems.
+        seed: seed of the initial weights and the training problems.
         chain_steps: steps of phase 1.
         remix_steps: steps of phase 2.
         held_out: number of held-out problems the model is measured on after each phase.
         term_counts: numbers of terms of the problems.
         max_new_tokens: longest answer when measuring.
-        start: model folder to go on from, such as the starter itself for longer problems; `None`: fresh weights.
+        start: model folder to continue from, such as the starter itself for longer problems; fresh weights if `None`.
 
     Returns:
         The content of the card.
@@ -251,9 +249,9 @@ def build(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the starter model from nothing.")
+    parser = argparse.ArgumentParser(description="Build the starter model from scratch.")
     parser.add_argument("--output_dir", required=True, help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0, help="decides initial weights and training problems")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and the training problems")
     args = parser.parse_args()
     torch.set_num_threads(1)
     build(args.output_dir, args.seed)

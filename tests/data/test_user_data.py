@@ -1,10 +1,10 @@
-"""Own data, answers, instructions, lengths, and everything that can be wrong with a name, a file or the hub."""
+"""The user's own data, answers, instructions, prompt lengths, and errors about names, files and the hub."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import tiny_tokenizer
-from data_files import DAPO_AFTER, DAPO_BEFORE, aime_rows, contents, dapo_processed, write
+from data_files import DAPO_AFTER, DAPO_BEFORE, aime_examples, contents, dapo_processed, write
 from datasets import Dataset, DatasetDict
 
 from tic_grpo_trl.data import NAMED_SETS, drop_long_prompts, load_problems, normalize_answer, prompt_lengths
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def own(path, **arguments):
-    """Own data, bare problems."""
+    """Load the user's own data without an instruction."""
     return load_problems(str(path), **{"instruction": None, **arguments})
 
 
@@ -49,7 +49,7 @@ def test_normalize_answer(stored, normalized):
 
 @pytest.mark.parametrize("bad", [None, True, ["33"], {"answer": 1}])
 def test_answer_of_a_wrong_type(bad):
-    with pytest.raises(TypeError, match="text or a number"):
+    with pytest.raises(TypeError, match="string or a number"):
         normalize_answer(bad)
 
 
@@ -69,11 +69,11 @@ def test_instruction(tmp_path):
     assert contents(load_problems(str(path), instruction="Q: {problem} {x}")) == [f"Q: {problem} {{x}}"]
     assert contents(load_problems(str(path), instruction=None)) == [problem]
     assert contents(load_problems(str(path), instruction="")) == [problem]
-    with pytest.raises(ValueError, match=r"instruction has no \{problem\}.*'Answer: \{question\}'"):
+    with pytest.raises(ValueError, match=r"instruction has no placeholder \{problem\}: 'Answer: \{question\}'"):
         load_problems("no_such_set", instruction="Answer: {question}")  # before anything is read
 
 
-# Made on the spot
+# Generated sets
 
 
 def test_starter():
@@ -91,7 +91,7 @@ def test_starter():
         load_problems("starter", "validation")
     with pytest.raises(ValueError, match="size is 0"):
         load_problems("starter", size=0)
-    with pytest.raises(ValueError, match=r"starter is made on the spot.*leave @here out"):
+    with pytest.raises(ValueError, match=r"starter is generated.*remove @here"):
         load_problems("starter@here")
 
 
@@ -112,7 +112,7 @@ def test_own_data(tmp_path, ending, messages):
     assert (
         dataset.to_list() == [{"prompt": [{"role": "user", "content": "A?"}], "solution": "1", "source": str(path)}] * 2
     )
-    assert messages() == [f"{path}: 2 rows read, all kept"]
+    assert messages() == [f"{path}: 2 examples read, all kept"]
 
 
 def test_own_columns_that_are_swapped(tmp_path):
@@ -126,8 +126,8 @@ def test_own_columns_that_are_swapped(tmp_path):
 
 def test_conversational_prompts_keep_their_messages(tmp_path):
     prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "A?"}]
-    rows = [{"prompt": prompt, "solution": "1"}, {"prompt": prompt[1:], "solution": "2"}]
-    dataset = load_problems(str(write(tmp_path / "own.jsonl", rows)))
+    examples = [{"prompt": prompt, "solution": "1"}, {"prompt": prompt[1:], "solution": "2"}]
+    dataset = load_problems(str(write(tmp_path / "own.jsonl", examples)))
     assert dataset["prompt"][:] == [prompt, prompt[1:]]
 
 
@@ -146,9 +146,9 @@ def test_own_splits(tmp_path):
 
 
 def test_paths_with_a_plus_or_an_at_sign(tmp_path):
-    rows = [{"prompt": "A?", "solution": "1"}]
-    assert len(own(write(tmp_path / "c++" / "a@b.jsonl", rows))) == 1
-    path = write(tmp_path / "c++" / "aime.csv", aime_rows(1990))
+    examples = [{"prompt": "A?", "solution": "1"}]
+    assert len(own(write(tmp_path / "c++" / "a@b.jsonl", examples))) == 1
+    path = write(tmp_path / "c++" / "aime.csv", aime_examples(1990))
     assert len(load_problems(f"aime_1983_2022@{path}")) == 1
 
 
@@ -159,16 +159,16 @@ def test_home_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("row", "says"),
+    ("example", "says"),
     [
-        ({"prompt": "", "solution": "1"}, "row 1 has no usable prompt"),
-        ({"prompt": None, "solution": "1"}, "row 1 has no usable prompt"),
-        ({"prompt": "B?", "solution": None}, "row 1 has no usable answer"),
-        ({"prompt": "B?", "solution": " "}, "row 1 has no usable answer"),
+        ({"prompt": "", "solution": "1"}, "example 1 has no usable prompt"),
+        ({"prompt": None, "solution": "1"}, "example 1 has no usable prompt"),
+        ({"prompt": "B?", "solution": None}, "example 1 has no usable answer"),
+        ({"prompt": "B?", "solution": " "}, "example 1 has no usable answer"),
     ],
 )
-def test_own_row_with_a_gap(tmp_path, row, says):
-    path = write(tmp_path / "own.jsonl", [{"prompt": "A?", "solution": "1"}, row])
+def test_own_example_with_a_gap(tmp_path, example, says):
+    path = write(tmp_path / "own.jsonl", [{"prompt": "A?", "solution": "1"}, example])
     with pytest.raises(ValueError, match=rf"own\.jsonl: {says}"):
         own(path)
 
@@ -178,14 +178,14 @@ def test_own_row_with_a_gap(tmp_path, row, says):
 )
 def test_own_messages_of_another_form(tmp_path, prompt):
     path = write(tmp_path / "own.parquet", [{"prompt": prompt, "solution": "1"}])
-    with pytest.raises(ValueError, match="row 0 has no usable prompt"):
+    with pytest.raises(ValueError, match="example 0 has no usable prompt"):
         own(path)
 
 
 def test_missing_column(tmp_path):
     path = write(tmp_path / "own.jsonl", [{"question": "A?", "answer": "1"}])
     with pytest.raises(
-        ValueError, match=r"no column 'prompt'; the columns are 'question', 'answer'. Say .*columns=\{'pr"
+        ValueError, match=r"no column 'prompt'; the columns are 'question', 'answer'. Name .*columns=\{'pr"
     ):
         own(path)
     with pytest.raises(ValueError, match="no column 'solution'"):
@@ -194,7 +194,7 @@ def test_missing_column(tmp_path):
         own(path, columns={"prompt": "problem", "solution": "answer"})
     with pytest.raises(ValueError, match=r"columns has the keys \['question'\]"):
         own(path, columns={"question": "prompt"})
-    with pytest.raises(ValueError, match="columns is for your own data; aime24 has its own columns"):
+    with pytest.raises(ValueError, match="columns is for your own data, and aime24 has fixed columns"):
         load_problems("aime24", columns={"prompt": "question"})
 
 
@@ -203,20 +203,22 @@ def test_missing_column(tmp_path):
 
 def test_wrong_files(tmp_path):
     (tmp_path / "own.txt").write_text("A?")
-    with pytest.raises(ValueError, match=r"own\.txt is none of the kinds that can be read; give a \.parquet"):
+    with pytest.raises(ValueError, match=r"own\.txt has an unknown file type; give a \.parquet"):
         own(tmp_path / "own.txt")
     whole = write(tmp_path / "own.parquet", [{"prompt": "A?", "solution": "1"}]).read_bytes()
     (tmp_path / "half.parquet").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"half\.parquet cannot be read as rows of \.parquet \(.+\); is it complete"):
+    with pytest.raises(
+        ValueError, match=r"half\.parquet cannot be read as \.parquet \(.+\)\. Check that it is complete"
+    ):
         load_problems(f"aime24@{tmp_path / 'half.parquet'}")
     (tmp_path / "list.json").write_text("[1, 2")
-    with pytest.raises(ValueError, match=r"list\.json cannot be read as rows of \.json"):
+    with pytest.raises(ValueError, match=r"list\.json cannot be read as \.json"):
         own(tmp_path / "list.json")
     (tmp_path / "text.jsonl").write_text("Problem one\nProblem two\n")
-    with pytest.raises(ValueError, match=r"text\.jsonl cannot be read as rows of \.jsonl"):
+    with pytest.raises(ValueError, match=r"text\.jsonl cannot be read as \.jsonl"):
         own(tmp_path / "text.jsonl")
     (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match="none holds no data"):
+    with pytest.raises(ValueError, match="none contains no data"):
         own(tmp_path / "none")
     (tmp_path / "none" / "state.json").write_text("{}")
     with pytest.raises(ValueError, match="none cannot be read"):
@@ -230,7 +232,7 @@ def test_empty_files(tmp_path, ending):
         pq.write_table(pa.table({"prompt": pa.array([], pa.string()), "solution": pa.array([], pa.string())}), path)
     else:
         path.write_text("prompt,solution\n" if ending == ".csv" else "")
-    with pytest.raises(ValueError, match=rf"own\{ending}(: no problem is left of the 0 rows| cannot be read)"):
+    with pytest.raises(ValueError, match=rf"own\{ending}(: no problem is left of the 0 examples| cannot be read)"):
         own(path)
 
 
@@ -239,7 +241,7 @@ def test_unknown_names(tmp_path):
         ValueError, match="no data set 'dapo'; the named sets are dapo_math_17k, aime_1983_2022, aime24"
     ):
         load_problems("dapo")
-    with pytest.raises(ValueError, match=r"only named sets take @LOCATION, and 'aime' is none of dapo_math_17k"):
+    with pytest.raises(ValueError, match=r"only named sets accept @LOCATION, and 'aime' is not one of dapo_math_17k"):
         load_problems("aime@copy.csv")
     with pytest.raises(FileNotFoundError, match=r"no file or folder 'data/own\.jsonl'; give a \.parquet"):
         load_problems("data/own.jsonl")
@@ -269,7 +271,7 @@ def test_unreachable_hub_for_other_ids():
 
 
 def test_hub_ids_and_configurations(monkeypatch):
-    """What is asked of the hub; no code of a data set is ever let run."""
+    """Which data sets and configurations are requested, always without remote code."""
     asked = []
 
     def load(location, **arguments):

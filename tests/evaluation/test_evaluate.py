@@ -1,4 +1,4 @@
-"""Evaluation end to end on the starter, by transformers: samples, resuming, adapters, and the trainer's own Avg@k."""
+"""Evaluate the starter end to end with transformers: samples, resuming, adapters, and the trainer's own Avg@k."""
 
 import json
 import multiprocessing
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CPU
-from data_files import EVALUATION_ROWS, livecodebench_row, write
+from data_files import EVALUATION_EXAMPLES, livecodebench_example, write
 from datasets import Dataset
 from launching import finish, started
 from peft import LoraConfig, get_peft_model
@@ -56,7 +56,7 @@ def test_every_sample_is_kept_and_counted(run):
         # a token per character, a box counts as one; the end is counted where there is one
         length = len(tokenizer(one_sample["completion"]).input_ids)
         assert one_sample["tokens"] == length + (not one_sample["truncated"])
-    # counted by hand, so to speak: problems have three samples each
+    # problems have three samples each
     means = [sum(s["reward"] for s in samples[i : i + 3]) / 3 for i in range(0, 120, 3)]
     assert one["average"] == pytest.approx(sum(means) / 40)
     assert list(one["means"].values()) == pytest.approx(means)
@@ -72,7 +72,7 @@ def test_every_sample_is_kept_and_counted(run):
     assert result["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in result["versions"]["torch"]
 
 
-def test_a_killed_run_goes_on_to_the_same_end(run, tmp_path):
+def test_a_killed_run_resumes_to_the_same_result(run, tmp_path):
     whole, result = run
     folder, log = tmp_path / "killed", tmp_path / "log.txt"
     child = multiprocessing.get_context("fork").Process(target=evaluate, args=(settings(folder),))
@@ -95,7 +95,7 @@ def test_a_killed_run_goes_on_to_the_same_end(run, tmp_path):
     assert (folder / "samples.jsonl").read_bytes() == expected
     assert json.loads((folder / "results.json").read_text())["sets"] == result["sets"]
     printed = log.read_text()
-    done = int(re.search(r"(\d+) of 8 batches are there already", printed)[1])
+    done = int(re.search(r"(\d+) of 8 batches already done", printed)[1])
     assert done == survived.count(b"\n") // 16 > 0
     assert (folder / "table.md").read_text() in printed
 
@@ -322,9 +322,9 @@ def test_the_papers_table_from_copies_of_its_sets(tmp_path):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
     sets = []
-    for name, rows in EVALUATION_ROWS.items():
+    for name, rows in EVALUATION_EXAMPLES.items():
         sets.append(f"{name}@{write(tmp_path / f'{name}.parquet', rows[:2])}")
-    sets.append(f"livecodebench@{write(tmp_path / 'livecodebench.jsonl', [livecodebench_row()])}")
+    sets.append(f"livecodebench@{write(tmp_path / 'livecodebench.jsonl', [livecodebench_example()])}")
     folder = tmp_path / "run"
     result = evaluate(EvaluationConfig(str(model), sets, max_completion_length=8, output_dir=str(folder)))
     found = {name: (one["metric"], one["problems"], one["average"]) for name, one in result["sets"].items()}

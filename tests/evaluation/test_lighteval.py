@@ -36,10 +36,10 @@ def test_command(tmp_path):
 def test_mistakes(tmp_path):
     with pytest.raises(ValueError, match="--tasks aime24: give SET=TASK"):
         LightevalConfig("m", tasks=["aime24"])
-    for program, says in (("no-such-lighteval", "there is no such program"), ("false", "ended with status 1")):
+    for program, says in (("no-such-lighteval", "no such program"), ("false", "exited with status 1")):
         with pytest.raises(ValueError, match=says):
             evaluate_by_lighteval(LightevalConfig("m", lighteval=program, output_dir=str(tmp_path)))
-    with pytest.raises(ValueError, match="left 0 files of details"):
+    with pytest.raises(ValueError, match="lighteval wrote 0 details files"):
         evaluate_by_lighteval(LightevalConfig("m", lighteval="true", output_dir=str(tmp_path)))
     assert not (tmp_path / "results.json").exists()
 

@@ -221,13 +221,13 @@ def test_names():
     [
         ({"datasets": ["aime24"], "temperature": 0}, "aime24: k = 32 greedy samples .* all the same"),
         ({"datasets": ["math500"], "k": 8}, "math500: k = 8 greedy samples .* give --temperature 1, or --k 1"),
-        ({"datasets": ["math500"], "top_p": 0.9}, "--top_p 0.9 means nothing at temperature 0"),
+        ({"datasets": ["math500"], "top_p": 0.9}, "--top_p 0.9 has no effect at temperature 0"),
         ({"temperature": -1}, "--temperature -1"),
         ({"top_p": 0}, "--top_p 0"),
         ({"k": 0}, "--k 0: give at least 1"),
         ({"limit": -3}, "--limit -3"),
-        ({"datasets": []}, "--datasets : give each set once"),
-        ({"datasets": ["aime24", "aime24@copy.parquet"]}, "give each set once"),
+        ({"datasets": []}, "--datasets : give at least one set"),
+        ({"datasets": ["aime24", "aime24@copy.parquet"]}, "each set once"),
     ],
 )
 def test_settings_that_make_no_sense(settings, says):

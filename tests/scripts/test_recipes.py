@@ -1,4 +1,4 @@
-"""The papers' recipe from files of the real schemas to a trained model, and what the script makes of its data flags."""
+"""The papers' recipe end to end on files with the real schemas, and the data flags of the training script."""
 
 import json
 import logging
@@ -7,7 +7,7 @@ import re
 import pandas
 import pytest
 import yaml
-from data_files import EVALUATION_ROWS, aime_rows, dapo_original, write
+from data_files import EVALUATION_EXAMPLES, aime_examples, dapo_original, write
 from launching import CONFIGS, ROOT, run_script
 from trl import ModelConfig, TrlParser
 
@@ -22,7 +22,7 @@ CPU = "--use_cpu --bf16 false --output_dir unused".split()
 
 
 def load(*flags):
-    """The script's data and rewards for some flags."""
+    """Load data and rewards as the script does for these flags."""
     parser = TrlParser((train.TrainArguments, TICGRPOConfig, ModelConfig))
     script_args, training_args, _ = parser.parse_args_and_config([*CPU, *map(str, flags)])
     data = train.load_data(script_args, training_args)
@@ -30,11 +30,11 @@ def load(*flags):
 
 
 def test_papers_run_end_to_end(tmp_path):
-    """The recipe's mixture, years, lengths, reward and AIME24 Avg@k, with a model and batches for a CPU."""
+    """The recipe's mixture, years, lengths, reward and AIME24 Avg@k, with a model and batch sizes for a CPU."""
     sums = [(f"{a}+{b}+2=?", str(a + b + 2)) for a in range(9) for b in (1, 4)]
     dapo = write(tmp_path / "dapo.parquet", dapo_original([*sums, ("1+" * 200 + "1=?", "201"), sums[0]]))
-    aime = write(tmp_path / "aime.csv", aime_rows(1983, 2022, 2023, 2024))
-    aime24 = write(tmp_path / "aime24.jsonl", EVALUATION_ROWS["aime24"])
+    aime = write(tmp_path / "aime.csv", aime_examples(1983, 2022, 2023, 2024))
+    aime24 = write(tmp_path / "aime24.jsonl", EVALUATION_EXAMPLES["aime24"])
     done = run_script(
         *("--config", RECIPES / "qwen3_1.7b_h200.yaml", "--model_name_or_path", STARTER_MODEL),
         *("--dataset_name", f"dapo_math_17k@{dapo}+aime_1983_2022@{aime}", "--eval_dataset_name", f"aime24@{aime24}"),
@@ -56,9 +56,9 @@ def test_papers_run_end_to_end(tmp_path):
     assert [entry["step"] for entry in rollouts] == [1, 5]
     assert {"math_reward/no_answer", "math_reward/timeout"} <= set(rollouts[0])
     tables = [pandas.read_parquet(path) for path in sorted((tmp_path / "out/completions").glob("*.parquet"))]
-    trained = pandas.concat(tables)  # one of every step, AIME24's responses among them
+    trained = pandas.concat(tables)  # one table per step, including AIME24's responses
     prompts = [messages[0]["content"] for messages in trained["prompt"]]
-    assert len(set(prompts) - {"P0", "P1"}) == 16  # two rollouts of 8, no prompt in both
+    assert len(set(prompts) - {"P0", "P1"}) == 16  # two rollouts of 8 prompts, no prompt twice
     assert 0 < trained["math_reward"].mean() < 1
     ratios = [value for entry in state["log_history"] for name, value in entry.items() if name.endswith("/log_std")]
     assert max(ratios) > 0  # the policy has moved
@@ -96,7 +96,7 @@ def test_the_default_reward_is_what_the_solutions_ask_for(tmp_path):
         "answer_format_reward"
     )
     bare = write(tmp_path / "bare/train.jsonl", [{"prompt": "Hello"}])
-    with pytest.raises(ValueError, match="the data has no column `solution`; name a reward function"):
+    with pytest.raises(ValueError, match="the data has no column `solution`; name your own reward function"):
         load("--dataset_name", bare.parent)
 
 
@@ -105,17 +105,17 @@ def test_soft_overlong_punishment_is_that_of_dapo(tmp_path):
     assert len(rewards) == 2
     ids = [[0] * n for n in (40, 44, 48, 49)]
     assert rewards[1](completion_ids=ids) == [0, -0.5, -1, -1]
-    with pytest.raises(ValueError, match="--soft_punish_cache 48 must lie between 0 and max_completion_length 48"):
+    with pytest.raises(ValueError, match="--soft_punish_cache 48 must be between 0 and max_completion_length 48"):
         load("--train_size", 16, "--soft_punish_cache", 48, "--max_completion_length", 48)
 
 
-def test_data_that_cannot_be_meant_is_refused(tmp_path):
-    aime24 = write(tmp_path / "aime24.jsonl", EVALUATION_ROWS["aime24"])
+def test_evaluation_data_is_not_for_training(tmp_path):
+    aime24 = write(tmp_path / "aime24.jsonl", EVALUATION_EXAMPLES["aime24"])
     with pytest.raises(ValueError, match="aime24 is for evaluation, not for training"):
         load("--dataset_name", f"aime24@{aime24}")
-    aime = write(tmp_path / "aime.csv", aime_rows(1983, 1984))
+    aime = write(tmp_path / "aime.csv", aime_examples(1983, 1984))
     steps = "--eval_strategy steps --eval_steps 1 --num_generations_eval 1".split()
-    with pytest.raises(ValueError, match="has nothing held out; add --eval_dataset_name, such as aime24"):
+    with pytest.raises(ValueError, match="has no held-out data; add --eval_dataset_name, such as aime24"):
         load("--dataset_name", f"aime_1983_2022@{aime}", *steps)
     dataset, evaluation, _ = load(
         "--dataset_name", f"aime_1983_2022@{aime}", *steps, "--eval_dataset_name", f"aime24@{aime24}"

@@ -98,7 +98,7 @@ def test_mistakes_end_before_any_training(tmp_path):
     assert "--reward_funcs my_rewards.nothing: give an import path" in wrong_reward.stderr
     wrong_option = run_script(*recipe, "--epsilon_high", "-1")
     assert wrong_option.returncode != 0
-    assert "epsilon_high=-1.0 must be a positive number" in wrong_option.stderr
+    assert "epsilon_high=-1.0 must be in (0, inf)" in wrong_option.stderr
     assert not (tmp_path / "out").exists()
 
 

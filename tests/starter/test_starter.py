@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.rewards import accuracy_reward
 
 from research.starter import build as starter_build
+from research.starter.answer_styles import format_answer, running_sums, style_of
 from tic_grpo_trl.starter import STARTER_MODEL, exact_match_reward, make_dataset
-from tic_grpo_trl.starter.task import format_answer, running_sums, split_of, style_of
+from tic_grpo_trl.starter.task import split_of
 
 
 @pytest.fixture(autouse=True)

@@ -1,23 +1,24 @@
-"""Prompts that do not fit."""
+"""Measure prompts in tokens, and drop those that are too long."""
 
 from typing import Any
 
 from datasets import Dataset
 
-from .named_sets import report
+from .examples import log_once
 
 
 def prompt_lengths(
     dataset: Dataset, processing_class: Any, chat_template_kwargs: dict[str, Any] | None = None
 ) -> list[int]:
-    """Tokens of each prompt as the trainer makes them.
+    """Return the number of tokens of each prompt, as the trainer tokenizes it.
 
-    Conversational prompts with the chat template applied and the generation prompt added, plain ones as they are.
+    Conversational prompts go through the chat template with the generation prompt added; plain ones are tokenized as
+    they are.
 
     Args:
-        dataset: rows with a `prompt`, length N.
+        dataset: examples with a `prompt`, length N.
         processing_class: the model's tokenizer or processor.
-        chat_template_kwargs: further arguments of the chat template, as in the trainer's configuration.
+        chat_template_kwargs: more arguments of the chat template, as in the trainer's configuration.
 
     Returns:
         Lengths in tokens, length N.
@@ -41,28 +42,28 @@ def drop_long_prompts(
     max_prompt_length: int,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Dataset:
-    """Leave out the rows whose prompt is longer than `max_prompt_length` tokens, and log how many.
+    """Drop the examples whose prompt has more than `max_prompt_length` tokens, and log how many.
 
     Args:
-        dataset: rows with a `prompt`, length N.
+        dataset: examples with a `prompt`, length N.
         processing_class: the model's tokenizer or processor.
         max_prompt_length: longest prompt to keep, in tokens.
-        chat_template_kwargs: further arguments of the chat template, as in the trainer's configuration.
+        chat_template_kwargs: more arguments of the chat template, as in the trainer's configuration.
 
     Returns:
-        The rows that fit, in order.
+        The remaining examples, in order.
 
     Raises:
-        ValueError: if `max_prompt_length` is not positive, or no prompt fits.
+        ValueError: if `max_prompt_length` is not positive, or no prompt is short enough.
     """
     if max_prompt_length < 1:
-        raise ValueError(f"max_prompt_length is {max_prompt_length}; give a number of tokens from 1 on.")
+        raise ValueError(f"max_prompt_length is {max_prompt_length}; it must be a positive number of tokens.")
     lengths = prompt_lengths(dataset, processing_class, chat_template_kwargs)
     fitting = [i for i, length in enumerate(lengths) if length <= max_prompt_length]
     if not fitting:
         raise ValueError(
             f"none of the {len(lengths):,} prompts fits into max_prompt_length={max_prompt_length} tokens"
-            + (f"; the shortest has {min(lengths):,}. Raise max_prompt_length." if lengths else ": there are none.")
+            + (f"; the shortest has {min(lengths):,}. Raise max_prompt_length." if lengths else ".")
         )
-    report(f"{len(lengths) - len(fitting):,} of {len(lengths):,} prompts dropped: over {max_prompt_length:,} tokens")
+    log_once(f"{len(lengths) - len(fitting):,} of {len(lengths):,} prompts dropped: over {max_prompt_length:,} tokens")
     return dataset.select(fitting)

@@ -1,4 +1,4 @@
-"""LiveCodeBench rows: prompts and tests, without its loader script and without running its pickles.
+"""Convert LiveCodeBench problems without its loader script and without executing its pickles.
 
 Schema: https://huggingface.co/datasets/livecodebench/code_generation_lite
 """
@@ -17,25 +17,25 @@ STARTER_FORMAT = "Complete this starter code and keep its names:\n\n```python\n{
 
 
 class _TextOnlyUnpickler(pickle.Unpickler):
-    """Unpickles strings, numbers and containers; a pickle that names any class or function is refused unread."""
+    """Unpickle strings, numbers and containers only; reject a pickle that names any class or function."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and tests are text")
+        raise pickle.UnpicklingError(f"the pickle refers to {module}.{name}, but tests must be plain strings")
 
 
 def decode_tests(encoded: str) -> list[dict[str, str]]:
-    """Test cases of one row, from either of the two spellings of the set.
+    """Decode the test cases of one example from either of the set's two encodings.
 
     Args:
-        encoded: a JSON list of objects with `input`, `output` and `testtype`, or base64 of zlib of a pickle of such a
-            JSON text (private tests). The pickle may hold nothing but plain values: no class or function is looked
-            up, so none can run.
+        encoded: a JSON list of objects with `input`, `output` and `testtype`, or a pickle of such a JSON string,
+            compressed with zlib and encoded in base64 (private tests). The pickle may contain only plain values. No
+            class or function is looked up, so no code can run.
 
     Returns:
         The tests, each with `input`, `output` and `type` (`stdin` or `functional`).
 
     Raises:
-        ValueError: if the text is neither, or the tests are not of this form.
+        ValueError: if the string is in neither encoding, or the tests have another form.
     """
     try:
         tests = json.loads(encoded)
@@ -43,35 +43,35 @@ def decode_tests(encoded: str) -> list[dict[str, str]]:
         try:
             packed = zlib.decompress(base64.b64decode(encoded, validate=True))
             tests = json.loads(_TextOnlyUnpickler(io.BytesIO(packed)).load())
-        except Exception as error:  # a broken pickle may raise anything
+        except Exception as error:  # a corrupt pickle may raise anything
             raise ValueError(f"tests cannot be decoded: {error}") from error
     try:
         decoded = [{"input": test["input"], "output": test["output"], "type": test["testtype"]} for test in tests]
     except (TypeError, KeyError) as error:
-        raise ValueError("tests are not a list of objects with input, output and testtype") from error
+        raise ValueError("tests must be a list of objects with input, output and testtype") from error
     for test in decoded:
         if test["type"] not in ("stdin", "functional") or not all(isinstance(value, str) for value in test.values()):
-            raise ValueError(f"a test is not text of type stdin or functional: {str(test)[:200]}")
+            raise ValueError(f"a test must consist of strings and have type stdin or functional: {str(test)[:200]}")
     return decoded
 
 
 def problem_text(content: str, starter_code: str | None) -> str:
-    """The problem with what the tests expect: a program on standard input, or the starter code completed."""
+    """Return the problem and what its tests expect: a program that reads standard input, or completed starter code."""
     if starter_code and starter_code.strip():
         return f"{content.strip()}\n\n" + STARTER_FORMAT.replace("{starter_code}", starter_code.rstrip())
     return f"{content.strip()}\n\n{STDIN_FORMAT}"
 
 
 def solution_text(public: str, private: str, metadata: str) -> str:
-    """The `solution` column: JSON of `tests` (public, then private) and `function` (name, or null for programs).
+    """Return the `solution` column: JSON of `tests` (public, then private) and `function` (name; null for programs).
 
     Raises:
-        ValueError: if tests cannot be decoded, there is none, or functional tests have no `func_name` in `metadata`.
+        ValueError: if tests cannot be decoded, there are none, or functional tests have no `func_name` in `metadata`.
     """
     tests = decode_tests(public) + decode_tests(private)
     function = json.loads(metadata or "{}").get("func_name")
     if not tests:
-        raise ValueError("it has no tests")
+        raise ValueError("there are no tests")
     if function is None and any(test["type"] == "functional" for test in tests):
-        raise ValueError("its tests are functional, but its metadata names no func_name")
+        raise ValueError("the tests are functional, but the metadata has no func_name")
     return json.dumps({"tests": tests, "function": function}, ensure_ascii=False)

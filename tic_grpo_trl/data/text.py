@@ -1,11 +1,11 @@
-"""Problem texts and answers: the instructions around a problem, and answers in one spelling."""
+"""Instructions around a problem, and the normalization of answers."""
 
 import math
 import re
 
 
-# The text around every problem of DAPO-Math-17k (https://huggingface.co/datasets/BytedTsinghua-SIA/DAPO-Math-17k),
-# the papers' training set, hence their instruction.
+# The instruction in DAPO-Math-17k (https://huggingface.co/datasets/BytedTsinghua-SIA/DAPO-Math-17k), with which the
+# papers trained
 MATH_INSTRUCTION = (
     "Solve the following math problem step by step. The last line of your response should be of the form "
     "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{problem}\n\n"
@@ -22,10 +22,10 @@ _INTEGER = re.compile(r"([+-]?)0*([0-9]+)")
 
 
 def choose_instruction(instruction: str | None, default: str) -> str:
-    """The template to put around each problem: `default` for `"default"`, the bare `{problem}` for `None` or `""`.
+    """Return the template for problems: `default` for `"default"`, the bare `{problem}` for `None` or `""`.
 
     Raises:
-        ValueError: if the text has no `{problem}`.
+        ValueError: if the instruction has no `{problem}`.
     """
     if instruction == DEFAULT:
         return default
@@ -33,46 +33,46 @@ def choose_instruction(instruction: str | None, default: str) -> str:
         return "{problem}"
     if "{problem}" not in instruction:
         raise ValueError(
-            f"instruction has no {{problem}}, where each problem's text goes: {instruction!r}. "
-            'Add it, or pass None for the bare problem or "default" for the instruction of the papers.'
+            f"instruction has no placeholder {{problem}}: {instruction!r}. Add it, or pass None for the bare "
+            "problem or 'default' for the papers' instruction."
         )
     return instruction
 
 
 def user_message(problem: str, template: str) -> list[dict[str, str]]:
-    """One user message: `template` with its `{problem}` replaced (braces in LaTeX are left alone)."""
+    """Return one user message: `template` with the problem filled in. Other braces, such as LaTeX's, stay."""
     return [{"role": "user", "content": template.replace("{problem}", problem)}]
 
 
 def strip_math_instruction(text: str) -> str:
-    """The bare problem of a prompt that carries `MATH_INSTRUCTION`; any other text as it is, without outer space."""
+    """Remove `MATH_INSTRUCTION` from a prompt, and surrounding whitespace from any prompt."""
     return text.strip().removeprefix(_BEFORE).removesuffix(_AFTER).strip()
 
 
 def has_math_instruction(text: str) -> bool:
-    """Whether a prompt carries `MATH_INSTRUCTION` word for word."""
+    """Return whether a prompt contains `MATH_INSTRUCTION` word for word."""
     return text.strip().startswith(_BEFORE) and text.strip().endswith(_AFTER)
 
 
 def normalize_answer(answer: str | int | float) -> str:
-    r"""An answer as text, integers in one spelling: `"033"` and `33.0` give `"33"`, `"-007"` gives `"-7"`.
+    r"""Return an answer as a string, with integers in one form: `"033"` and `33.0` give `"33"`, `"-007"` gives `"-7"`.
 
-    Only plain integers change: `"0.5"`, `"\frac{1}{2}"` and `"3,140"` (which may be a pair) stay as they are, apart
-    from surrounding space. Numbers that a csv or parquet file stores as such become text.
+    Only integers change: `"0.5"`, `"\frac{1}{2}"` and `"3,140"` (which may be a pair) stay as they are, except for
+    surrounding whitespace.
 
     Raises:
         ValueError: if the answer is empty or not finite.
-        TypeError: if it is neither text nor a number.
+        TypeError: if it is neither a string nor a number.
     """
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise TypeError(f"an answer must be text or a number, not {type(answer).__name__}: {str(answer)[:80]!r}")
+        raise TypeError(f"an answer must be a string or a number, not {type(answer).__name__}: {str(answer)[:80]!r}")
     if isinstance(answer, float):
         if not math.isfinite(answer):
             raise ValueError(f"an answer must be finite, not {answer}")
         answer = int(answer) if answer.is_integer() else repr(answer)
     text = str(answer).strip()
     if not text:
-        raise ValueError("an answer is empty")
+        raise ValueError("the answer is empty")
     if match := _INTEGER.fullmatch(text):
         sign, digits = match.groups()
         return digits if sign != "-" or digits == "0" else f"-{digits}"

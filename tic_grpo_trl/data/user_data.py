@@ -1,54 +1,44 @@
-"""Data of the user's own: any columns, plain or conversational prompts."""
+"""Convert the user's own data: any column names, plain or conversational prompts."""
 
 from typing import Any
 
 from datasets import Dataset
 
-from .named_sets import FEATURES, answer_text, report
+from .examples import FEATURES, checked_answer, log_once
 from .text import MATH_INSTRUCTION, choose_instruction, user_message
 
 
-def convert_own(name: str, rows: Dataset, columns: dict[str, str], instruction: str | None) -> Dataset:
-    """The output rows of own data, in order.
+def convert_user_data(name: str, examples: Dataset, columns: dict[str, str], instruction: str | None) -> Dataset:
+    """Convert the user's own data, keeping every example in order.
 
     Args:
-        name: where they come from, which becomes `source`.
-        rows: as stored, length N.
-        columns: own names of `prompt` and `solution`, where they differ.
-        instruction: as in `load_problems`; for prompts that are plain text.
+        name: path or hub id, which becomes `source`.
+        examples: the stored examples, length N.
+        columns: names of the columns `prompt` and `solution`, where they differ.
+        instruction: as in `load_problems`; applies to prompts that are strings.
 
     Returns:
-        Rows with `prompt`, `solution`, `source`, length N.
+        Examples with `prompt`, `solution`, `source`, length N.
 
     Raises:
-        ValueError: if a column is missing, or a row has no usable prompt or solution.
+        ValueError: if a column is missing, or an example has no usable prompt or solution.
     """
     prompt, solution = (columns.get(key, key) for key in ("prompt", "solution"))
     for key, column in (("prompt", prompt), ("solution", solution)):
-        if column not in rows.column_names:
+        if column not in examples.column_names:
             raise ValueError(
-                f"{name}: there is no column {column!r}; the columns are {', '.join(map(repr, rows.column_names))}. "
-                f"Say which one is the {key}, such as columns={{{key!r}: {(rows.column_names or ['...'])[0]!r}}}."
+                f"{name}: there is no column {column!r}; the columns are {', '.join(map(repr, examples.column_names))}."
+                f" Name the {key} column, such as columns={{{key!r}: {(examples.column_names or ['...'])[0]!r}}}."
             )
     template = choose_instruction(instruction, MATH_INSTRUCTION)
 
-    def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
-        return {
-            "prompt": _messages(name, row[prompt], template, f"row {index}"),
-            "solution": answer_text(name, row[solution], f"row {index}"),
-            "source": name,
-        }
-
-    converted = rows.select_columns(list(dict.fromkeys((prompt, solution)))).map(
-        convert,
-        with_indices=True,
-        remove_columns=list(dict.fromkeys((prompt, solution))),
-        features=FEATURES,
-        load_from_cache_file=False,  # a cache would outlive changes of this code
-        desc=name,
-    )
-    report(f"{name}: {len(rows):,} rows read, all kept")
-    return converted
+    converted = {
+        "prompt": [_messages(name, value, template, f"example {i}") for i, value in enumerate(examples[prompt])],
+        "solution": [checked_answer(name, value, f"example {i}") for i, value in enumerate(examples[solution])],
+        "source": [name] * len(examples),
+    }
+    log_once(f"{name}: {len(examples):,} examples read, all kept")
+    return Dataset.from_dict(converted, features=FEATURES)
 
 
 def _messages(name: str, prompt: Any, template: str, where: str) -> list[dict[str, str]]:
@@ -62,7 +52,7 @@ def _messages(name: str, prompt: Any, template: str, where: str) -> list[dict[st
         set(message) != {"role", "content"} or not isinstance(message["content"], str) for message in messages
     ):
         raise ValueError(
-            f"{name}: {where} has no usable prompt ({str(prompt)[:80]!r}); a prompt is text or a list of messages, "
-            "each with a role and a text as content. Correct or remove it, or name another column with columns."
+            f"{name}: {where} has no usable prompt ({str(prompt)[:80]!r}); a prompt must be a string or a list of "
+            "messages with a role and a string content. Correct or remove it, or choose another column with columns."
         )
     return messages

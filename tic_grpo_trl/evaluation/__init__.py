@@ -1,9 +1,10 @@
-"""Avg@k of a model on sets of problems, with intervals, every sample and the papers' table (`docs/evaluation.md`)."""
+"""Evaluate a model: Avg@k with confidence intervals, all samples, and the papers' table (`docs/evaluation.md`)."""
 
 from .config import EvaluationConfig
+from .results import read_results
 from .run import evaluate
 from .statistics import Average, average_at_k, paired_difference, problem_interval
-from .table import read_results, results_table
+from .table import results_table
 
 
 __all__ = [

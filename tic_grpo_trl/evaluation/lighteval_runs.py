@@ -1,4 +1,4 @@
-"""Sets that lighteval brings, run by lighteval itself in an environment of its own, in the same results and table."""
+"""Evaluate on lighteval's sets by running lighteval in its own environment, with the same results and table."""
 
 import json
 import subprocess
@@ -10,44 +10,33 @@ from typing import Any, Literal
 
 from datasets import load_dataset
 
-from .statistics import average_at_k
-from .store import write_whole
-from .table import Result, results_table
+from .results import summarize, write_results
+from .store import write_atomically
+from .table import Result
 
 
 @dataclass
 class LightevalConfig:
-    """Settings of an evaluation by lighteval.
-
-    Args:
-        model_name_or_path (`str`): model folder or hub id.
-        tasks (`list[str]`): lighteval's tasks, each as SET=TASK, where SET is the name in the results.
-        name (`str`): the row's name in the table; the model's by default.
-        lighteval (`str`): its executable, which may be another environment's.
-        backend (`str`): lighteval's own: `accelerate` or `vllm`.
-        dtype (`str`): of the weights.
-        max_completion_length (`int`): longest answer in tokens.
-        max_length (`int`, *optional*): positions for prompt and answer; the model's by default.
-        batch_size (`int`): of the back end `accelerate`.
-        custom_tasks (`str`, *optional*): file with tasks of your own.
-        limit (`int`, *optional*): only so many problems of each task.
-        output_dir (`str`): run folder; `runs/evaluation/NAME-lighteval` by default.
-    """
+    """Configure an evaluation by lighteval. The help text of each field describes it."""
 
     model_name_or_path: str = field(metadata={"help": "Model folder or hub id."})
     tasks: list[str] = field(
         default_factory=lambda: ["livecodebench=lcb:codegeneration_release_v6"],
-        metadata={"help": "lighteval's tasks as SET=TASK, where SET is the name in the results."},
+        metadata={"help": "lighteval tasks as SET=TASK, where SET is the name in the results."},
     )
-    name: str = field(default="", metadata={"help": "The row's name in the table. Default: the model's."})
-    lighteval: str = field(default="lighteval", metadata={"help": "lighteval's executable."})
-    backend: Literal["accelerate", "vllm"] = field(default="accelerate", metadata={"help": "lighteval's back end."})
-    dtype: str = field(default="bfloat16", metadata={"help": "Of the weights."})
+    name: str = field(default="", metadata={"help": "Name of the row in the table. Default: the model's name."})
+    lighteval: str = field(
+        default="lighteval", metadata={"help": "lighteval executable, which may be in another environment."}
+    )
+    backend: Literal["accelerate", "vllm"] = field(default="accelerate", metadata={"help": "lighteval's backend."})
+    dtype: str = field(default="bfloat16", metadata={"help": "Data type of the weights."})
     max_completion_length: int = field(default=18_000, metadata={"help": "Longest answer in tokens."})
-    max_length: int | None = field(default=None, metadata={"help": "Positions. Default: the model's."})
-    batch_size: int = field(default=1, metadata={"help": "Of the back end accelerate."})
-    custom_tasks: str | None = field(default=None, metadata={"help": "File with tasks of your own."})
-    limit: int | None = field(default=None, metadata={"help": "Only so many problems of each task."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt plus answer in tokens. Default: the model's limit."}
+    )
+    batch_size: int = field(default=1, metadata={"help": "Batch size of the backend accelerate."})
+    custom_tasks: str | None = field(default=None, metadata={"help": "Python file with your own tasks."})
+    limit: int | None = field(default=None, metadata={"help": "Use only this many problems of each task."})
     output_dir: str = field(default="", metadata={"help": "Run folder. Default: runs/evaluation/NAME-lighteval."})
 
     def __post_init__(self):
@@ -58,10 +47,10 @@ class LightevalConfig:
                 raise ValueError(f"--tasks {task}: give SET=TASK, such as livecodebench=lcb:codegeneration_release_v6")
 
     def command(self, scratch: Path) -> list[str]:
-        """The command line that runs all tasks, greedily, from the folder `scratch`.
+        """Return the command line that runs all tasks greedily in the folder `scratch`.
 
-        lighteval keeps answers under the model's name, in the model's own folder where that is an absolute path, and
-        would give those of older weights again: it gets another name and place for every run.
+        lighteval caches answers under the model's name, or in the model's folder if its path is absolute, and would
+        reuse them after the weights change. A new name and cache for every run prevents that.
         """
         name = self.model_name_or_path
         if Path(name).is_dir():
@@ -82,19 +71,18 @@ class LightevalConfig:
 
 
 def evaluate_by_lighteval(config: LightevalConfig) -> Result:
-    """Runs lighteval and writes `samples.jsonl`, `results.json` and `table.md` as `evaluate` does.
+    """Run lighteval, and write `samples.jsonl`, `results.json` and `table.md` as `evaluate` does.
 
-    Answers are greedy. LiveCodeBench's programs run in lighteval's own runner, which limits their time and shields them
-    from accidents: it is **not** a sandbox.
+    Answers are greedy. lighteval runs LiveCodeBench's programs itself, with a time limit but **without a sandbox**.
 
     Args:
         config: model, tasks and settings.
 
     Returns:
-        The content of `results.json`, as of `evaluate`; lengths are not known.
+        The content of `results.json` as from `evaluate`, without lengths.
 
     Raises:
-        ValueError: where lighteval is not there, fails or leaves no details, or a task has not one metric from 0 to 1.
+        ValueError: if lighteval is missing or fails, writes no details, or a task does not have exactly one metric.
     """
     folder = Path(config.output_dir)
     before = set(folder.glob("details/**/*.parquet"))
@@ -104,10 +92,10 @@ def evaluate_by_lighteval(config: LightevalConfig) -> Result:
             subprocess.run(command, check=True, cwd=scratch)
     except FileNotFoundError as error:
         raise ValueError(
-            f"--lighteval {config.lighteval}: there is no such program: install lighteval in an environment of its own"
+            f"--lighteval {config.lighteval}: no such program; install lighteval in its own environment"
         ) from error
     except subprocess.CalledProcessError as error:
-        raise ValueError(f"lighteval ended with status {error.returncode}: see its messages above") from error
+        raise ValueError(f"lighteval exited with status {error.returncode}: see its messages above") from error
     details = sorted(set(folder.glob("details/**/*.parquet")) - before)
     sets: dict[str, Any] = {}
     samples: list[dict[str, Any]] = []
@@ -115,53 +103,35 @@ def evaluate_by_lighteval(config: LightevalConfig) -> Result:
         name, _, task_name = task.partition("=")
         found = [path for path in details if path.name.startswith(f"details_{task_name}|")]
         if len(found) != 1:
-            raise ValueError(f"{task}: lighteval left {len(found)} files of details, expected one in {folder}/details")
-        rows = list(read_details(found[0], name))
-        samples += rows
-        sets[name] = summarize_details(name, rows)
+            raise ValueError(f"{task}: lighteval wrote {len(found)} details files to {folder}/details, expected one")
+        task_samples = list(read_details(found[0], name))
+        samples += task_samples
+        sets[name] = summarize(task_samples, 1)
     result: Result = {"name": config.name, "sets": sets, "settings": vars(config) | {"command": command}}
-    write_whole(folder / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
-    write_whole(folder / "results.json", json.dumps(result, indent=2) + "\n")
-    write_whole(folder / "table.md", results_table([result]))
+    write_atomically(folder / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
+    write_results(folder, result)
     return result
 
 
 def read_details(path: Path, name: str) -> Iterator[dict[str, Any]]:
-    """One line for each problem of a task, in the data set's order: prompt, completion and reward.
+    """Yield one sample for each problem of a task, in the data set's order: prompt, completion and reward.
 
     Raises:
-        ValueError: for metrics that differ or several samples of a problem, where it is not clear what to report.
+        ValueError: if a problem has several samples or different metrics.
     """
-    rows = load_dataset("parquet", data_files=str(path), split="train")
-    for row in sorted(rows, key=lambda row: int(row["doc"]["id"])):  # lighteval shuffles them
-        metrics, texts = row["metric"], row["model_response"]["text"]
+    stored = load_dataset("parquet", data_files=str(path), split="train")
+    for detail in sorted(stored, key=lambda detail: int(detail["doc"]["id"])):  # lighteval shuffles them
+        metrics, texts = detail["metric"], detail["model_response"]["text"]
         if len(set(metrics.values())) != 1 or len(texts) != 1:
             raise ValueError(
-                f"{name}: lighteval reports {', '.join(metrics)} of {len(texts)} samples: give a task with one metric "
-                "and one sample of each problem"
+                f"{name}: lighteval reports {', '.join(metrics)} for {len(texts)} samples: give a task with one metric "
+                "and one sample per problem"
             )
         yield {
             "set": name,
-            "problem": row["doc"]["id"],
+            "problem": detail["doc"]["id"],
             "sample": 0,
-            "prompt": row["doc"]["query"],
+            "prompt": detail["doc"]["query"],
             "completion": texts[0],
             "reward": next(iter(metrics.values())),
         }
-
-
-def summarize_details(name: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A set's part of `results.json`."""
-    average = average_at_k({sample["problem"]: [sample["reward"]] for sample in samples})
-    return {
-        "average": average.value,
-        "metric": "Avg@1",
-        "interval": list(average.interval),
-        "sampling_error": None,
-        "problems": average.problems,
-        "excluded": average.excluded,
-        "k": 1,
-        "truncated": None,
-        "mean_tokens": None,
-        "means": average.means,
-    }

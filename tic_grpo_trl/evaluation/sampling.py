@@ -1,4 +1,4 @@
-"""Answers of a model, by transformers or by vLLM. Both get the same token ids and the same settings."""
+"""Sample answers with transformers or vLLM, from the same token ids and settings."""
 
 import json
 import tempfile
@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn: from the whole distribution at a temperature, or greedily at temperature 0."""
+    """How to draw answers: from the distribution at a temperature, or greedily at temperature 0."""
 
     temperature: float
     top_p: float
@@ -23,28 +23,28 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """One sampled answer: `text` without special tokens, `tokens` with its end, `truncated` where it has no end."""
+    """One answer: `text` without special tokens, `tokens` including the end token, `truncated` if it has none."""
 
     text: str
     tokens: int
     truncated: bool
 
 
-# One answer for each row: prompts as token ids, seeds as numbers, both of length B
+# Takes prompts as token ids and their seeds, both of length B, and returns B answers
 Sampler = Callable[[Sequence[list[int]], Sequence[int], Sampling], list[Answer]]
 
 
 def adapter_base(model: str) -> str | None:
-    """The base model of a LoRA adapter's folder; `None` for any other model."""
+    """Return the base model of a LoRA adapter's folder; `None` for any other model."""
     path = Path(model, "adapter_config.json")
     return json.loads(path.read_text())["base_model_name_or_path"] if path.is_file() else None
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model, of an adapter (its base's where the folder has none), padding on the left.
+    """Load the tokenizer of a model with left padding; for an adapter without one, its base's.
 
     Raises:
-        ValueError: where it has no chat template, which the prompts need, or needs code that may not run.
+        ValueError: if it has no chat template, or needs remote code that is not trusted.
     """
     base = adapter_base(model)
     own = base is None or Path(model, "tokenizer_config.json").is_file()
@@ -52,13 +52,13 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
         model if own else base, padding_side="left", trust_remote_code=trust_remote_code
     )
     if tokenizer.chat_template is None:
-        raise ValueError(f"{model} has no chat template: save one with its tokenizer (tokenizer.chat_template = ...)")
+        raise ValueError(f"{model} has no chat template: set tokenizer.chat_template and save the tokenizer")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
 
 def load_model(model: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model with its weights; an adapter is merged into its base. On the GPUs where there are any."""
+    """Load a model, on GPUs if there are any, and merge an adapter into its base."""
     settings: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     settings["device_map"] = "auto" if torch.cuda.is_available() else None
     base = adapter_base(model)
@@ -68,57 +68,51 @@ def load_model(model: str, dtype: str, trust_remote_code: bool = False) -> PreTr
 
 
 def text_config(model: str, trust_remote_code: bool = False) -> Any:
-    """The configuration of the model (of an adapter's base) that knows its number of positions."""
+    """Load the text configuration of a model or of an adapter's base, which has the number of positions."""
     config = AutoConfig.from_pretrained(adapter_base(model) or model, trust_remote_code=trust_remote_code)
     return config.get_text_config()
 
 
 def end_tokens(model: str, tokenizer: Any) -> list[int]:
-    """All tokens that end an answer: the tokenizer's own and those of the model's generation configuration."""
+    """Collect the tokens that end an answer: the tokenizer's and those of the model's generation configuration."""
     try:
         ends = GenerationConfig.from_pretrained(adapter_base(model) or model).eos_token_id
-    except OSError:  # it has none
+    except OSError:  # the model has no generation configuration
         ends = None
     listed = ends if isinstance(ends, list) else [ends]
     return sorted({int(token) for token in [*listed, tokenizer.eos_token_id] if token is not None})
 
 
 def to_answer(ids: list[int], tokenizer: Any, ends: list[int]) -> Answer:
-    """An answer from its token ids, of which those after its end are padding."""
+    """Make an answer of token ids, ignoring the padding after its end token."""
     length = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
     text = tokenizer.decode(ids[:length], skip_special_tokens=True)
     return Answer(text, len(ids) if length is None else length, truncated=length is None)
 
 
 def transformers_sampler(model: str, tokenizer: Any, dtype: str = "auto", trust_remote_code: bool = False) -> Sampler:
-    """Answers by `generate`, in batches padded on the left.
+    """Return a sampler that uses transformers' `generate`.
 
-    A batch is drawn from one seed, its first row's: the answers depend on how rows are put into batches.
-
-    Args:
-        model: folder, hub id or adapter folder.
-        tokenizer: of `load_tokenizer`.
-        dtype: of the weights; `auto` for the checkpoint's.
-        trust_remote_code: whether code that comes with the model may run.
+    A batch uses only the seed of its first prompt, so the answers depend on how prompts are grouped into batches.
     """
     policy: Any = load_model(model, dtype, trust_remote_code)
     ends = end_tokens(model, tokenizer)
-    # The model's own would fill in what is not given, such as Qwen3's top_k = 20.
+    # The model's own configuration would set what is not passed, such as Qwen3's top_k = 20.
     policy.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
 
     @torch.no_grad()
     def sample(prompts, seeds, sampling):
         inputs = tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt").to(policy.device)
-        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        distribution = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         torch.manual_seed(seeds[0])
         output = policy.generate(
             input_ids=inputs["input_ids"],  # (B, T)
             attention_mask=inputs["attention_mask"],
             max_new_tokens=sampling.max_completion_length,
-            **(drawn if sampling.temperature else {"do_sample": False}),
+            **(distribution if sampling.temperature else {"do_sample": False}),
         )
-        rows = output[:, inputs["input_ids"].shape[1] :].tolist()
-        return [to_answer(row, tokenizer, ends) for row in rows]
+        answers = output[:, inputs["input_ids"].shape[1] :].tolist()
+        return [to_answer(ids, tokenizer, ends) for ids in answers]
 
     return sample
 
@@ -126,24 +120,20 @@ def transformers_sampler(model: str, tokenizer: Any, dtype: str = "auto", trust_
 def vllm_sampler(
     model: str, tokenizer: Any, dtype: str = "auto", trust_remote_code: bool = False, **engine: Any
 ) -> Sampler:
-    """Answers by a vLLM engine in this process. Each row is drawn from its own seed, whatever else is in the batch.
+    """Return a sampler that uses a vLLM engine in this process.
 
-    Args:
-        model: folder, hub id or adapter folder (merged into a temporary copy of its base).
-        tokenizer: of `load_tokenizer`.
-        dtype: of the weights; `auto` for the checkpoint's.
-        trust_remote_code: whether code that comes with the model may run.
-        engine: settings of `vllm.LLM`.
+    Each prompt has its own seed, so batches do not matter. An adapter is merged into a temporary copy of its base.
+    `engine` holds further arguments of `vllm.LLM`.
 
     Raises:
-        ValueError: where vLLM is not installed.
+        ValueError: if vLLM is not installed.
     """
     try:
         from vllm import LLM, SamplingParams
     except ImportError as error:
-        raise ValueError("--backend vllm: vLLM is not installed: pip install 'tic-grpo-trl[vllm]'") from error
+        raise ValueError("--backend vllm: vLLM is not installed; pip install 'tic-grpo-trl[vllm]'") from error
 
-    if dtype == "auto":  # vLLM's own "auto" would halve float32
+    if dtype == "auto":  # vLLM's "auto" would turn float32 into float16
         dtype = str(text_config(model, trust_remote_code).dtype or "bfloat16").removeprefix("torch.")
     ends = end_tokens(model, tokenizer)
     with tempfile.TemporaryDirectory(prefix="merged-") as merged:
@@ -152,7 +142,7 @@ def vllm_sampler(
             folder = merged
             load_model(model, dtype, trust_remote_code).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            torch.cuda.empty_cache()  # the engine wants the memory
+            torch.cuda.empty_cache()  # for the engine
         llm = LLM(model=folder, dtype=dtype, generation_config="vllm", trust_remote_code=trust_remote_code, **engine)
 
     def sample(prompts, seeds, sampling):
@@ -167,8 +157,8 @@ def vllm_sampler(
             )
             for seed in seeds
         ]
-        rows = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = [output.outputs[0] for output in llm.generate(rows, params, use_tqdm=False)]
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = [output.outputs[0] for output in llm.generate(inputs, params, use_tqdm=False)]
         return [to_answer(list(output.token_ids), tokenizer, ends) for output in outputs]
 
     return sample

@@ -1,34 +1,53 @@
-"""Which reward function scores a set, and its answer to one batch."""
+"""Choose the reward function of a set, and score a batch of answers with it."""
 
+import importlib
 import json
+import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from datasets import Dataset
 
+from ..data import GENERATED_SETS
 from ..rewards import code_reward, math_reward
-from ..scripts.imports import import_function
 from ..starter import exact_match_reward
 
 
-SUMS = ("starter", "few_shot_sums")  # where an unevaluated sum would be right for computer algebra
+def import_reward(path: str, option: str) -> Callable:
+    """Import a reward function by its path, such as `my_package.rewards.my_reward`, also from the working directory.
+
+    Args:
+        path: import path.
+        option: flag that holds it, for the error message.
+
+    Raises:
+        ValueError: if the function cannot be imported.
+    """
+    module, _, name = path.rpartition(".")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{option} {path}: give an import path such as my_package.rewards.my_reward.") from error
 
 
 def choose_reward(problems: Dataset, reward_func: str | None = None) -> Callable:
-    """The reward function of a set: `reward_func`, or what its solutions ask for.
+    """Return the reward function `reward_func`, or the default for the set's solutions.
 
-    Solutions that are tests (`load_problems` of LiveCodeBench) are run in the package's sandbox, sums of one-digit
-    numbers have to match exactly, everything else is mathematics.
+    The default is `code_reward` for solutions that are tests, exact match for generated sums (for a symbolic check,
+    the unevaluated sum would be correct too), and `math_reward` for everything else.
     """
     if reward_func is not None:
-        return import_function(reward_func, "--reward_func")
+        return import_reward(reward_func, "--reward_func")
     if is_tests(problems[0]["solution"]):
         return code_reward
-    return exact_match_reward if problems[0].get("source") in SUMS else math_reward
+    return exact_match_reward if problems[0].get("source") in GENERATED_SETS else math_reward
 
 
 def is_tests(solution: str) -> bool:
-    """Whether a solution is the JSON of a program's tests."""
+    """Return whether a solution is the JSON of a program's tests."""
     try:
         return solution.startswith("{") and "tests" in json.loads(solution)
     except ValueError:
@@ -38,16 +57,16 @@ def is_tests(solution: str) -> bool:
 def score(
     reward: Callable, prompts: Sequence[list[dict[str, str]]], texts: Sequence[str], columns: dict[str, list]
 ) -> tuple[list[float | None], dict[str, list]]:
-    """Rewards of a batch, as the trainer would ask for them.
+    """Score a batch by calling the reward function as the trainer does.
 
     Args:
-        reward: in TRL's reward-function signature.
+        reward: function with TRL's reward signature.
         prompts: messages, length B.
-        texts: the answers, length B.
-        columns: the data set's other columns, each of length B.
+        texts: answers, length B.
+        columns: the other columns of the data set, each of length B.
 
     Returns:
-        Rewards, length B, and what the function logged per sample, such as the extracted answer.
+        Rewards, length B, and the values that the function logged per sample, such as the extracted answer.
     """
     logged: dict[str, list] = {}
     completions: Any = [[{"role": "assistant", "content": text}] for text in texts]

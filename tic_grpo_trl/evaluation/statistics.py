@@ -1,4 +1,4 @@
-"""Avg@k and how far to trust it. Pure functions of rewards from 0 to 1."""
+"""Avg@k and its uncertainty: pure functions of rewards from 0 to 1."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import NormalDist, fmean, variance
 
 
-Z = NormalDist().inv_cdf(0.975)  # 1.96: all intervals are for 95 %
+Z = NormalDist().inv_cdf(0.975)  # 1.96, for 95 % intervals
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,10 @@ class Average:
     Args:
         value: mean over problems of the mean over samples.
         interval: 95 % interval for other problems of the same kind.
-        sampling_error: standard error over new samples for the same problems; `None` for k = 1.
-        problems: how many problems count, n.
-        excluded: problems left out, because they cannot be scored.
-        means: the problems' own means, by problem.
+        sampling_error: standard error for new samples of the same problems; `None` for k = 1.
+        problems: number of problems that count, n.
+        excluded: number of problems that could not be scored.
+        means: mean reward of each problem.
     """
 
     value: float
@@ -31,36 +31,35 @@ class Average:
 
 
 def average_at_k(rewards: Mapping[str, Sequence[float | None]]) -> Average:
-    r"""Avg@k with its two uncertainties.
+    r"""Compute Avg@k with its two uncertainties.
 
     With $r_{ij}$ the reward of sample $j$ of problem $i$, $p_i = \frac1k \sum_j r_{ij}$ and $s_i^2$ the variance of
     problem $i$'s samples (divisor $k - 1$):
 
     - $\text{Avg@}k = \bar p = \frac1n \sum_i p_i$
-    - sampling error, for these very problems: $\sqrt{\frac1{n^2} \sum_i s_i^2 / k}$
-    - interval for other problems: see `problem_interval`. It holds the sampling error too, since $p_i$ moves with the
+    - sampling error, for the same problems: $\sqrt{\frac1{n^2} \sum_i s_i^2 / k}$
+    - interval for other problems: see `problem_interval`. It includes the sampling error, since $p_i$ depends on the
       samples.
 
-    Samples of one problem are not independent of each other, which is why problems are the unit (E. Miller, "Adding
-    Error Bars to Evals", arXiv:2411.00640).
+    The unit is the problem, because samples of one problem are not independent (E. Miller, "Adding Error Bars to
+    Evals", arXiv:2411.00640).
 
     Args:
-        rewards: by problem, its k rewards from 0 to 1. A problem with a `None` could not be scored and is left out.
+        rewards: k rewards from 0 to 1 for each problem. A problem with a `None` reward is excluded.
 
     Returns:
         Value, interval, sampling error and counts.
 
     Raises:
-        ValueError: where problems have different numbers of samples, rewards lie outside of 0 and 1, or no problem is
-            left.
+        ValueError: if problems have different numbers of samples, a reward is outside [0, 1], or no problem is left.
     """
     if len({len(row) for row in rewards.values()}) > 1:
-        raise ValueError("the problems have different numbers of samples: Avg@k wants k of each")
+        raise ValueError("the problems have different numbers of samples; Avg@k needs k of each")
     scored = {name: [float(r) for r in row if r is not None] for name, row in rewards.items() if None not in row}
     if not any(scored.values()):
-        raise ValueError(f"none of {len(rewards)} problems could be scored: every one has a reward of None")
+        raise ValueError(f"none of {len(rewards)} problems could be scored: each has a reward of None")
     if any(not 0 <= reward <= 1 for row in scored.values() for reward in row):
-        raise ValueError("rewards from 0 to 1 make an accuracy; give a reward function that returns such")
+        raise ValueError("Avg@k needs rewards from 0 to 1; give a reward function with that range")
     n, k = len(scored), len(next(iter(scored.values())))
     means = {name: fmean(row) for name, row in scored.items()}
     return Average(
@@ -74,24 +73,24 @@ def average_at_k(rewards: Mapping[str, Sequence[float | None]]) -> Average:
 
 
 def problem_interval(means: Sequence[float], k: int) -> tuple[float, float]:
-    r"""95 % interval for the mean over all problems like these, from n of them.
+    r"""Compute a 95 % interval for the mean over all problems of this kind, from n of them.
 
-    Wilson's score interval (1927) at an effective number of observations m, as surveys with clusters use it ("modified
-    Wilson" in the documentation of SAS PROC SURVEYFREQ, after Korn and Graubard, 1998): with $s^2$ the variance of the
-    problems' means (divisor $n - 1$),
+    This is Wilson's score interval (1927) with an effective number of observations m, as used for clustered surveys
+    ("modified Wilson" in the documentation of SAS PROC SURVEYFREQ, after Korn and Graubard, 1998). With $s^2$ the
+    variance of the problems' means (divisor $n - 1$),
 
     $$m = \min\Bigl(nk,\; \frac{\bar p (1 - \bar p)}{s^2} \cdot \frac{n}{n - 1} \cdot n\Bigr), \qquad
     \frac{\bar p + z^2 / 2m \pm z \sqrt{\bar p (1 - \bar p) / m + z^2 / 4 m^2}}{1 + z^2 / m}.$$
 
-    For k = 1 and rewards of 0 and 1, $m = n$: the plain Wilson interval. Unlike $\bar p \pm z s / \sqrt n$ it stays
-    within 0 and 1 and does not shrink to nothing where (almost) every answer is wrong.
+    For k = 1 and rewards of 0 and 1, $m = n$, which gives the plain Wilson interval. Unlike
+    $\bar p \pm z s / \sqrt n$, it stays within [0, 1] and keeps a positive width if (almost) every answer is wrong.
 
     Args:
-        means: each problem's mean reward, length n.
-        k: samples of each problem.
+        means: mean reward of each problem, length n.
+        k: samples per problem.
 
     Returns:
-        Lower and upper end; 0 and 1 for a single problem, which says nothing of others.
+        Lower and upper end; 0 and 1 for a single problem, which tells nothing about others.
     """
     n, p = len(means), fmean(means)
     if n == 1:
@@ -107,20 +106,20 @@ def problem_interval(means: Sequence[float], k: int) -> tuple[float, float]:
 def paired_difference(
     means: Mapping[str, float], baseline: Mapping[str, float]
 ) -> tuple[float, tuple[float, float] | None]:
-    r"""How much better one model is than another on the problems both answered.
+    r"""Compute how much better one model is than another on the problems that both answered.
 
-    $\bar d \pm z\, s_d / \sqrt n$ with $d_i$ the difference of problem $i$'s means: hard problems are hard for both,
-    which the difference takes out (Miller, arXiv:2411.00640).
+    The interval is $\bar d \pm z\, s_d / \sqrt n$ with $d_i$ the difference of problem $i$'s means. Differences remove
+    the variation of difficulty, which is common to both models (Miller, arXiv:2411.00640).
 
     Args:
-        means: the problems' means, by problem.
-        baseline: those of the other model.
+        means: mean reward of each problem.
+        baseline: mean reward of each problem for the other model.
 
     Returns:
-        Mean difference and its 95 % interval, `None` for fewer than two common problems.
+        Mean difference and its 95 % interval; the interval is `None` for fewer than two common problems.
 
     Raises:
-        ValueError: where the two have no problem in common.
+        ValueError: if the two have no problem in common.
     """
     differences = [means[name] - baseline[name] for name in means if name in baseline]
     if not differences:

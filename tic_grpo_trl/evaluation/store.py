@@ -1,4 +1,4 @@
-"""A run folder that can be gone on with: settings, and one line per sample, written batch by batch."""
+"""A run folder that can be resumed: settings, and one line per sample, written batch by batch."""
 
 import json
 import os
@@ -7,17 +7,17 @@ from typing import Any
 
 
 class SampleStore:
-    """Samples of a run in `samples.jsonl`, next to the `settings.json` that decided them.
+    """Store the samples of a run in `samples.jsonl`, next to the `settings.json` that determine them.
 
-    A batch counts once it is whole: what a run that was killed wrote of another is cut off.
+    Only complete batches count. If a run was killed while it wrote a batch, the partial batch is removed.
 
     Args:
-        folder: of the run; made where it does not exist.
-        settings: whatever decides the samples, JSON-ready.
+        folder: run folder; created if it does not exist.
+        settings: everything that determines the samples, JSON-serializable.
         batches: number of samples of each batch, in order.
 
     Raises:
-        ValueError: where the folder holds a run with other settings, or samples without settings.
+        ValueError: if the folder contains a run with other settings, or samples without settings.
     """
 
     def __init__(self, folder: str | Path, settings: dict[str, Any], batches: list[int]):
@@ -33,19 +33,19 @@ class SampleStore:
             before = json.loads(path.read_text())
             if different := differences(before, settings):
                 raise ValueError(
-                    f"{path.parent} holds a run with other settings ({'; '.join(different)}): give another "
+                    f"{path.parent} contains a run with other settings ({'; '.join(different)}): give another "
                     "--output_dir, or remove that folder"
                 )
         elif self.path.exists():
-            raise ValueError(f"{path.parent} holds samples without settings: give another --output_dir")
+            raise ValueError(f"{path.parent} contains samples without settings: give another --output_dir")
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(settings, indent=2) + "\n")
+            write_atomically(path, json.dumps(settings, indent=2) + "\n")
 
     def _resume(self, batches: list[int]) -> None:
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         if lines and not lines[-1].endswith(b"\n"):
-            lines.pop()  # torn
+            lines.pop()  # incomplete
         kept = 0
         for size in batches:
             if kept + size > len(lines):
@@ -57,7 +57,7 @@ class SampleStore:
             os.truncate(self.path, sum(map(len, lines[:kept])))
 
     def add(self, samples: list[dict[str, Any]]) -> None:
-        """Append a whole batch; it is on the disk when this returns."""
+        """Append a complete batch, and return once it is on disk."""
         with self.path.open("ab") as file:
             file.write("".join(json.dumps(sample) + "\n" for sample in samples).encode())
             file.flush()
@@ -67,7 +67,7 @@ class SampleStore:
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """Where two JSON values differ, as texts such as `aime24.k: 32, now 16`."""
+    """List the differences of two JSON values, such as `aime24.k: 32, now 16`."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = list(dict.fromkeys([*before, *now]))
         return [
@@ -78,8 +78,8 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
     return [] if before == now else [f"{name}: {before}, now {now}"]
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there with all of its text or not at all."""
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that other processes, or a later run, see either all of it or nothing."""
     part = path.with_name(path.name + ".part")
     with part.open("w") as file:
         file.write(text)

@@ -1,15 +1,13 @@
-"""Results of several runs in one table, in the form of the paper's Table 1 (v5), with their uncertainties below."""
+"""Print the results of several runs in the form of the paper's Table 1 (v5), followed by their uncertainties."""
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ..metrics.run_summary import table
 from .statistics import Z, paired_difference
 
 
-# Table 1's columns: title and metric by set
+# Columns of Table 1: title and metric of each set
 TABLE_1 = {
     "aime24": ("AIME24", "Avg@32"),
     "aime25": ("AIME25", "Avg@32"),
@@ -20,40 +18,18 @@ TABLE_1 = {
 Result = dict[str, Any]
 
 
-def read_results(paths: list[str]) -> list[Result]:
-    """The results of several runs, those of one name (a model's sets, evaluated apart) as one.
-
-    Raises:
-        ValueError: for a file that is none, and where two of one name have a set in common.
-    """
-    results: dict[str, Result] = {}
-    for path in paths:
-        try:
-            result = json.loads(Path(path).read_text())
-            name, sets = result["name"], result["sets"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"--table {path}: give the results.json of an evaluation ({error!r})") from error
-        merged = results.setdefault(name, {"name": name, "sets": {}})
-        if twice := merged["sets"].keys() & sets.keys():
-            raise ValueError(
-                f"--table: two results named {name} have {', '.join(sorted(twice))}: give each run a --name of its own"
-            )
-        merged["sets"] |= sets
-    return list(results.values())
-
-
 def results_table(results: list[Result]) -> str:
-    """The results as Markdown: Table 1, then how far to trust each number.
+    """Format results as Markdown: Table 1, then the uncertainty of each number.
 
     Args:
-        results: as `results.json` holds them. The first is the baseline the others' differences are taken from.
+        results: contents of `results.json` files. The first is the baseline of all differences.
 
     Returns:
         Two tables. Accuracies are in percent, differences in percentage points.
     """
     columns = dict.fromkeys((name, metric) for name, (_, metric) in TABLE_1.items())
     found = dict.fromkeys((name, one["metric"]) for result in results for name, one in result["sets"].items())
-    # A set of Table 1 that was sampled otherwise replaces the paper's column, unless that is there too.
+    # A set of Table 1 with another metric replaces the paper's column, unless some result has that one too.
     replaced = {name for name, _ in found} - {name for name, metric in found if (name, metric) in columns}
     shown = [column for column in columns if column[0] not in replaced]
     shown += [column for column in found if column not in shown]
@@ -63,11 +39,11 @@ def results_table(results: list[Result]) -> str:
     header = ["Method", *(title(name) for name, _ in shown)]
     rows = [["", *(f"({metric})" for _, metric in shown)]]
     rows += [[result["name"], *(_cell(result, results[0], *column) for column in shown)] for result in results]
-    return table(header, rows) + "\n\n" + _precision(results) + "\n"
+    return table(header, rows) + "\n\n" + _uncertainties(results) + "\n"
 
 
 def title(name: str) -> str:
-    """A set's name as a column's title."""
+    """Return the column title of a set."""
     return TABLE_1[name][0] if name in TABLE_1 else name
 
 
@@ -81,7 +57,7 @@ def _cell(result: Result, baseline: Result, name: str, metric: str) -> str:
     return text
 
 
-def _precision(results: list[Result]) -> str:
+def _uncertainties(results: list[Result]) -> str:
     baseline, compared = results[0], len(results) > 1
     header = ["Method", "Set", "Problems × k", "Average", "95 % interval, other problems", "± 95 %, these problems"]
     header += [f"Difference from {baseline['name']}, paired 95 %"] if compared else []

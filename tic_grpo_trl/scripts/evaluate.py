@@ -1,20 +1,20 @@
-"""Evaluate a model: Avg@k with intervals, every sample, and a table in the form of the papers' Table 1.
+"""Evaluate a model: Avg@k with confidence intervals, all samples, and a table like the papers' Table 1.
 
-Without arguments it evaluates the package's starter on held-out sums, which needs no GPU and no download:
+By default this evaluates the package's starter on held-out sums. It needs no GPU or download:
 
     python -m tic_grpo_trl.scripts.evaluate
 
-The papers' four sets, AIME by 32 samples at temperature 1, the others greedily; a run that was stopped goes on when the
-same command is given again:
+The papers' four sets: 32 samples per AIME problem at temperature 1, greedy answers otherwise. To resume, rerun the same
+command:
 
     python -m tic_grpo_trl.scripts.evaluate --model_name_or_path runs/qwen3 --name TIC-GRPO --dtype bfloat16 \
         --datasets aime24 aime25 math500 livecodebench --output_dir runs/evaluation/tic_grpo
 
-Several runs in one table, differences from the first:
+Print several runs in one table, with differences from the first:
 
     python -m tic_grpo_trl.scripts.evaluate --table runs/evaluation/*/results.json
 
-Every field of EvaluationConfig is a flag and a key of the YAML that `--config` names.
+Every field of EvaluationConfig is a flag, and a key of the YAML file that `--config` names.
 """
 
 import logging
@@ -30,15 +30,15 @@ from tic_grpo_trl.evaluation import EvaluationConfig, evaluate, read_results, re
 
 @dataclass
 class TableArguments:
-    """What to do with results that are there already."""
+    """Select finished runs to print."""
 
     table: list[str] = field(
-        default_factory=list, metadata={"help": "Evaluate nothing; print these results.json as one table."}
+        default_factory=list, metadata={"help": "Only print these results.json files as one table."}
     )
 
 
 def main():
-    """Read flags and YAML, and evaluate or print a table."""
+    """Parse flags and YAML, and evaluate or print a table."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("tic_grpo_trl").setLevel(logging.INFO)
@@ -49,7 +49,7 @@ def main():
         return
     result = evaluate(config)
     print(results_table([result]), end="")
-    print(f"\nEvery sample, results.json and table.md are in {Path(config.output_dir)}")
+    print(f"\nSamples, results.json and table.md are in {Path(config.output_dir)}")
 
 
 if __name__ == "__main__":

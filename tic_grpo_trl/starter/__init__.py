@@ -1,4 +1,4 @@
-"""The embedded starter: a tiny model that can already add a little, and the task it learns. Nothing to download."""
+"""The embedded starter: a tiny model that can add a little, and the task that it learns. It needs no download."""
 
 from pathlib import Path
 

@@ -1,0 +1,150 @@
+"""Load a data set, or several joined by `+`, from its name."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from datasets import Dataset, concatenate_datasets
+
+from ..starter import few_shot_sums, task
+from .examples import FEATURES, log_once
+from .named_sets import NAMED_SETS
+from .sources import PLACES, is_hub_id, read
+from .text import DEFAULT, choose_instruction
+from .user_data import convert_user_data
+
+
+GENERATED_SETS: dict[str, Callable[..., Dataset]] = {
+    "starter": task.make_dataset,
+    "few_shot_sums": few_shot_sums.make_dataset,
+}
+GENERATED_SIZES = {"train": 8000, "test": 1000}
+EVALUATION_SETS = tuple(name for name, known in NAMED_SETS.items() if known.evaluation)
+KNOWN_NAMES = ", ".join([*NAMED_SETS, *GENERATED_SETS])
+
+
+def load_problems(
+    name: str,
+    split: str = "train",
+    *,
+    instruction: str | None = DEFAULT,
+    columns: dict[str, str] | None = None,
+    config: str | None = None,
+    size: int | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """Load one data set, or several joined by `+`, in that order.
+
+    Args:
+        name: parts joined by `+`. A part is a named set (`dapo_math_17k`, `aime_1983_2022`, `aime24`, `aime25`,
+            `math500`, `livecodebench`, `starter`, `few_shot_sums`), a named set read from a copy with the same columns
+            (`NAME@LOCATION`), or a location: a parquet, jsonl, json or csv file, a folder of such files, a
+            `save_to_disk` folder, or a hub id.
+        split: split of your own data, `starter` or `few_shot_sums`. The other named sets have a single split, which is
+            for training (only `"train"` is accepted) or for evaluation.
+        instruction: template for each problem, with `{problem}` in it. `"default"` selects the papers' instruction for
+            mathematics (`MATH_INSTRUCTION`) and `CODE_INSTRUCTION` for `livecodebench`. `None` or an empty string
+            leaves the bare problem. Prompts that are already lists of messages are not changed.
+        columns: names of the columns `prompt` (string or messages) and `solution` in your own data.
+        config: configuration of a hub data set or of a copy; only with a single part.
+        size: number of problems that `starter` and `few_shot_sums` generate; by default 8000 for `train`, 1000 for
+            `test`.
+        seed: random seed of the generated problems.
+
+    Returns:
+        A dataset with exactly the columns `prompt` (messages with `role` and `content`), `solution` (str; JSON with the
+        tests for `livecodebench`) and `source` (str, the part without its location).
+
+    Raises:
+        ValueError: if an argument is wrong, a column is missing, a set is empty, a file cannot be read, an
+            `aime_1983_2022` example has no reliable year, or an evaluation set is mixed with others.
+        FileNotFoundError: if a path or hub data set does not exist.
+        ConnectionError: if the hub cannot be reached; the message says how to use a copy.
+    """
+    choose_instruction(instruction, "{problem}")
+    parts = [_parse(part) for part in _split_names(name)]
+    _check_arguments([part for part, _ in parts], split, columns, config)
+    loaded = []
+    for part, location in parts:
+        if part in GENERATED_SETS:
+            loaded.append(_generate(part, split, size, seed))
+        else:
+            loaded.append(_load(part, location, split, instruction, columns or {}, config))
+    return loaded[0] if len(loaded) == 1 else concatenate_datasets(loaded)
+
+
+def _split_names(name: str) -> list[str]:
+    _, _, location = name.partition("@")
+    if any(text and Path(text).expanduser().exists() for text in (name, location)):
+        return [name]  # a path may contain a plus sign
+    return [part.strip() for part in name.split("+")]
+
+
+def _parse(part: str) -> tuple[str, str | None]:
+    """Return the name of a set and its location, `None` for the set's default; for your own data, the path twice."""
+    name, at, location = part.partition("@")
+    if not part:
+        raise ValueError(f"a data set's name is empty; the named sets are {KNOWN_NAMES}. For other data give {PLACES}.")
+    if name in GENERATED_SETS and at:
+        raise ValueError(f"{part}: {name} is generated and has no location; remove @{location}.")
+    if name in NAMED_SETS and at and not location:
+        raise ValueError(f"{part}: give a location after @: {PLACES}.")
+    if name in NAMED_SETS or name in GENERATED_SETS:
+        return name, location or None
+    if Path(part).expanduser().exists() or is_hub_id(part):
+        return part, part
+    if at:
+        raise ValueError(f"{part!r}: only named sets accept @LOCATION, and {name!r} is not one of {KNOWN_NAMES}.")
+    if "/" in part or Path(part).suffix:
+        raise FileNotFoundError(f"there is no file or folder {part!r}; give {PLACES}.")
+    raise ValueError(f"there is no data set {part!r}; the named sets are {KNOWN_NAMES}. For other data give {PLACES}.")
+
+
+def _check_arguments(names: list[str], split: str, columns: dict[str, str] | None, config: str | None) -> None:
+    for name in names:
+        if name in NAMED_SETS and not NAMED_SETS[name].evaluation and split != "train":
+            raise ValueError(
+                f"{name} is for training and has no split {split!r}; evaluate on {', '.join(EVALUATION_SETS)} or on "
+                "your own data."
+            )
+    others = [name for name in names if name not in EVALUATION_SETS]
+    if 0 < len(others) < len(names):
+        evaluation = ", ".join(name for name in names if name in EVALUATION_SETS)
+        raise ValueError(f"{evaluation} cannot be mixed with {', '.join(others)}: it is for evaluation. Load it alone.")
+    if columns is not None:
+        if unknown := set(columns) - {"prompt", "solution"}:
+            raise ValueError(f"columns has the keys {sorted(unknown)}; only 'prompt' and 'solution' are allowed.")
+        if all(name in NAMED_SETS or name in GENERATED_SETS for name in names):
+            raise ValueError(f"columns is for your own data, and {', '.join(names)} has fixed columns. Remove columns.")
+    if config is not None and (len(names) > 1 or names[0] in GENERATED_SETS):
+        raise ValueError(f"config={config!r} needs a single data set from the hub or a copy, not {'+'.join(names)}.")
+
+
+def _load(
+    name: str, location: str | None, split: str, instruction: str | None, columns: dict[str, str], config: str | None
+) -> Dataset:
+    named = NAMED_SETS.get(name)
+    if named is None:
+        place = location or name
+        examples = _choose_split(name, read(name, place, config, named=False), split)
+        converted = convert_user_data(name, examples, columns, instruction)
+    else:
+        place = location or named.hub_id
+        splits = read(name, place, config)
+        examples = next(iter(splits.values())) if len(splits) == 1 else _choose_split(name, splits, named.split)
+        converted = named.convert(name, examples, instruction)
+    if len(converted) == 0:
+        raise ValueError(f"{name}: no problem is left of the {len(examples):,} examples in {place}; is the path right?")
+    return converted
+
+
+def _choose_split(name: str, splits: dict[str, Dataset], split: str) -> Dataset:
+    if split not in splits:
+        raise ValueError(f"{name}: there is no split {split!r}; the splits are {', '.join(map(repr, splits))}.")
+    return splits[split]
+
+
+def _generate(name: str, split: str, size: int | None, seed: int) -> Dataset:
+    made = GENERATED_SETS[name](split, GENERATED_SIZES.get(split, 1) if size is None else size, seed)
+    log_once(f"{name}: {len(made):,} problems generated")
+    columns = {"prompt": made["prompt"][:], "solution": made["solution"][:], "source": [name] * len(made)}
+    return Dataset.from_dict(columns, features=FEATURES)
