@@ -68,12 +68,13 @@ def load_data(script_args: TrainArguments, training_args: TICGRPOConfig) -> tupl
         raise ValueError(f"--eval_strategy: {name} has no held-out data; add --eval_dataset_name, such as aime24.")
 
     if is_named or columns:
-        settings: dict[str, Any] = {
-            "instruction": script_args.instruction,
-            "columns": columns,
-            "config": script_args.dataset_config,
-        }
-        load = partial(load_problems, name, **settings)
+        load = partial(
+            load_problems,
+            name,
+            instruction=script_args.instruction,
+            columns=columns,
+            config=script_args.dataset_config,
+        )
         if needs_eval and eval_dataset is None:
             eval_dataset = load(script_args.dataset_test_split)
         split = "train" if is_named else script_args.dataset_train_split
