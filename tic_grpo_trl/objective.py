@@ -46,13 +46,13 @@ def token_log_ratio(
     old_per_token_logps: torch.Tensor | None,  # (B, T)
     mask: torch.Tensor,  # (B, T)
 ) -> torch.Tensor:
-    """Per-token log-ratio r_{i,t} = (log π_θ − log π_old)·m, without gradient, in float32 or better.
+    """Compute the log-ratio of every token, r_{i,t} = (log π_θ − log π_old)·m, without gradient, in float32 or better.
 
     Args:
         per_token_logps: log-probabilities of the current policy, in nats.
         old_per_token_logps: those of the behaviour policy; `None` means that the rollout is on-policy, which makes
             every log-ratio exactly 0.
-        mask: 1 on the tokens that count, 0 elsewhere; whatever stands at masked positions (NaN too) is ignored.
+        mask: 1 on the tokens that count, 0 elsewhere; values at masked positions (NaN too) are ignored.
 
     Returns:
         (B, T) log-ratios, exactly 0 at masked positions.
@@ -69,7 +69,7 @@ def log_importance_weight(
     mask: torch.Tensor,  # (B, T)
     level: str,
 ) -> torch.Tensor:
-    """Log of the importance weight at a level: the first axis of the family.
+    """Compute the log of the importance weight at a level: the first axis of the family.
 
     - `"token"`: r_{i,t}, one weight per token (GRPO, v2 Eq. 5), (B, T)
     - `"sequence"`: the mean of r over the response (GSPO), (B, 1)
@@ -184,7 +184,7 @@ def anchored_old_logps(
     per_token_logps: torch.Tensor,  # (B, T), differentiable
     clipped: ClippedWeight,
 ) -> torch.Tensor:
-    """Old log-probabilities that make token-level code compute the wanted weight on every token.
+    """Compute old log-probabilities that make token-level code compute the wanted weight on every token.
 
     Token-level code takes exp(log π_θ − old). With old = stop_grad(log π_θ) − log w the ratio of *every* token has the
     value w and the gradient w·∇log π_θ(o_{i,t}), which is v2 Eq. 11, line (*), for every length normaliser. Where the

@@ -1,4 +1,4 @@
-"""Which layout of packed rows a model takes."""
+"""Finds out in which layouts a model gives a response the log-probabilities that it has alone."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,28 +11,19 @@ from .packing import PackedBatch
 
 
 def attention_by_segment(module, query, key, value, attention_mask, segments: list[int] | None = None, **kwargs):
-    """transformers' `"sdpa"` attention, and with `segments` the same for each of them alone.
+    """Compute transformers' `"sdpa"` attention; with `segments`, for each response of a single row alone.
 
-    Args:
-        module, attention_mask, **kwargs: as transformers passes them; with `segments` the mask holds nothing.
-        query, key, value: (1, heads, W, head dimension).
-        segments: lengths of the responses in the row, in tokens, W in all.
-
-    Returns:
-        (1, W, heads, head dimension) and `None`, as every attention function of transformers.
-
-    Raises:
-        ValueError: if a layer passes a mask of its own beside `segments`.
+    Query, key and value are (1, heads, W, head dimension); `segments` are lengths that add up to W.
     """
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if attention_mask is not None and attention_mask.numel() > 1:
-        raise ValueError("This model's layers make masks of their own, which attention by segments would not apply.")
+        raise ValueError("This model's layers make their own masks, which attention by segments would ignore.")
     parts = zip(*(tensor.split(segments, dim=2) for tensor in (query, key, value)), strict=True)
     return torch.cat([sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in parts], dim=1), None
 
 
-# Layers in which a token sees others by the mask and the positions that it is given, or as the test below finds out
+# Layer types in which only mask and positions decide what a token sees, or for which `keeps_apart` finds out
 BY_POSITION = {
     *("full_attention", "sliding_attention", "indexed_attention"),
     *("linear_attention", "conv", "hybrid", "hybrid_sliding", "moe", "mlp"),
@@ -40,17 +31,10 @@ BY_POSITION = {
 
 
 def why_trl_layout(config: PreTrainedConfig) -> str | None:
-    """Find what makes a response's log-probabilities depend on where it stands in a pass, which no short test can see.
+    """Return why a response's log-probabilities depend on its place in a pass, as a clause, or `None`.
 
-    There is then no layout but TRL's that gives TRL's numbers: a rotary embedding whose frequencies follow the longest
-    position of the whole call (transformers' `dynamic` and `longrope`), or layers that divide a row into blocks of
-    columns.
-
-    Args:
-        config: of a model; each layer type may have a rotary embedding of its own.
-
-    Returns:
-        The reason as a clause, or `None` where there is none.
+    Only TRL's layout then gives TRL's numbers: a rotary embedding follows the longest position of the whole call
+    (transformers' `dynamic` and `longrope`), or layers divide a row into blocks of columns. No short test shows it.
     """
     text = config.get_text_config()
     # models that bring their own code may still have the older name, and the older key
@@ -66,7 +50,7 @@ def why_trl_layout(config: PreTrainedConfig) -> str | None:
 
 
 def ways_to_pack(config: PreTrainedConfig) -> list[str]:
-    """Name the layouts in which a model's attention might keep the responses of a row apart, best first."""
+    """Return the packed layouts in which a model's attention might keep responses apart, best first."""
     implementation = str(config._attn_implementation)
     if "flash" in implementation:
         return ["varlen"]
@@ -79,52 +63,44 @@ def ways_to_pack(config: PreTrainedConfig) -> list[str]:
 
 
 def model_inputs(packed: PackedBatch, layout: str) -> dict[str, Any]:
-    """Name what a model is called with, beside ids and labels, so that each response has what it has alone."""
+    """Return the arguments of a forward pass beside ids and labels."""
     if layout == "sorted":
         return {"attention_mask": packed.attention_mask}
     return {"position_ids": packed.position_ids} | attention_arguments(layout, packed.segments, packed.input_ids.device)
 
 
 def attention_arguments(layout: str, segments: list[int] | None, device: torch.device) -> dict[str, Any]:
-    """Name what keeps the responses of a row apart, beside their positions."""
+    """Return the arguments that keep the responses of a row apart, beside their positions."""
     if layout != "segments" or segments is None:
         return {}
-    # transformers passes a mask with four axes on as it is, instead of making one with W² elements
+    # transformers passes a mask with four axes through, instead of making one with W² elements
     return {"segments": segments, "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)}
 
 
-# What a model raises that does not take a call of the tests below
+# Raised by models that don't take the calls of the tests below
 NOT_TAKEN = (TypeError, ValueError, IndexError, NotImplementedError, RuntimeError)
 PROMPT = [4, 1, 3, 2]  # token ids of a short response with its prompt
-LAST_BITS = 32  # units in the last place that rounding moves log-probabilities by through dozens of layers
-LEAK = 0.01  # of what a neighbour in the same row changes when it can be seen, the share that counts as rounding
+LAST_BITS = 32  # units in the last place by which rounding in dozens of layers moves log-probabilities
+LEAK = 0.01  # the share of a visible neighbour's effect that still counts as rounding
 
 
 def rounding(log_probs: torch.Tensor, precision: float) -> float:
-    """How far another shape of the batch may move log-probabilities: it grows with depth and the logits."""
+    """Return how far another batch shape may move log-probabilities; it grows with depth and with the logits."""
     return precision**0.5 * (1 + float(log_probs.abs().max()))
 
 
 @torch.no_grad()
 def keeps_apart(log_probs: Callable[..., torch.Tensor], device: torch.device | str, precision: float) -> bool:
-    """Measure whether a model gives a response in a shared row the log-probabilities that it gives it alone.
+    """Measure whether a model gives a response in a shared row the log-probabilities that it has alone.
 
-    Architectures differ in whether their attention, their recurrent states and their wrappers (prompt tuning, compiled
-    code) respect positions that start again within a row; nothing in a config tells.
-
-    Args:
-        log_probs: maps `input_ids` (1, W), and in a shared row `position_ids` (1, W) and the `segments`, to the
-            log-probabilities (1, W-1) of ids as labels.
-        device: of the model.
-        precision: machine epsilon of its arithmetic.
-
-    Returns:
-        False too where the model does not take such a call.
+    Attention, recurrent states and wrappers (prompt tuning, compiled code) differ in whether they respect positions
+    that restart within a row; no config tells. `log_probs` maps `input_ids`, and for a shared row `position_ids` and
+    `segments`, to (1, W-1) log-probabilities; `precision` is the machine epsilon.
     """
 
     def scored(before: list[int], apart: bool) -> torch.Tensor:
         row: dict[str, Any] = {"input_ids": torch.tensor([before + PROMPT], device=device)}
-        if apart:  # in an ordinary row a response has the positions that the model itself gives it
+        if apart:  # otherwise the model chooses the positions itself
             lengths = [len(before), len(PROMPT)]
             positions = [i for length in lengths for i in range(length)]
             row |= {"position_ids": torch.tensor([positions], device=device), "segments": lengths}
@@ -137,8 +113,8 @@ def keeps_apart(log_probs: Callable[..., torch.Tensor], device: torch.device | s
         seen = (scored(one, apart=False) - scored(another, apart=False)).abs().max()
     except NOT_TAKEN:
         return False
-    # Another neighbour must change nothing but the last bits, with which a mixture of experts shares its tokens out. Of
-    # a low precision these are many: then little is judged by what a neighbour changes that can be seen.
+    # Another neighbour may change nothing but the last bits, as it does in mixtures of experts. In low precision these
+    # are large, so the change is also compared with that of a neighbour that is visible.
     leak = (shared - other).abs().max()
     faint = leak <= min(LAST_BITS * precision * (1 + float(alone.abs().max())), LEAK * float(seen))
     return bool(faint and (shared - alone).abs().max() <= rounding(alone, precision))
@@ -146,19 +122,10 @@ def keeps_apart(log_probs: Callable[..., torch.Tensor], device: torch.device | s
 
 @torch.no_grad()
 def ignores_left_padding(log_probs: Callable[..., torch.Tensor], device: torch.device | str, precision: float) -> bool:
-    """Measure whether a model gives a response behind padding the log-probabilities that it gives it alone.
+    """Measure whether a model gives a response behind padding the log-probabilities that it has alone.
 
-    Generation pads prompts on the left and passes positions that do not count the padding. Some recurrent models take
-    the padding into their state all the same: what they sample from is TRL's padded row, which nothing else stands for.
-
-    Args:
-        log_probs: maps `input_ids`, `attention_mask` (1, W) and maybe `position_ids` to the log-probabilities (1, W-1)
-            of ids as labels.
-        device: of the model.
-        precision: machine epsilon of its arithmetic.
-
-    Returns:
-        Whether it does, with the positions of generation where it takes positions.
+    Generation pads prompts on the left and passes positions that skip the padding. Some recurrent models take the
+    padding into their state anyway: they sample from TRL's padded row, so only that row may be scored.
     """
     size = len(PROMPT)
     padding = [0, 0, 0]

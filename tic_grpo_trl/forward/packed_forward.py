@@ -50,22 +50,13 @@ COST = (
 
 @dataclass(frozen=True)
 class ForwardOutput:
-    """What a forward pass returned, and what it cost.
+    """What a forward pass returned, and what it cost."""
 
-    Attributes:
-        logps: (B, T) log-probabilities of the completions' tokens.
-        entropies: (B, T), or `None` if not asked for.
-        aux_loss: the router's loss, or `None` if not asked for.
-        tokens: number of real tokens.
-        slots: number of tokens that were computed, padding included.
-        passes: number of forward passes.
-    """
-
-    logps: torch.Tensor
-    entropies: torch.Tensor | None
-    aux_loss: torch.Tensor | None
-    tokens: int
-    slots: int
+    logps: torch.Tensor  # (B, T)
+    entropies: torch.Tensor | None  # (B, T)
+    aux_loss: torch.Tensor | None  # the router's
+    tokens: int  # real ones
+    slots: int  # computed tokens, padding included
     passes: int
 
 
@@ -74,21 +65,11 @@ class PackedForward:
     Compute log-probabilities without computing padding, where `padding_free` is set.
 
     Each model gets the best layout of [`~tic_grpo_trl.forward.packing`] in which its responses have the
-    log-probabilities that they have alone. Inputs with images go through TRL's own forward pass.
+    log-probabilities that they have alone; `layout` is empty until [`choose_layout`] has found it. Inputs with images
+    go through TRL's own forward pass, `padded_forward`.
 
-    Args:
-        args: for `padding_free`, precision and batch size.
-        accelerator: for autocast and the communication between processes.
-        model: returns the policy as it is trained.
-        pad_token_id: fills empty slots.
-        temperature: of the sampler, for the check of the head.
-        pad_to_multiple_of: TRL's argument.
-        padded_forward: TRL's `_get_per_token_logps_and_entropies`.
-        checks_head: whether the model may be called without labels; not under DeepSpeed ZeRO-3, which would keep the
-            head's weights gathered.
-
-    Attributes:
-        layout: how responses are laid out in rows; the empty string before [`choose_layout`].
+    `checks_head` tells whether the model may be called without labels: DeepSpeed ZeRO-3 would keep the head's weights
+    gathered afterwards.
     """
 
     def __init__(
@@ -138,13 +119,7 @@ class PackedForward:
         return self._passes(model, input_ids, attention_mask, logits_to_keep, batch_size, **outputs)
 
     def score(self, inputs: dict[str, Any], batch_size: int | None = None, model: Any = None) -> ForwardOutput:
-        """Compute log-probabilities without gradients.
-
-        Args:
-            inputs: a micro-batch.
-            batch_size: rows of a pass; one pass if left out.
-            model: another model than the policy.
-        """
+        """Compute a micro-batch's log-probabilities without gradients, in passes of `batch_size` rows or in one."""
         ids, mask = sequences(inputs)
         images = {name: inputs[name] for name in MULTIMODAL if inputs.get(name) is not None}
         policy: Any = self.model()

@@ -1,17 +1,16 @@
-"""Forward passes without padding: several responses in one row, each blind to the others.
+"""Packs the real tokens of several responses into rows, so that no padding is computed.
 
-TRL pads every prompt and completion to the longest of a whole generation batch. Here the real tokens of a micro-batch
-are laid out in rows in which every response has the log-probabilities that it has alone. A model with relative
-positions (RoPE, ALiBi) gives it the same ones in TRL's rows; with absolute positions TRL counts the padding before a
-prompt. The layouts, best first:
+TRL pads every prompt and completion to the longest of the generation batch. Here each response has the
+log-probabilities that it has alone. With relative positions (RoPE, ALiBi) they equal those in TRL's rows; with absolute positions TRL
+counts the padding before a prompt. The layouts, best first:
 
-- `"segments"`: all responses in one row; PyTorch's scaled-dot-product attention is called for one after the other;
+- `"segments"`: all responses in one row; PyTorch's scaled-dot-product attention is called once per response;
 - `"varlen"`: all responses in one row; FlashAttention's variable-length kernels read the positions;
-- `"rows"`: several responses in each row, kept apart by an attention mask that transformers makes from the positions;
-  it has width² elements, so the rows are short;
-- `"sorted"`: one response in each row, from its first column on, so that what is left of the padding stands behind it,
-  where a causal model cannot see it. Responses of like length share a pass;
-- `"padded"`: TRL's rows, for models whose log-probabilities depend on the padding itself.
+- `"rows"`: several responses per row, separated by an attention mask that transformers makes from the positions. The
+  mask has width² elements, so the rows are short;
+- `"sorted"`: one response per row, without padding before it. A causal model can't see the padding behind it, and
+  responses of similar length share a pass;
+- `"padded"`: TRL's rows, for models whose log-probabilities depend on the padding.
 """
 
 from dataclasses import dataclass
@@ -26,19 +25,14 @@ PACKED = (*SINGLE_ROW, "rows")
 
 
 def longest_first(lengths: list[int]) -> list[int]:
-    """Indices of the items, longest first, equal ones in their order."""
+    """Return the indices of the items, longest first; equal ones keep their order."""
     return sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
 
 def first_fit(lengths: list[int], width: int) -> list[list[int]]:
-    """Lay items out in rows of `width`, longest first, each in the first row that has room (first-fit decreasing).
+    """Put items into rows of `width` by first-fit decreasing, and return their indices by row.
 
-    Args:
-        lengths: of the items, in tokens, none above `width`.
-        width: of a row, in tokens.
-
-    Returns:
-        Indices of the items by row; at most 11/9 of the fewest rows possible, plus one.
+    There are at most 11/9 of the fewest possible rows, plus one. Lengths and width are in tokens.
     """
     rows: list[list[int]] = []
     room: list[int] = []
@@ -53,17 +47,10 @@ def first_fit(lengths: list[int], width: int) -> list[list[int]]:
 
 
 def lay_out(lengths: list[int], linear_width: int) -> list[list[int]]:
-    """The rows that cost least, where the attention of a row costs its width squared.
+    """Put items into the rows that cost least, and return their indices by row.
 
-    A token costs `width + linear_width`: the first for attention over its row, the second for everything else. Rows as
-    wide as the longest item leave the last one half empty; somewhat wider ones may leave nothing empty.
-
-    Args:
-        lengths: of the items, in tokens.
-        linear_width: width at which attention costs as much as the rest of the model, in tokens.
-
-    Returns:
-        Indices of the items by row.
+    A token costs `width + linear_width`: the first for attention over its row, the second for everything else. Rows
+    somewhat wider than the longest item may leave fewer slots empty.
     """
     longest, total = max(lengths), sum(lengths)
 
@@ -86,16 +73,8 @@ def lay_out(lengths: list[int], linear_width: int) -> list[list[int]]:
 def plan_passes(lengths: list[int], rows_per_pass: int, packs: bool) -> list[list[int]]:
     """Distribute responses over the fewest forward passes that are no larger than TRL's.
 
-    A forward pass has `rows_per_pass` rows as long as the longest response. With `packs`, several responses share a
-    row; without, responses of similar length share a pass. Rows are spread evenly over the passes.
-
-    Args:
-        lengths: of the responses with their prompts, in tokens.
-        rows_per_pass: TRL's micro-batch, `per_device_train_batch_size`.
-        packs: whether responses can share a row.
-
-    Returns:
-        Indices of the responses by pass; at most ⌈n / rows_per_pass⌉ passes.
+    A pass has `rows_per_pass` rows as long as the longest response. With `packs`, several responses share a row;
+    without, responses of similar length share a pass. Returns the indices of the responses by pass.
     """
     if not lengths:
         return []
@@ -107,32 +86,22 @@ def plan_passes(lengths: list[int], rows_per_pass: int, packs: bool) -> list[lis
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Real tokens of B sequences of S columns, in R rows of W slots.
+    """The real tokens of B responses in R packed rows of W slots."""
 
-    Attributes:
-        input_ids: (R, W).
-        attention_mask: (R, W), 1 on real tokens.
-        position_ids: (R, W), from 0 in every sequence; 0 in empty slots, which so attend to themselves alone.
-        labels: (R, W), the id of every token that is to be scored, -100 elsewhere.
-        scored: (m,) index into the R·W slots of the tokens that are scored.
-        columns: (m,) index of the same tokens into the B·T values that [`unpack`] returns.
-        shape: (B, T), T columns being the last ones.
-        segments: lengths of what stands side by side in a single row, in tokens, W in all.
-        tokens: number of real tokens.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    position_ids: torch.Tensor
-    labels: torch.Tensor
-    scored: torch.Tensor
-    columns: torch.Tensor
-    shape: tuple[int, int]
-    segments: list[int]
-    tokens: int
+    input_ids: torch.Tensor  # (R, W)
+    attention_mask: torch.Tensor  # (R, W), 1 on real tokens
+    position_ids: (
+        torch.Tensor
+    )  # (R, W), from 0 in every response; 0 in empty slots, which so attend to themselves alone
+    labels: torch.Tensor  # (R, W), the id of every token that is scored, -100 elsewhere
+    scored: torch.Tensor  # (m,) the slots of the scored tokens
+    columns: torch.Tensor  # (m,) their places among the B·T values that `unpack` returns
+    shape: tuple[int, int]  # (B, T)
+    segments: list[int]  # lengths of the responses in a single row, and of the empty rest
+    tokens: int  # number of real tokens
 
     def unpack(self, per_token: torch.Tensor) -> torch.Tensor:
-        """Put values of the label of every slot but a row's first, (R, W-1), back to (B, T), 0 where not scored."""
+        """Bring values of all slots but a row's first, (R, W-1), back to (B, T), with 0 where nothing was scored."""
         by_slot = torch.nn.functional.pad(per_token, (1, 0)).reshape(-1)
         values = by_slot.new_zeros(self.shape[0] * self.shape[1])
         return values.index_copy(0, self.columns, by_slot.index_select(0, self.scored)).view(self.shape)
@@ -147,19 +116,18 @@ def pack(
     linear_width: int = 0,
     multiple_of: int | None = None,
 ) -> PackedBatch:
-    """Lay the real tokens of a padded batch out in rows.
+    """Pack the real tokens of a padded batch (prompts padded on the left, completions on the right) into rows.
 
     Args:
-        input_ids: prompts padded on the left, completions on the right.
-        attention_mask: 1 on real tokens.
-        logits_to_keep: T, the completions' columns, whose tokens are scored. The first token of a sequence never is.
-        pad_token_id: for empty slots.
+        logits_to_keep: T, the number of the completions' columns, whose tokens are scored. The first token of a
+            response never is.
+        pad_token_id: fills empty slots.
         layout: `"segments"`, `"varlen"`, `"rows"` or `"sorted"`.
-        linear_width: see [`lay_out`], for `"rows"`.
-        multiple_of: make the width a multiple of this.
+        linear_width: see [`lay_out`].
+        multiple_of: the width is made divisible by it.
 
     Returns:
-        The rows; two empty slots where the batch has no token at all, so that a forward pass is possible.
+        The rows; two empty slots if the batch has no token at all, so that a forward pass is possible.
     """
     real = attention_mask.bool()
     lengths = real.sum(dim=1).tolist()
@@ -205,15 +173,10 @@ def pack(
 
 
 def used_columns(prompt_mask: torch.Tensor, completion_mask: torch.Tensor) -> tuple[int, int]:
-    """What is left of a padded batch without the columns that no sequence uses.
+    """Count the columns of a padded batch that some response uses: of the prompts (the last ones), and the completions.
 
-    Args:
-        prompt_mask: (B, P), padded on the left.
-        completion_mask: (B, T), padded on the right.
-
-    Returns:
-        How many columns of the prompts (the last ones) and of the completions (the first ones); at least one and two,
-        where there are so many: TRL takes one column of completions for one value per sequence.
+    At least one and two columns are returned, where there are so many: TRL takes one column of completions for one
+    value per response.
     """
     from_right = torch.arange(prompt_mask.size(1), 0, -1, device=prompt_mask.device)
     from_left = torch.arange(1, completion_mask.size(1) + 1, device=prompt_mask.device)

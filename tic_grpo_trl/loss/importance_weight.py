@@ -21,21 +21,13 @@ from ..rollout.schedule import Position
 
 @dataclass
 class LossPass:
-    """One computation of TRL's loss.
+    """One computation of TRL's loss."""
 
-    Attributes:
-        inputs: the copy of the micro-batch that TRL's loss reads after its forward pass.
-        level: TRL's `importance_sampling_level` for it.
-        position: of the micro-batch; `None` in an evaluation.
-        repeated: whether it computes the micro-batch again, without responses that had bad numbers.
-        logps: (B, T) log-probabilities of the policy, without gradient, after the forward pass.
-    """
-
-    inputs: dict[str, Any]
-    level: str
-    position: Position | None
-    repeated: bool = False
-    logps: torch.Tensor | None = None
+    inputs: dict[str, Any]  # the copy of the micro-batch that TRL's loss reads after its forward pass
+    level: str  # TRL's `importance_sampling_level`
+    position: Position | None  # `None` in an evaluation
+    repeated: bool = False  # without the responses that had bad numbers
+    logps: torch.Tensor | None = None  # (B, T) of the policy, without gradient, after the forward pass
 
 
 @contextmanager
@@ -52,12 +44,7 @@ def overridden(target: Any, **values: Any):
 
 
 class ImportanceWeight:
-    """
-    Compute the algorithm's weight, and make TRL's loss use it.
-
-    Args:
-        args: for the algorithm's level and clip rule.
-    """
+    """Computes the algorithm's weight, and makes TRL's loss use it."""
 
     def __init__(self, args: TICGRPOConfig):
         self.args = args
@@ -94,14 +81,9 @@ class ImportanceWeight:
             raise RuntimeError("This TRL version computes its loss in another way: install trl>=1.16,<1.17.")
 
     def apply(self, logps: torch.Tensor, inputs: dict[str, Any]) -> tuple[torch.Tensor, ClippedWeight]:
-        """Weight a micro-batch.
+        """Return the (B, T) log-ratios and the clipped weight, and anchor the old log-probabilities in `inputs`.
 
-        Args:
-            logps: (B, T) log-probabilities of the policy, with their gradient.
-            inputs: that TRL's loss is about to read. Its old log-probabilities are replaced if the weight is anchored.
-
-        Returns:
-            (B, T) log-ratios, and what the clip rule did to the weight.
+        `logps` are (B, T) log-probabilities of the policy, with their gradient.
         """
         mask = loss_mask(inputs)
         old_logps = inputs.get("old_per_token_logps")  # `None` on-policy

@@ -24,14 +24,8 @@ class WeightedLoss:
     """
     Compute TRL's loss with another weight.
 
-    TRL's loss makes a forward pass and reads the old log-probabilities afterwards. In between, this class checks the
-    pass, anchors the old log-probabilities and collects the ratios.
-
-    Args:
-        args: the settings.
-        schedule: of the run.
-        accelerator: tells whether a micro-batch closes its update.
-        forward, scorer, guard, ratios, update_metrics, table: the collaborators.
+    TRL's loss makes a forward pass and then reads the old log-probabilities. In between, this class checks the pass,
+    anchors the old log-probabilities and collects the ratios.
     """
 
     def __init__(
@@ -53,32 +47,17 @@ class WeightedLoss:
         self._pass: LossPass | None = None  # the loss that is being computed
 
     def evaluate(self, trainer: Any, loss_of_trl: Callable, inputs: dict[str, Any]) -> torch.Tensor:
-        """Compute the loss of an evaluation batch.
-
-        Args:
-            trainer: whose settings TRL's loss reads.
-            loss_of_trl: maps inputs to TRL's loss.
-            inputs: the batch.
-        """
+        """Compute the loss of an evaluation batch; `loss_of_trl` maps inputs to TRL's loss."""
         loss, _ = self._compute(trainer, loss_of_trl, self.weight.loss_pass(inputs, position=None))
         return loss
 
     def train(
         self, trainer: Any, loss_of_trl: Callable, inputs: dict[str, Any], step: int, metrics: Metrics, window: int
     ) -> torch.Tensor:
-        """Compute the loss of a micro-batch.
+        """Compute the loss of a micro-batch, NaN if it is not finite.
 
-        Args:
-            trainer: whose settings TRL's loss reads.
-            loss_of_trl: maps inputs to TRL's loss.
-            inputs: the micro-batch. A bad response is blanked in it, and the log-probabilities of an on-policy pass are
-                kept in it for later iterations.
-            step: of the micro-batch.
-            metrics: TRL's.
-            window: micro-batches of the update.
-
-        Returns:
-            The loss; NaN if it is not finite.
+        A bad response is blanked in `inputs`, and the log-probabilities of an on-policy pass are kept there for later
+        iterations. `window` is the number of micro-batches of the update.
         """
         position = self.schedule.at(step)
 
@@ -106,11 +85,7 @@ class WeightedLoss:
             self._pass = None
 
     def forward_pass(self, *args: Any, **kwargs: Any) -> ForwardOutput:
-        """Make the forward pass that TRL's loss asks for, and prepare the inputs that it reads next.
-
-        Args:
-            *args, **kwargs: of TRL's `_get_per_token_logps_and_entropies`.
-        """
+        """Make the forward pass that TRL's loss asks for, and prepare the inputs that it reads next."""
         self.forward.choose_layout()
         output = self.forward(*args, **kwargs)
         loss_pass = self._pass

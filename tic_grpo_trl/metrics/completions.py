@@ -19,12 +19,8 @@ class CompletionsTable:
     Add a column `trajectory_ratio` to TRL's table of completions.
 
     It holds w' = P_θ/P_old of each response as of its latest update, and nothing for responses that have not been
-    trained on.
-
-    Args:
-        accelerator: for the communication between processes.
-        logs: returns TRL's table by column; like these, the new column keeps the last `generation_batch_size` entries.
-        is_logged: whether there is a table. Without one, nothing is done here.
+    trained on. `logs` returns TRL's table by column; like these, the new one keeps the last `generation_batch_size`
+    entries. If nothing is logged, nothing is done here.
     """
 
     def __init__(self, accelerator: Accelerator, logs: Callable[[], dict[str, Any]], is_logged: bool):
@@ -62,13 +58,7 @@ class CompletionsTable:
                 column[number - first] = float(f"{math.exp(min(log_ratio, 700.0)):.4g}")
 
     def rotate(self, output_dir: Path, limit: int | None, step: int):
-        """Delete the oldest tables beyond `completions_total_limit`.
-
-        Args:
-            output_dir: the run's folder.
-            limit: number of tables to keep; `None` keeps all.
-            step: the current step. Later tables, which a resumed run will write again, don't count.
-        """
+        """Delete the oldest tables beyond `limit`, not counting those after `step`, which a resumed run writes again."""
         if not self.is_logged or limit is None or not self.accelerator.is_main_process:
             return
         folder = output_dir / "completions"

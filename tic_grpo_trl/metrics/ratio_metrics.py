@@ -17,9 +17,7 @@ class RatioMetrics:
     """
     Collect ratio statistics per update and evaluation batch, and log them.
 
-    Args:
-        accelerator: for the communication between processes.
-        removes_clip_ratios: whether TRL's `clip_ratio/*` are removed, because they describe weights after the cap.
+    `removes_clip_ratios` drops TRL's `clip_ratio/*`, where they would describe weights after the cap.
     """
 
     def __init__(self, accelerator: Accelerator, removes_clip_ratios: bool):
@@ -32,14 +30,10 @@ class RatioMetrics:
         self._open.append(statistics)
 
     def close(self, mode: str, inner_step: int | None) -> torch.Tensor:
-        """End an update or an evaluation batch; nothing is read from the device here.
+        """End an update or an evaluation batch, and return its (n, 9) statistics from all processes.
 
-        Args:
-            mode: `"train"` or `"eval"`.
-            inner_step: k = 1 … K, or `None` where a rollout serves one update.
-
-        Returns:
-            (n, 9) its statistics from all processes.
+        `mode` is `"train"` or `"eval"`; `inner_step` is k = 1 … K, or `None` where a rollout serves one update. Nothing
+        is read from the device here.
         """
         statistics = self.accelerator.gather(torch.cat(self._open))
         self._open.clear()

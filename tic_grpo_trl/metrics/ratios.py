@@ -1,8 +1,7 @@
-"""What to watch while it trains: pure functions from ratios to metrics.
+"""Computes the metrics of the ratios, in pure functions.
 
-All of it describes the trajectory ratio w' = exp(R) of the *policy* before any cap, whatever weight the algorithm uses,
-so that algorithms can be compared. The loss path only builds a small tensor per micro-batch; every number is read at
-log time.
+They describe the trajectory ratio w' = exp(R) of the *policy* before any cap, whatever weight the algorithm uses, so
+that algorithms can be compared. The loss path only builds a small tensor per micro-batch; numbers are read at log time.
 """
 
 import math
@@ -23,7 +22,7 @@ def ratio_statistics(
     mask: torch.Tensor,  # (B, T)
     sampler_log_ratio: torch.Tensor | None = None,  # (B, T)
 ) -> torch.Tensor:
-    """One row of ratio statistics per response, cheap to gather.
+    """Compute the ratio statistics of each response, cheap to gather.
 
     Args:
         log_ratio: r_{i,t}, 0 at masked positions, in nats.
@@ -66,7 +65,7 @@ def ratio_statistics(
 
 
 def effective_sample_size(log_weights: torch.Tensor) -> torch.Tensor:
-    """(Σw)²/(n·Σw²) of the weights w = exp(`log_weights`), computed in log space.
+    """Compute (Σw)²/(n·Σw²) of the weights w = exp(`log_weights`), in log space.
 
     Args:
         log_weights: (n,) log-weights in nats, n ≥ 1; any finite values, ±1e4 included.
@@ -80,7 +79,7 @@ def effective_sample_size(log_weights: torch.Tensor) -> torch.Tensor:
 
 
 def ratio_metrics(rows: torch.Tensor) -> dict[str, float]:
-    """Metrics of one mini-batch.
+    """Compute the metrics of one mini-batch.
 
     Args:
         rows: (n, 9), from [`ratio_statistics`], of every process.
@@ -115,7 +114,7 @@ def ratio_metrics(rows: torch.Tensor) -> dict[str, float]:
 
 
 def mean_sampler_ratio(steps: list[tuple[int | None, torch.Tensor]]) -> float | None:
-    """Geometric mean over tokens of P_old/P_sampler: exp(−KL(sampler‖old)) per token, as sampled.
+    """Compute the geometric mean over tokens of P_old/P_sampler: exp(−KL(sampler‖old)) per token, as sampled.
 
     An engine with the policy's weights gives 1 up to its numerics, one with other weights less. The arithmetic mean
     would not tell: its expectation is 1 for any sampler.
@@ -131,7 +130,7 @@ def mean_sampler_ratio(steps: list[tuple[int | None, torch.Tensor]]) -> float | 
 
 
 def merge_steps(steps: list[tuple[int | None, torch.Tensor]]) -> dict[str, float]:
-    """Metrics of all mini-batches since the last log: overall, and per inner step.
+    """Compute the metrics of all mini-batches since the last log: overall, and per inner step.
 
     Args:
         steps: (k, rows) per optimizer step: the inner step k = 1 … K since π_old was refreshed (`None` where there is

@@ -26,10 +26,6 @@ class UpdateMetrics:
     `update/real_token_share` is the share of real tokens in what was computed, `update/responses_skipped` the share of
     the mini-batch's responses that were left out, and `update/forwards_saved` the number of forward passes, scoring
     included, that TRL would have made in addition.
-
-    Args:
-        accelerator: for the communication between processes.
-        schedule: of the run.
     """
 
     def __init__(self, accelerator: Accelerator, schedule: RolloutSchedule):
@@ -61,10 +57,9 @@ class UpdateMetrics:
         """Log one update.
 
         Args:
-            metrics: TRL's lists of values since the last log, one value per micro-batch.
             passes: micro-batches of this update in TRL; fewer than usual where an epoch ends.
-            regrouped: whether its micro-batches differ from TRL's. TRL's metrics are then replaced by what they would
-                be with TRL's own.
+            regrouped: whether its micro-batches differ from TRL's. TRL's metrics, which have one value for each, are
+                then replaced by what they would be with TRL's own.
             by_response: whether TRL's clip ratios have one value per response.
         """
         processes, steps = self.accelerator.num_processes, len(self._counts)

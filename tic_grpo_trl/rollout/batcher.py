@@ -46,14 +46,8 @@ class Batcher:
     """
     Cut rollouts into the micro-batches of their updates.
 
-    Args:
-        schedule: of the run.
-        args: for `partition_by_prompt`, `skip_zero_advantage` and `beta`.
-        accelerator: for the communication between processes.
-        pad_token_id: for the exchange of responses between processes.
-        layout: returns the layout of the forward passes.
-        fixed_by: the options, joined by commas, that make the loss depend on which responses share a micro-batch.
-            TRL's micro-batches are kept then. Empty if there are none.
+    `fixed_by` lists the options that make the loss depend on which responses share a micro-batch; if there are any,
+    TRL's micro-batches are kept. `layout` returns the layout of the forward passes.
     """
 
     def __init__(

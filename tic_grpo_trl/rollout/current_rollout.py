@@ -8,19 +8,13 @@ from .schedule import Position
 
 @dataclass
 class CurrentRollout:
-    """The rollout that is being trained on, part of every checkpoint.
+    """The rollout that is being trained on, part of every checkpoint."""
 
-    Attributes:
-        micro_batches: inputs of TRL's loss by micro-batch, `None` where there is nothing to compute. The whole list is
-            `None` before the first generation and after the last update.
-        dropped: number of responses in each micro-batch that were dropped because of NaN or infinite numbers, over all
-            processes.
-        skip_until: step before which `min_ess` skips every micro-batch.
-    """
-
+    # Inputs of TRL's loss; an entry is `None` if there is nothing to compute. The list is `None` before the first
+    # generation and after the last update.
     micro_batches: list[dict[str, Any] | None] | None = None
-    dropped: list[int] | None = None
-    skip_until: int = 0
+    dropped: list[int] | None = None  # responses with bad numbers, by micro-batch, over all processes
+    skip_until: int = 0  # the step before which `min_ess` skips every micro-batch
 
     def start(self, micro_batches: list[dict[str, Any] | None], dropped: list[int]):
         """Replace the rollout by a new one."""

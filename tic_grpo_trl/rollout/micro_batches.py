@@ -13,16 +13,11 @@ MEAN_OVER_RESPONSES = ("grpo", "dr_grpo", "sapo", "luspo")
 
 
 def active_responses(rollout: dict[str, Any], only_advantages: bool) -> torch.Tensor:
-    """Find the responses that can move the weights.
+    """Find the responses that can move the weights; (n,) bool.
 
-    Args:
-        rollout: with `completion_mask` (n, T), optional `tool_mask`, and `advantages`, (n,) or (n, T).
-        only_advantages: whether every term of the loss is multiplied by the advantage (no KL, entropy or router term).
-            A response whose advantage is exactly 0 then contributes exactly nothing.
-
-    Returns:
-        (n,) bool: False for responses without any token that counts and, with `only_advantages`, without any non-zero
-        advantage.
+    They have a token that counts and, with `only_advantages`, a non-zero advantage there. `only_advantages` says that
+    every term of the loss is multiplied by the advantage (no KL, entropy or router term), so that a response with
+    advantage 0 contributes exactly nothing.
     """
     mask = loss_mask(rollout).bool()
     if only_advantages:
@@ -35,14 +30,9 @@ def take_responses(rollout: dict[str, Any], indices: list[int], blanks: int, tri
     """Build a micro-batch from some of a rollout's responses.
 
     Args:
-        rollout: tensors and lists with one item per response, scalar tensors and `None`.
-        indices: of the responses to take.
         blanks: number of blank responses to append: the last token of a prompt and nothing that counts. They give the
             micro-batches of all processes the same number of responses, on which TRL's metrics rely.
         trim: drop the columns that none of the responses uses, on both sides.
-
-    Returns:
-        The same keys with `len(indices) + blanks` responses.
     """
     size = len(indices)
     index = torch.tensor(indices + [0] * blanks)

@@ -7,32 +7,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Position:
-    """Where one micro-batch stands in the run.
-
-    Attributes:
-        rollout: index of its rollout.
-        update: index of its update among those made on the rollout; k − 1 in the papers' notation.
-        micro_batch: its index in the rollout.
-        first: whether it is the first micro-batch of its rollout, for which the rollout is generated.
-        last: whether no later micro-batch uses the rollout.
-    """
+    """Where one micro-batch stands in the run."""
 
     rollout: int
-    update: int
-    micro_batch: int
-    first: bool
-    last: bool
+    update: int  # among those made on the rollout: k − 1 in the papers' notation
+    micro_batch: int  # its index in the rollout
+    first: bool  # it is the first of its rollout, for which the rollout is generated
+    last: bool  # no later micro-batch uses the rollout
 
 
 @dataclass(frozen=True)
 class RolloutSchedule:
-    """How many responses each rollout, update and micro-batch has; the names are those of `TICGRPOConfig`.
-
-    Attributes:
-        processes: number of training processes.
-        per_device_train_batch_size, gradient_accumulation_steps, steps_per_generation, num_generations, num_iterations:
-            the settings.
-    """
+    """How many responses each rollout, update and micro-batch has; names are those of `TICGRPOConfig`."""
 
     processes: int
     per_device_train_batch_size: int
@@ -43,12 +29,7 @@ class RolloutSchedule:
 
     @classmethod
     def of(cls, args: Any, processes: int) -> "RolloutSchedule":
-        """Build the schedule that a configuration describes.
-
-        Args:
-            args: a `TICGRPOConfig`, or settings of the same names.
-            processes: number of training processes.
-        """
+        """Build the schedule that a configuration, or any object with its fields, describes."""
         steps = args.steps_per_generation
         if steps is None and args.generation_batch_size is not None:
             steps = args.generation_batch_size // (args.per_device_train_batch_size * processes)
@@ -62,11 +43,7 @@ class RolloutSchedule:
         )
 
     def at(self, step: int) -> Position:
-        """Find the position of a micro-batch.
-
-        Args:
-            step: how many micro-batches a process has computed before it.
-        """
+        """Return the position of the micro-batch before which a process has computed `step` others."""
         rollout, within = divmod(step, self.rollout_steps)
         return Position(
             rollout,

@@ -25,14 +25,7 @@ Count = Callable[[ForwardOutput], None]
 
 
 def check_behaviour_policy(trainer: Any):
-    """Require log-probabilities of the sampler, after temperature, where `behaviour_policy="sampler"`.
-
-    Args:
-        trainer: with its engine or server running.
-
-    Raises:
-        ValueError: if neither vLLM nor a `rollout_func` samples, or the vLLM server ignores the temperature.
-    """
+    """Refuse `behaviour_policy="sampler"` if nothing returns the sampler's log-probabilities after temperature."""
     if trainer.args.behaviour_policy != "sampler":
         return
     if not (trainer.use_vllm or trainer.rollout_func is not None):
@@ -57,13 +50,7 @@ class Scorer:
     """
     Add the log-probabilities that a loss reads to its micro-batches.
 
-    Args:
-        args: for `behaviour_policy`, `skip_on_policy_logps`, `beta` and the vLLM correction.
-        schedule: tells which updates need an old policy.
-        accelerator: for the communication between processes.
-        forward: the forward passes.
-        model: returns the policy.
-        ref_model: returns the reference model, or `None` where an adapter is trained.
+    `model` and `ref_model` return the policy and the reference model, which is `None` where an adapter is trained.
     """
 
     def __init__(
@@ -85,11 +72,7 @@ class Scorer:
         return self.schedule.steps_per_generation * (scores_old + (self.args.beta != 0.0))
 
     def check_sampler_logps(self, rollout: dict[str, Any], metrics: Metrics):
-        """Require the sampler's log-probabilities where `behaviour_policy="sampler"`, and log how many are missing.
-
-        Raises:
-            ValueError: if the rollout has none.
-        """
+        """Require the sampler's log-probabilities where they are the old ones, and log how many are missing."""
         if self.args.behaviour_policy != "sampler":
             return
         if rollout.get("sampling_per_token_logps") is None:
@@ -131,15 +114,9 @@ class Scorer:
                     micro_batch["ref_per_token_logps"] = self._logps(micro_batch, count, model)
 
     def sampler_log_ratio(self, logps: torch.Tensor, inputs: dict[str, Any], position: Position) -> torch.Tensor | None:
-        """Return (B, T) log P_old − log P_sampler of a micro-batch, NaN where the sampler gave none.
+        """Return (B, T) log P_old − log P_sampler, NaN where the sampler gave none, or `None` where it is unknown.
 
-        Args:
-            logps: (B, T) log-probabilities of the policy, which is the old one in a rollout's first update.
-            inputs: the micro-batch.
-            position: its position.
-
-        Returns:
-            `None` where either policy's log-probabilities are unknown.
+        In a rollout's first update the policy, with log-probabilities `logps`, is the old one.
         """
         sampler = inputs.get("sampling_per_token_logps")
         if sampler is None:
