@@ -353,10 +353,14 @@ def test_dropout_does_not_hide_that_a_model_packs(tmp_path, messages):
 
 def test_a_head_that_trl_gets_wrong(tmp_path, messages):
     """TRL's head takes the hidden states as they are; RoBERTa's own has a layer before it."""
-    assert build(tmp_path, random_rollouts(), model=zoo.tiny_model("roberta")).packed_forward.choose_layout() == "sorted"
+    assert (
+        build(tmp_path, random_rollouts(), model=zoo.tiny_model("roberta")).packed_forward.choose_layout() == "sorted"
+    )
     (warning,) = [text for text in messages() if "TRL's fused head" in text]
     assert "skips a step of this model" in warning
-    assert build(tmp_path, random_rollouts(), model=zoo.tiny_model("gemma3_text")).packed_forward.choose_layout() == "rows"
+    assert (
+        build(tmp_path, random_rollouts(), model=zoo.tiny_model("gemma3_text")).packed_forward.choose_layout() == "rows"
+    )
     assert len([text for text in messages() if "TRL's fused head" in text]) == 1
 
 

@@ -1,8 +1,8 @@
 """Packs the real tokens of several responses into rows, so that no padding is computed.
 
 TRL pads every prompt and completion to the longest of the generation batch. Here each response has the
-log-probabilities that it has alone. With relative positions (RoPE, ALiBi) they equal those in TRL's rows; with absolute positions TRL
-counts the padding before a prompt. The layouts, best first:
+log-probabilities that it has alone. With relative positions (RoPE, ALiBi) they equal those in TRL's rows; with absolute
+positions TRL counts the padding before a prompt. The layouts, best first:
 
 - `"segments"`: all responses in one row; PyTorch's scaled-dot-product attention is called once per response;
 - `"varlen"`: all responses in one row; FlashAttention's variable-length kernels read the positions;

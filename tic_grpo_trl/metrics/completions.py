@@ -58,7 +58,7 @@ class CompletionsTable:
                 column[number - first] = float(f"{math.exp(min(log_ratio, 700.0)):.4g}")
 
     def rotate(self, output_dir: Path, limit: int | None, step: int):
-        """Delete the oldest tables beyond `limit`, not counting those after `step`, which a resumed run writes again."""
+        """Delete the oldest tables beyond `limit`; those after `step` don't count, a resumed run writes them again."""
         if not self.is_logged or limit is None or not self.accelerator.is_main_process:
             return
         folder = output_dir / "completions"
