@@ -1,10 +1,10 @@
-r"""How many answers `math_reward` compares in a second on one core, beside TRL's `accuracy_reward`.
+r"""Measure how many answers per second and core `math_reward` compares, next to TRL's `accuracy_reward`.
 
     python benchmarks/math_reward.py --output docs/bench/math_reward.md
 
-A rollout of 128 problems with 16 responses each: answers right, wrong, malformed and missing, at the end of reasoning
-as long as in the authors' run (1,186 tokens on average, at most 18,000). Seconds are those of the processors and of the
-clock; the first hold on a machine that does other things as well.
+A rollout has 128 problems with 16 responses each. Their answers are right, wrong, malformed or missing, and follow
+reasoning as long as in the authors' run (1,186 tokens on average, at most 18,000). Processor time is more reliable than
+wall-clock time on a machine that does other work.
 """
 
 import argparse
@@ -28,29 +28,29 @@ from tic_grpo_trl.rewards.mathematics import default_workers
 PROBLEMS, RESPONSES = 128, 16
 TOKENS, MOST_TOKENS, CHARACTERS = 1186, 18_000, 3.5  # mean and longest response; characters per token of mathematics
 AUTHORS_SECONDS = (8, 13)  # for rewards, per step of the authors' run
-KINDS = {"right": 0.4, "wrong": 0.4, "malformed": 0.1, "missing": 0.1}  # share of the answers
+KINDS = {"right": 0.4, "wrong": 0.4, "malformed": 0.1, "missing": 0.1}  # fraction of the answers
 TRL = "TRL's `accuracy_reward`"
-COLUMNS = ["way", "clock, s", "CPU here, s", "CPU of the processes, s", "answers per CPU second", *KINDS]
+COLUMNS = ["reward", "wall-clock s", "trainer CPU s", "worker CPU s", "answers per CPU second", *KINDS]
 REPORT = """# The math reward's throughput
 
 `python benchmarks/math_reward.py --rollouts {rollouts}`; Python {python}, {packages};
 {cores} cores, load average {load:.1f} at the end.
 
-A rollout is {problems} problems with {responses} responses each: {answers:,} answers, 40 % right, 40 % wrong,
-10 % malformed and 10 % missing, at the end of texts of {mean_length:,.0f} characters on average and {longest:,} at
-most. Means over {rollouts} rollouts, which were scored in all ways in turn. Seconds are per rollout: those of the
-clock depend on what else the machine does, those of the processors hardly. "Here" is the process that would train. The
-last columns are the mean rewards of each kind of answer.
+A rollout has {problems} problems with {responses} responses each: {answers:,} answers, 40 % right, 40 % wrong,
+10 % malformed and 10 % missing. They end completions of {mean_length:,.0f} characters on average and {longest:,} at
+most. The table shows means over {rollouts} rollouts, each scored by every reward in turn. Seconds are per rollout.
+Wall-clock time depends on what else the machine does; processor time hardly does. The last columns are the mean rewards
+of each kind of answer.
 
 {table}
 
-**{per_core:.0f} answers per second and core** in the processes that compare; the share of the process that trains is
-{share:.0f} µs per answer.
+The workers compare **{per_core:.0f} answers per second and core**. The training process spends {share:.0f} µs
+per answer.
 
-Projection, not a measurement: with 16 processes on the 16 cores of a GPU host, {answers:,} answers take
-{own:.2f} s + {workers:.1f} s / 16 = **{total:.1f} s**, where the authors' run spent {low} to {high} s per step.
-The comparisons share nothing and are handed out one by one; the share of the process that trains is counted as if
-nothing ran beside it.
+Projection, not a measurement: with 16 workers on the 16 cores of a GPU host, {answers:,} answers take
+{own:.2f} s + {workers:.1f} s / 16 = **{total:.1f} s**. The authors' run spent {low} to {high} s per step on rewards.
+The comparisons are independent and are handed out one by one. The projection counts the training process's share as if
+nothing ran in parallel.
 """
 
 THOUGHTS = [
@@ -63,7 +63,7 @@ THOUGHTS = [
 
 
 def make_gold(rng: random.Random) -> tuple[str, str, str]:
-    """A solution, the same written in another way, and another one; AIME's integers more often than the rest."""
+    """Return a solution, an equal one and a different one. Integers, as in AIME, are more frequent than the rest."""
     a, b, c = (rng.randint(2, 999) for _ in range(3))
     return rng.choice(
         [
@@ -77,7 +77,7 @@ def make_gold(rng: random.Random) -> tuple[str, str, str]:
 
 
 def make_rollout(seed: int) -> tuple[list[str], list[str], list[str]]:
-    """Completions, solutions and kinds of answer, length 2,048 each."""
+    """Return 2,048 completions, solutions and kinds of answer."""
     rng = random.Random(seed)
     completions, solutions, kinds = [], [], []
     for _ in range(PROBLEMS):
@@ -104,7 +104,7 @@ def make_rollout(seed: int) -> tuple[list[str], list[str], list[str]]:
 
 
 def measure(reward: MathReward, completions, solutions) -> dict:
-    """Seconds of one call: on the clock, of this process, and of the processes that compare."""
+    """Measure the seconds of one call: wall-clock, of this process, and of the workers."""
 
     def of_workers() -> float:
         times = [psutil.Process(worker.process.pid).cpu_times() for worker in reward._pool.workers]
@@ -117,7 +117,7 @@ def measure(reward: MathReward, completions, solutions) -> dict:
 
 
 def measure_trl(completions, solutions) -> dict:
-    """The same of TRL's function, which works in this process."""
+    """Measure TRL's function, which runs in this process."""
     messages = [[{"content": text}] for text in completions]
     own, start = time.process_time(), time.perf_counter()
     rewards = accuracy_reward(messages, [f"${gold}$" for gold in solutions])
@@ -125,7 +125,7 @@ def measure_trl(completions, solutions) -> dict:
 
 
 def row(name: str, runs: list[dict], kinds: list[list[str]]) -> list[str]:
-    """A line of the table: means over rollouts."""
+    """Return a row of the table: means over rollouts."""
     clock, own, workers = (fmean(run[key] for run in runs) for key in ("clock", "own", "workers"))
     judged: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for run, of_run in zip(runs, kinds, strict=True):
@@ -144,25 +144,27 @@ def row(name: str, runs: list[dict], kinds: list[list[str]]) -> list[str]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rollouts", type=int, default=3, help="of 2,048 answers, each scored in all ways in turn")
+    parser.add_argument(
+        "--rollouts", type=int, default=3, help="rollouts of 2,048 answers, each scored by every reward"
+    )
     parser.add_argument("--output", type=Path, help="Markdown file to write")
     options = parser.parse_args()
-    logging.disable()  # TRL's function says which answers took too long
+    logging.disable()  # TRL's function logs answers that took too long
 
     sizes = sorted({1, 2, default_workers()})
-    ways = {f"`math_reward`, processes: {size}": MathReward(workers=size) for size in sizes}
-    for reward, size in zip(ways.values(), sizes, strict=True):
-        reward([r"\boxed{1}"] * 8 * size, solution=["1"] * 8 * size)  # start the processes
-    runs: dict[str, list[dict]] = {name: [] for name in [*ways, TRL]}
+    rewards = {f"`math_reward`, workers: {size}": MathReward(workers=size) for size in sizes}
+    for reward, size in zip(rewards.values(), sizes, strict=True):
+        reward([r"\boxed{1}"] * 8 * size, solution=["1"] * 8 * size)  # start the workers
+    runs: dict[str, list[dict]] = {name: [] for name in [*rewards, TRL]}
     kinds, lengths = [], []
     for seed in range(options.rollouts):
         completions, solutions, of_rollout = make_rollout(seed)
         kinds.append(of_rollout)
         lengths += [len(text) for text in completions]
-        for name, reward in ways.items():
+        for name, reward in rewards.items():
             runs[name].append(measure(reward, completions, solutions))
         runs[TRL].append(measure_trl(completions, solutions))
-    for reward in ways.values():
+    for reward in rewards.values():
         reward.close()
 
     one = next(iter(runs.values()))
@@ -179,7 +181,7 @@ def main():
         answers=answers,
         mean_length=fmean(lengths),
         longest=max(lengths),
-        table=table(COLUMNS, [row(name, of_way, kinds) for name, of_way in runs.items()]),
+        table=table(COLUMNS, [row(name, of_reward, kinds) for name, of_reward in runs.items()]),
         per_core=answers / workers,
         share=1e6 * own / answers,
         own=own,
