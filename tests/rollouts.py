@@ -46,13 +46,15 @@ SEQUENCE = {"importance_sampling_level": "sequence", "epsilon": 0.02, "epsilon_h
 ANCHORED = ["tic_grpo", "tic_grpo_truncated", "grpo2", "tic_grpo_released", "grpo_no_is"]
 
 
-def random_rollouts(seed=0, longest=24, dead=0.5, truncated=0.0, tools=False, sampler=None, prompt=None, group=4):
+def random_rollouts(
+    seed=0, longest=24, zero_advantage=0.5, truncated=0.0, tools=False, sampler=None, prompt=None, group=4
+):
     """A `rollout_func` and a reward function.
 
     Args:
         seed: of everything; evaluation has its own stream.
         longest: completions have 1 … `longest` tokens, a tenth of them exactly so many.
-        dead: share of the groups whose responses all have the same reward.
+        zero_advantage: share of the groups whose responses all have the same reward.
         truncated: share of the completions without an end token.
         tools: let every third token be one that a tool wrote.
         prompt: tokens of every prompt, if they are all to have the same.
@@ -88,7 +90,7 @@ def random_rollouts(seed=0, longest=24, dead=0.5, truncated=0.0, tools=False, sa
         rewards = [draw(0, 3) / 2 for _ in completions]
         size = group if current[0] is generators[True] else 2
         for start in range(0, len(rewards), size):
-            if chance(dead):
+            if chance(zero_advantage):
                 rewards[start : start + size] = [0.5] * size
         return rewards
 
@@ -257,13 +259,13 @@ def own_logprobs(drift):
     return sampler
 
 
-def live_rows(prompts, lengths, rewards, live):
+def active_inputs(prompts, lengths, rewards, active):
     """The rows that count, padded, from the same ids as [`given_rollouts`]."""
     output = given_rollouts(prompts, lengths, rewards)[0]([""] * len(lengths), None)
     width = max(lengths)
-    completions = [output["completion_ids"][i] + [0] * (width - lengths[i]) for i in live]
-    masks = [[1] * lengths[i] + [0] * (width - lengths[i]) for i in live]
-    ids = torch.tensor([output["prompt_ids"][i] for i in live])
+    completions = [output["completion_ids"][i] + [0] * (width - lengths[i]) for i in active]
+    masks = [[1] * lengths[i] + [0] * (width - lengths[i]) for i in active]
+    ids = torch.tensor([output["prompt_ids"][i] for i in active])
     return {
         "prompt_ids": ids,
         "prompt_mask": torch.ones_like(ids),
@@ -272,6 +274,7 @@ def live_rows(prompts, lengths, rewards, live):
     }
 
 
-# Four groups of two; the second and the last are dead. Live rows hold 8, 4, 5 and 3 tokens with their prompts of 2.
+# Four groups of two; the second and the last have zero advantage. The active responses have 8, 4, 5 and 3 tokens with
+# their prompts of 2.
 GIVEN = {"prompts": 2, "lengths": [6, 2, 5, 5, 3, 1, 7, 1], "rewards": [1, 0, 1, 1, 0, 0.5, 0, 0]}
-LIVE = [0, 1, 4, 5]
+ACTIVE = [0, 1, 4, 5]

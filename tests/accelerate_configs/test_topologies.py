@@ -104,8 +104,8 @@ def test_mini_batches_hold_whole_groups_over_the_processes(topology, case):
             prompts += groups
             # the loss saw these rows, but for those that move no weight
             for rank, trained in zip(rows, result["trained"][number * UPDATES + k], strict=True):
-                live = [[row[0], row[1]] for row in rank if row[2] != 0]
-                assert sorted(trained) == sorted(live)
+                active = [[row[0], row[1]] for row in rank if row[2] != 0]
+                assert sorted(trained) == sorted(active)
         assert len(set(prompts)) == len(prompts)  # no prompt in two mini-batches
 
 

@@ -60,7 +60,7 @@ def test_random_settings_give_trl_s_updates(tmp_path, case):
     rollouts = {
         "seed": case,
         "longest": generator.choice([2, 5, 24]),
-        "dead": generator.choice([0.0, 0.6] if rows * steps > 12 else [0.0, 0.3]),
+        "zero_advantage": generator.choice([0.0, 0.6] if rows * steps > 12 else [0.0, 0.3]),
         "truncated": generator.choice([0.0, 0.3]),
     }
     settings = SEQUENCE if case % 3 == 0 else TOKEN
@@ -87,13 +87,13 @@ def test_responses_of_one_token(tmp_path):
 def test_an_epoch_that_ends_in_the_middle_of_an_update(tmp_path):
     """Three rollouts of one micro-batch each, two to an update: every other update has one."""
     settings = {"steps_per_generation": 1, "max_steps": 5}
-    reference, ours = trl_and_ours(tmp_path, settings, prompts=3, rollouts={"dead": 0.3})
+    reference, ours = trl_and_ours(tmp_path, settings, prompts=3, rollouts={"zero_advantage": 0.3})
     assert_same_updates(ours, reference)
     assert reference.forwards - ours.forwards == total(ours, "update/forwards_saved")
 
 
 def test_skipped_rows_of_an_update_that_an_epoch_ends(tmp_path):
-    config = {"steps_per_generation": 1, "max_steps": 4, "prompts": 3, "rollouts": {"dead": 1.0}}
+    config = {"steps_per_generation": 1, "max_steps": 4, "prompts": 3, "rollouts": {"zero_advantage": 1.0}}
     assert [entry["update/responses_skipped"] for entry in train(tmp_path, **config).logs] == [1.0] * 4
 
 
@@ -101,7 +101,7 @@ def test_skipped_rows_of_an_update_that_an_epoch_ends(tmp_path):
 def test_nothing_but_dead_rows(tmp_path, loss_type):
     """Every update still makes the one pass that synchronises, and its gradient is exactly 0."""
     settings = {"loss_type": loss_type, "learning_rate": 1.0}
-    reference, ours = trl_and_ours(tmp_path, settings, rollouts={"dead": 1.0})
+    reference, ours = trl_and_ours(tmp_path, settings, rollouts={"zero_advantage": 1.0})
     for result in (reference, ours):
         assert len(result.gradients) == 4
         assert not any(gradient.any() for gradient in result.gradients)
@@ -156,7 +156,7 @@ def test_in_float64_the_updates_are_trl_s_to_twelve_digits(tmp_path, settings):
 LORA = LoraConfig(
     r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False
 )
-# name: (settings, settings of the rollouts, what is done to the trainer, whether rows are dead)
+# name: (settings, settings of the rollouts, what is done to the trainer, whether some have zero advantage)
 OPTIONS = {
     "kl": ({"beta": 0.3}, {"truncated": 0.4}, None, False),
     "kl_of_grpo_loss": ({"beta": 0.3, "loss_type": "grpo", "use_bias_correction_kl": False}, {}, None, False),
@@ -165,7 +165,12 @@ OPTIONS = {
     "lora_and_kl": ({"peft_config": LORA, "beta": 0.3}, {}, None, False),
     "tool_mask": ({}, {"tools": True}, None, True),
     "tool_mask_and_kl": ({"beta": 0.3}, {"tools": True}, None, True),
-    "truncated_rows_masked": ({"mask_truncated_completions": True}, {"truncated": 0.4, "dead": 0.0}, None, True),
+    "truncated_rows_masked": (
+        {"mask_truncated_completions": True},
+        {"truncated": 0.4, "zero_advantage": 0.0},
+        None,
+        True,
+    ),
     "advantages_per_token": ({}, {}, with_advantages_per_token, True),
     "vllm_sequence_mask": ({}, {"sampler": own_logprobs(0.1)}, with_vllm_correction("sequence_mask", 0.8, 1.2), True),
     "vllm_sequence_truncate": ({}, {"sampler": own_logprobs(0.1)}, with_vllm_correction("sequence_truncate"), True),
@@ -186,7 +191,7 @@ OPTIONS = {
     "delta": ({"delta": 1.4}, {}, None, True),
     "padded_to_a_multiple": ({"pad_to_multiple_of": 8}, {}, None, True),
     "gradient_checkpointing": ({"gradient_checkpointing": True}, {}, None, True),
-    # what depends on which rows share a micro-batch keeps TRL's, dead rows included
+    # what depends on which rows share a micro-batch keeps TRL's, zero-advantage responses included
     "entropy_bonus": ({"entropy_coef": 0.1}, {}, None, False),
     "top_entropy": ({"top_entropy_quantile": 0.5}, {}, None, False),
     "bnpo": ({"loss_type": "bnpo"}, {}, None, False),
@@ -201,7 +206,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_gives_trl_s_updates(tmp_path, option):
-    settings, rollouts, prepare, dead_rows = OPTIONS[option]
+    settings, rollouts, prepare, zero_advantage = OPTIONS[option]
     model = None
     if settings.get("beta"):
         model = tiny_model()
@@ -209,7 +214,7 @@ def test_every_option_gives_trl_s_updates(tmp_path, option):
         model.config._name_or_path = str(tmp_path / "reference")
     reference, ours = trl_and_ours(tmp_path, settings, rollouts=rollouts, prepare=prepare, model=model)
     assert_same_updates(ours, reference)
-    assert (total(ours, "update/responses_skipped") > 0) == dead_rows
+    assert (total(ours, "update/responses_skipped") > 0) == zero_advantage
     assert reference.forwards - ours.forwards == total(ours, "update/forwards_saved")
     if "vllm" in option:
         assert "sampling/importance_sampling_ratio/mean" in ours.logs[0]
@@ -290,7 +295,7 @@ ROPE = {
     "long_factor": [4.0, 5.0, 6.0, 7.0],
     "original_max_position_embeddings": 12,
 }
-LONGEST = {"prompt": 3, "longest": 20, "dead": 0.25}
+LONGEST = {"prompt": 3, "longest": 20, "zero_advantage": 0.25}
 
 
 def rope_model(rope_type):
@@ -333,7 +338,7 @@ def test_equal_weights_have_no_divergence(tmp_path, model, layout):
         with_reference(trainer)
 
     settings = {"learning_rate": 0.0, "skip_on_policy_logps": False, "steps_per_generation": 8, "max_steps": 8}
-    still = train(tmp_path, model=model, prepare=prepare, rollouts={"longest": 20, "dead": 0.0}, **settings)
+    still = train(tmp_path, model=model, prepare=prepare, rollouts={"longest": 20, "zero_advantage": 0.0}, **settings)
     for log in still.logs:
         assert log["kl"] == 0.0
         assert max(abs(log["trajectory_ratio/log_min"]), abs(log["trajectory_ratio/log_max"])) < 1e-5

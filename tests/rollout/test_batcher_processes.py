@@ -13,11 +13,11 @@ from launching import CONFIGS, ON_CPU, launch
 
 pytestmark = pytest.mark.distributed
 
-ALONE = ["tic_grpo", "mean over rows", "dead rank", "spanning groups", "reference", "masked rank"]
+ALONE = ["tic_grpo", "mean over rows", "zero-advantage rank", "spanning groups", "reference", "masked rank"]
 ONE_MICRO_BATCH = ["one micro-batch", "one micro-batch, reference"]
-SAMPLED = ["sampler", "corrected", "corrected dead rank"]
-ZERO3_CASES = ["tic_grpo", "grpo", "dead rank", "reference"]
-FSDP2_CASES = ["dead rank", "reference"]
+SAMPLED = ["sampler", "corrected", "corrected zero-advantage rank"]
+ZERO3_CASES = ["tic_grpo", "grpo", "zero-advantage rank", "reference"]
+FSDP2_CASES = ["zero-advantage rank", "reference"]
 PROBES = 5  # forward passes that find out whether the model keeps responses apart
 HEAD_PROBES = 2  # that find out whether TRL's head is the model's own, which DeepSpeed goes without
 
@@ -30,7 +30,7 @@ BY_MICRO_BATCH = {"entropy", "kl"} | {
 
 
 def of_moving_rows(name):
-    """Whether a metric describes the responses that were forwarded, so that it changes when dead rows are not."""
+    """Whether a metric describes the responses that were forwarded, so that it changes when zero-advantage responses are not."""
     by_row = name.startswith("trajectory_ratio/") and "/clip_" not in name  # a clip share is of A > 0 or A < 0
     return by_row or name in ("entropy", "clip_ratio/low_min")
 
@@ -166,18 +166,18 @@ def test_ranks_make_the_same_passes_and_fewer(ddp, case):
     assert all(log["update/forwards_saved"] == 0 for log in ddp.logged(off))
 
 
-@pytest.mark.parametrize(("case", "rollouts"), [("dead rank", 2), ("spanning groups", 1), ("masked rank", 1)])
-def test_a_mini_batch_dead_on_both_ranks_costs_one_pass(ddp, case, rollouts):
+@pytest.mark.parametrize(("case", "rollouts"), [("zero-advantage rank", 2), ("spanning groups", 1), ("masked rank", 1)])
+def test_a_mini_batch_without_advantage_on_both_ranks_costs_one_pass(ddp, case, rollouts):
     logs, passes = ddp.logged(f"{case}, on"), ddp.passes(f"{case}, on")
-    dead = [step for step, log in enumerate(logs) if log["update/responses_skipped"] == 1]
-    assert len(dead) == rollouts
-    for step in dead:
+    skipped = [step for step, log in enumerate(logs) if log["update/responses_skipped"] == 1]
+    assert len(skipped) == rollouts
+    for step in skipped:
         assert logs[step]["loss"] == logs[step]["grad_norm"] == 0
         assert [rank[step]["trained"] for rank in passes] == [1, 1]
 
 
 def test_a_rank_without_anything_to_do_follows_the_other(ddp):
-    logs, passes = ddp.logged("dead rank, on"), ddp.passes("dead rank, on")
+    logs, passes = ddp.logged("zero-advantage rank, on"), ddp.passes("zero-advantage rank, on")
     assert all(log["update/responses_skipped"] >= 0.5 for log in logs)  # rank 0's half
     assert sum(log["grad_norm"] > 0 for log in logs) > 3
     assert max(step["trained"] for step in passes[0]) > 1
@@ -219,11 +219,15 @@ def test_the_correction_for_the_sampler_is_trl_s(ddp):
 
 def test_a_rank_that_trains_on_nothing_has_no_correction(ddp):
     """And counts for none in its metrics."""
-    logs = [log for log in ddp.logged("corrected dead rank, on") if "sampling/importance_sampling_ratio/min" in log]
+    logs = [
+        log
+        for log in ddp.logged("corrected zero-advantage rank, on")
+        if "sampling/importance_sampling_ratio/min" in log
+    ]
     assert len(logs) == 1
     assert all(log["sampling/importance_sampling_ratio/min"] > 0 for log in logs)
     assert all(log["sampling/sampling_logp_difference/mean"] > 1e-3 for log in logs)
-    assert ddp.passes("corrected dead rank, on")[0] == ddp.passes("corrected dead rank, on")[1]
+    assert ddp.passes("corrected zero-advantage rank, on")[0] == ddp.passes("corrected zero-advantage rank, on")[1]
 
 
 def assert_same_as_ddp(runs, ddp, case, probes=0):

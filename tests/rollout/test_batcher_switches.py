@@ -4,12 +4,12 @@ import pytest
 import torch
 from conftest import TRL_UPDATE_PHASE, WORDS, drifted, logps, tiny_model
 from rollouts import (
+    ACTIVE,
     ANCHORED,
     GIVEN,
-    LIVE,
+    active_inputs,
     assert_same_updates,
     given_rollouts,
-    live_rows,
     total,
     train,
     trl_and_ours,
@@ -188,7 +188,7 @@ def test_entropy_and_kl_are_means_over_the_tokens_of_the_rows_that_count(tmp_pat
         "model": model,
         "rollouts": given_rollouts(**GIVEN),
     }
-    inputs = live_rows(**GIVEN, live=LIVE)
+    inputs = active_inputs(**GIVEN, active=ACTIVE)
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     logits = type(model).forward(model, input_ids=ids, attention_mask=attention).logits[:, 1:-1].detach()
@@ -198,7 +198,7 @@ def test_entropy_and_kl_are_means_over_the_tokens_of_the_rows_that_count(tmp_pat
     assert log["entropy"] == pytest.approx(entropy[mask].mean().item(), rel=1e-5)
 
     # With a KL term every row counts
-    inputs = live_rows(**GIVEN, live=range(8))
+    inputs = active_inputs(**GIVEN, active=range(8))
     gap = (logps(reference, inputs) - logps(model, inputs)).detach()[inputs["completion_mask"].bool()]
     (log,) = train(tmp_path, beta=0.1, **config).logs
     assert log["kl"] == pytest.approx((gap.exp() - gap - 1).mean().item(), rel=1e-4)
@@ -217,7 +217,7 @@ def test_entropy_and_kl_are_means_over_the_tokens_of_the_rows_that_count(tmp_pat
 def test_without_a_step_every_ratio_is_exactly_one(tmp_path, settings):
     """Scored in the very shapes that are trained on: no kernel may round differently."""
     settings = {"steps_per_generation": 8, "learning_rate": 0.0, "max_steps": 8} | settings
-    logs = train(tmp_path, rollouts={"dead": 0.0}, **settings).logs
+    logs = train(tmp_path, rollouts={"zero_advantage": 0.0}, **settings).logs
     updates = settings["steps_per_generation"] // settings.get("gradient_accumulation_steps", 2)
     assert {name for log in logs for name in log if name.endswith("/log_std")} == {
         "trajectory_ratio/log_std",
@@ -231,7 +231,7 @@ def test_without_a_step_every_ratio_is_exactly_one(tmp_path, settings):
 def test_one_mini_batch_used_twice_is_never_scored(tmp_path):
     settings = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "steps_per_generation": 1}
     settings |= {"num_iterations": 2, "max_steps": 6, "learning_rate": 0.3}
-    reference, ours = trl_and_ours(tmp_path, settings, rollouts={"dead": 0.0})
+    reference, ours = trl_and_ours(tmp_path, settings, rollouts={"zero_advantage": 0.0})
     assert_same_updates(ours, reference)
     assert (reference.forwards, ours.forwards) == (6 + 3, 6)
     # the ratios of the second time are those against the first

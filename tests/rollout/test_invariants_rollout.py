@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from searching import searched, tensors
 
-from tic_grpo_trl.forward.packing import first_fit
+from tic_grpo_trl.forward.packing import first_fit, plan_passes
+from tic_grpo_trl.forward.responses import PADDED_SIDE, is_per_response, loss_mask, response_count, select_responses
 from tic_grpo_trl.rollout import partition
-from tic_grpo_trl.forward.packing import plan_passes
 from tic_grpo_trl.rollout.micro_batches import active_responses, take_responses
 from tic_grpo_trl.rollout.partition import (
     exchange_prompts,
@@ -22,7 +22,6 @@ from tic_grpo_trl.rollout.partition import (
     shuffle_prompts,
     value_kinds,
 )
-from tic_grpo_trl.forward.responses import PADDED_SIDE, is_per_response, loss_mask, response_count, select_responses
 
 
 PAD = 99

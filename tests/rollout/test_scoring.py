@@ -7,14 +7,14 @@ import pytest
 import torch
 from conftest import CPU, TRL_UPDATE_PHASE, drifted, logps, tiny_model, tiny_vision_model
 from rollouts import (
+    ACTIVE,
     GIVEN,
-    LIVE,
     SETTINGS,
+    active_inputs,
     assert_same_updates,
     build,
     count_forwards,
     given_rollouts,
-    live_rows,
     own_logprobs,
     random_rollouts,
     total,
@@ -27,8 +27,8 @@ from trl.trainer.utils import split_pixel_values_by_grid
 
 from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
 from tic_grpo_trl.forward.packed_forward import MULTIMODAL
-from tic_grpo_trl.rollout.scoring import check_behaviour_policy
 from tic_grpo_trl.objective import CORRECTION_MODES
+from tic_grpo_trl.rollout.scoring import check_behaviour_policy
 
 
 pytestmark = pytest.mark.usefixtures("cheap_garbage_collection")
@@ -41,11 +41,11 @@ SAMPLER = {"num_generations": 2, "behaviour_policy": "sampler", "learning_rate":
 
 
 def expected_log_ratios(sampler):
-    """R of the live rows of GIVEN, own minus the sampler's, from plain logits."""
-    inputs = live_rows(**GIVEN, live=LIVE)
+    """R of the active responses of GIVEN, own minus the sampler's, from plain logits."""
+    inputs = active_inputs(**GIVEN, active=ACTIVE)
     own = (logps(tiny_model(), inputs) * inputs["completion_mask"]).sum(1).tolist()
     output = given_rollouts(**GIVEN)[0]([""] * 8, None)
-    sampled = [sum(sampler(output["prompt_ids"][i], output["completion_ids"][i])) for i in LIVE]
+    sampled = [sum(sampler(output["prompt_ids"][i], output["completion_ids"][i])) for i in ACTIVE]
     return [mine - theirs for mine, theirs in zip(own, sampled, strict=True)]
 
 
@@ -82,7 +82,7 @@ def test_the_sampler_s_ratio_is_in_the_gradient(tmp_path):
     rollouts = given_rollouts(**GIVEN, sampler=sampler)
     config = SAMPLER | {"steps_per_generation": 2, "max_steps": 1, "loss_type": "dr_grpo", "epsilon_high": 1e3}
     result = train(tmp_path, rollouts=rollouts, **config)
-    model, inputs = tiny_model(), live_rows(**GIVEN, live=LIVE)
+    model, inputs = tiny_model(), active_inputs(**GIVEN, active=ACTIVE)
     ratio = torch.tensor(expected_log_ratios(sampler)).exp()
     advantages = torch.tensor([0.5, -0.5, -0.25, 0.25])
     log_p = (logps(model, inputs) * inputs["completion_mask"]).sum(1)
@@ -97,7 +97,7 @@ def test_a_row_that_the_sampler_left_a_token_out_of_has_ratio_one(tmp_path, swit
 
     def sampler(prompt, completion):
         values = whole(prompt, completion)
-        return [None, *values[1:]] if len(completion) == 3 else values  # the third live row
+        return [None, *values[1:]] if len(completion) == 3 else values  # the third active response
 
     rollouts = given_rollouts(**GIVEN, sampler=sampler)
     result = train(tmp_path, steps_per_generation=2, max_steps=1, rollouts=rollouts, **SAMPLER, **switches)
@@ -148,13 +148,13 @@ def stale(caplog):
     return [record.getMessage() for record in caplog.records if "stale" in record.getMessage()]
 
 
-def gaps_per_token(sampler, live=range(8)):
+def gaps_per_token(sampler, active=range(8)):
     """log P_own − log P_sampler of all tokens of the given rows of GIVEN, from plain logits."""
-    inputs = live_rows(**GIVEN, live=live)
+    inputs = active_inputs(**GIVEN, active=active)
     own = logps(tiny_model(), inputs)
     output = given_rollouts(**GIVEN)[0]([""] * 8, None)
     gaps = []
-    for row, i in enumerate(live):
+    for row, i in enumerate(active):
         sampled = sampler(output["prompt_ids"][i], output["completion_ids"][i])
         gaps += [own[row, t].item() - value for t, value in enumerate(sampled)]
     return gaps
@@ -175,7 +175,7 @@ def test_stale_weights_raise_the_alarm(tmp_path, caplog, policy, sampler):
     """A sampler with other weights: the mean ratio from plain logits, and a warning; silence with the same weights."""
     rollouts = given_rollouts(**GIVEN, sampler=sampler)
     result = train(tmp_path, rollouts=rollouts, num_generations=2, learning_rate=0.0, **ONE_UPDATE, **policy)
-    gaps = gaps_per_token(sampler, LIVE)
+    gaps = gaps_per_token(sampler, ACTIVE)
     expected = math.exp(sum(gaps) / len(gaps))
     assert result.logs[0]["sampling/mean_ratio"] == pytest.approx(expected, abs=1e-6)
     if abs(expected - 1) > 1e-5:
@@ -231,7 +231,7 @@ def test_evaluation_is_the_same_with_and_without_padding(tmp_path, settings):
     model.config._name_or_path = str(tmp_path / "reference")
 
     def evaluated(**switches):
-        trainer = build(tmp_path, random_rollouts(dead=0.2), model=model, **settings, **switches)
+        trainer = build(tmp_path, random_rollouts(zero_advantage=0.2), model=model, **settings, **switches)
         forwards = count_forwards(trainer)
         return trainer.evaluate() | trainer.state.log_history[-1], forwards[0]
 
@@ -260,7 +260,7 @@ def test_evaluation_between_updates_changes_nothing_about_them(tmp_path):
 
 
 def vision_rollout():
-    """Eight responses to prompts with an image of one or two tokens, padded to the left; half of them dead."""
+    """Eight responses to prompts with an image of one or two tokens, padded on the left; half have zero advantage."""
     generator = torch.Generator().manual_seed(2)
     images = [1 + i % 2 for i in range(8)]  # tokens
     prompts = [[1, 10, *[8] * n, 11, 2] for n in images]

@@ -29,53 +29,65 @@ RUNS = {"on": {}, "off": TRL_UPDATE_PHASE}
 SHUFFLED = {"partition_by_prompt": False}  # as TRL does
 RUNS_LIKE_TRL = {"on": SHUFFLED, "off": SHUFFLED | TRL_UPDATE_PHASE, "trl": {"trl": True}}
 
-# Four mini-batches a rollout. `dead`: groups that move no weight, by rank, in every rollout.
+# Four mini-batches a rollout. `zero_advantage`: groups that move no weight, by rank, in every rollout.
 TWO_ROWS = {"per_device_train_batch_size": 2}
 ONE_MICRO_BATCH = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "steps_per_generation": 4}
 CASES = {
     # a group of four makes a mini-batch of a rank
-    "tic_grpo": {"dead": ([2], []), "runs": RUNS},
-    "grpo": {"dead": ([1, 2], [3]), "runs": RUNS_LIKE_TRL, "algorithm": "grpo", **TWO_ROWS},
-    "mean over rows": {"dead": ([0, 1, 5], [3]), "runs": RUNS, "algorithm": "tic_grpo_v2", "max_steps": 4, **TWO_ROWS},
+    "tic_grpo": {"zero_advantage": ([2], []), "runs": RUNS},
+    "grpo": {"zero_advantage": ([1, 2], [3]), "runs": RUNS_LIKE_TRL, "algorithm": "grpo", **TWO_ROWS},
+    "mean over rows": {
+        "zero_advantage": ([0, 1, 5], [3]),
+        "runs": RUNS,
+        "algorithm": "tic_grpo_v2",
+        "max_steps": 4,
+        **TWO_ROWS,
+    },
     # rank 0 never has anything to do; in one mini-batch of every rollout rank 1 has not either
-    "dead rank": {"dead": ([0, 1, 2, 3], [1]), "runs": RUNS},
+    "zero-advantage rank": {"zero_advantage": ([0, 1, 2, 3], [1]), "runs": RUNS},
     # a mini-batch is a group of eight, half of it on either rank
-    "spanning groups": {"dead": ([], [1]), "runs": RUNS, "num_generations": 8, "max_steps": 4},
-    "reference": {"dead": ([2], []), "runs": RUNS, "beta": 0.1, **TWO_ROWS},
-    # with a reference only responses without any token that counts are dead
+    "spanning groups": {"zero_advantage": ([], [1]), "runs": RUNS, "num_generations": 8, "max_steps": 4},
+    "reference": {"zero_advantage": ([2], []), "runs": RUNS, "beta": 0.1, **TWO_ROWS},
+    # with a reference only responses without any token that counts have zero advantage
     "masked rank": {
-        "dead": ([0, 1, 2, 3], [1]),
+        "zero_advantage": ([0, 1, 2, 3], [1]),
         "runs": RUNS,
         "beta": 0.1,
         "mask_truncated_completions": True,
         "max_steps": 4,
     },
     # with the sampler's log-probabilities, of which rank 1 lacks one
-    "sampler": {"dead": ([2], []), "runs": RUNS, "max_steps": 4, "behaviour_policy": "sampler"},
+    "sampler": {"zero_advantage": ([2], []), "runs": RUNS, "max_steps": 4, "behaviour_policy": "sampler"},
     # TRL's correction for it
     "corrected": {
-        "dead": ([], []),
+        "zero_advantage": ([], []),
         "runs": {"on": SHUFFLED | {"skip_zero_advantage": False}, "trl": {"trl": True}},
         "algorithm": "grpo",
         "max_steps": 4,
         "correction": "token_truncate",
     },
-    "corrected dead rank": {
-        "dead": ([0, 1, 2, 3], [1]),
+    "corrected zero-advantage rank": {
+        "zero_advantage": ([0, 1, 2, 3], [1]),
         "runs": {"on": {}},
         "max_steps": 4,
         "correction": "sequence_truncate",
     },
-    "one micro-batch": {"dead": ([1], []), "runs": RUNS, "algorithm": "grpo", **ONE_MICRO_BATCH},
-    "one micro-batch, reference": {"dead": ([], []), "runs": RUNS, "algorithm": "grpo", "beta": 0.1, **ONE_MICRO_BATCH},
+    "one micro-batch": {"zero_advantage": ([1], []), "runs": RUNS, "algorithm": "grpo", **ONE_MICRO_BATCH},
+    "one micro-batch, reference": {
+        "zero_advantage": ([], []),
+        "runs": RUNS,
+        "algorithm": "grpo",
+        "beta": 0.1,
+        **ONE_MICRO_BATCH,
+    },
 }
 
 
-def fixed_rollouts(rank, dead, size, ends=0, sampler=None):
+def fixed_rollouts(rank, zero_advantage, size, ends=0, sampler=None):
     """A rollout_func and a reward that give the same responses and rewards in every run.
 
-    `dead`: groups (of `size`) whose rewards are all equal; their responses end with the token `ends`. `sampler`: gives
-    their log-probabilities, of which rank 1 lacks one."""
+    `zero_advantage`: groups (of `size`) whose rewards are all equal; their responses end with the token `ends`.
+    `sampler`: gives their log-probabilities, of which rank 1 lacks one."""
     generator = torch.Generator().manual_seed(5 + rank)
 
     def draw(most):
@@ -86,7 +98,7 @@ def fixed_rollouts(rank, dead, size, ends=0, sampler=None):
 
     def rollout(prompts, trainer):
         lengths = [LONGEST[rank] if draw(8) == 1 else draw(LONGEST[rank]) for _ in prompts]
-        last = [ends if i // size in dead else 0 for i in range(len(prompts))]
+        last = [ends if i // size in zero_advantage else 0 for i in range(len(prompts))]
         prompt_ids = [words(draw(5)) for _ in prompts]
         completion_ids = [[*words(length - 1), end] for length, end in zip(lengths, last, strict=True)]
         sampled = [sampler(*pair) for pair in zip(prompt_ids, completion_ids, strict=True)] if sampler else None
@@ -97,7 +109,7 @@ def fixed_rollouts(rank, dead, size, ends=0, sampler=None):
     def reward(completions, **kwargs):
         groups = range(len(completions) // size)
         alive = [[0.0, 1.0, *(draw(3) / 3 for _ in range(size - 2))] for _ in groups]
-        return [value for i in groups for value in ([1.0] * size if i in dead else alive[i])]
+        return [value for i in groups for value in ([1.0] * size if i in zero_advantage else alive[i])]
 
     return rollout, reward
 
@@ -131,7 +143,7 @@ class Passes(TrainerCallback):
         self.steps.append(self.now.copy())
 
 
-def run(name, model, dead, trl=False, correction=None, **config):
+def run(name, model, zero_advantage, trl=False, correction=None, **config):
     rank = int(os.environ["RANK"])
     config = {"num_generations": 4} | config
     if trl:
@@ -153,7 +165,7 @@ def run(name, model, dead, trl=False, correction=None, **config):
     }
     ends = 1 if config.get("mask_truncated_completions") else 0  # a response that does not end with <eos>
     sampler = own_logprobs(0.1) if correction or "behaviour_policy" in config else None
-    rollout, reward = fixed_rollouts(rank, dead[rank], config["num_generations"], ends, sampler)
+    rollout, reward = fixed_rollouts(rank, zero_advantage[rank], config["num_generations"], ends, sampler)
     passes = Passes()
     args = config_class(output_dir=str(folder / "out"), **CPU | defaults | config)
     split_every_parameter(args)
