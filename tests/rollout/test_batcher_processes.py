@@ -29,8 +29,8 @@ BY_MICRO_BATCH = {"entropy", "kl"} | {
 }
 
 
-def of_moving_rows(name):
-    """Whether a metric describes the responses that were forwarded, so that it changes when zero-advantage responses are not."""
+def of_active_responses(name):
+    """Check whether a metric describes only the responses that were forwarded, not those left out."""
     by_row = name.startswith("trajectory_ratio/") and "/clip_" not in name  # a clip share is of A > 0 or A < 0
     return by_row or name in ("entropy", "clip_ratio/low_min")
 
@@ -131,7 +131,7 @@ def test_savings_change_nothing(ddp, case):
     assert skips == (case not in ("reference", "one micro-batch, reference"))
 
     def leave_out(name):
-        return (skips and of_moving_rows(name)) or (case not in ONE_MICRO_BATCH and name in BY_MICRO_BATCH)
+        return (skips and of_active_responses(name)) or (case not in ONE_MICRO_BATCH and name in BY_MICRO_BATCH)
 
     assert_same_training(ddp, on, ddp, off, leave_out)
     first = ddp.logged(on)[0]
@@ -149,7 +149,7 @@ def test_the_clip_rule_had_something_to_do(ddp, case):
 def test_grpo_trains_as_trl_does(ddp, variant):
     def leave_out(name):
         ours = name.startswith(("trajectory_ratio/", "update/", "frac_non_finite"))
-        return ours or (variant == "on" and (of_moving_rows(name) or name in BY_MICRO_BATCH))
+        return ours or (variant == "on" and (of_active_responses(name) or name in BY_MICRO_BATCH))
 
     assert_same_training(ddp, f"grpo, {variant}", ddp, "grpo, trl", leave_out)
 
@@ -200,7 +200,7 @@ def by_sampler(name):
 def test_a_log_probability_that_lacks_on_one_rank(ddp):
     """Both ranks score then, and every loss, gradient norm and metric is that of TRL's passes."""
     on, off = "sampler, on", "sampler, off"
-    assert_same_training(ddp, on, ddp, off, lambda name: of_moving_rows(name) or by_sampler(name))
+    assert_same_training(ddp, on, ddp, off, lambda name: of_active_responses(name) or by_sampler(name))
     assert ddp.passes(on)[0] == ddp.passes(on)[1]
     assert ddp.logged(on)[0]["sampling/responses_without_logps"] == 1 / 32
     assert sum(step["scored"] for step in ddp.passes(on)[0]) == PROBES + HEAD_PROBES + 1
@@ -211,7 +211,7 @@ def test_the_correction_for_the_sampler_is_trl_s(ddp):
 
     def leave_out(name):
         ours = name.startswith(("trajectory_ratio/", "update/", "frac_non_finite", "sampling/mean_ratio"))
-        return ours or of_moving_rows(name) or name in BY_MICRO_BATCH
+        return ours or of_active_responses(name) or name in BY_MICRO_BATCH
 
     assert_same_training(ddp, "corrected, on", ddp, "corrected, trl", leave_out)
     assert any(log.get("sampling/importance_sampling_ratio/min", 1) < 0.9 for log in ddp.logged("corrected, trl"))
