@@ -1,4 +1,4 @@
-"""The algorithms side by side on the embedded task: `python -m research.study`."""
+"""Compare all algorithms on the embedded task: `python -m research.study`."""
 
 from .runs import TASKS, Run, execute, execute_all
 from .tables import Result, Results, bootstrap_interval, comparison_table, load, paired_differences

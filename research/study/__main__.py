@@ -1,12 +1,12 @@
-"""The study: train the algorithms side by side on the embedded task, then report what came out.
+"""Train all algorithms on the embedded task and report the results.
 
     python -m research.study                        # all algorithms on three seeds
     python -m research.study --plan quick           # the same in minutes
-    python -m research.study --plan tuned           # every algorithm at its own best settings, in two regimes
+    python -m research.study --plan tuned           # every algorithm at its best settings, in two regimes
     python -m research.study --algorithms tic_grpo tic_grpo:epsilon_high=1.0 grpo --seeds 0 1 --learning_rate 1e-4
 
-Every field of TICGRPOConfig is a further flag, for all runs. Runs that are finished are read, not repeated, so another
-choice of algorithms or seeds costs only what is new.
+Every field of TICGRPOConfig is also a flag, for all runs. Finished runs are not repeated, so adding algorithms or seeds
+costs only the new runs.
 """
 
 import os
@@ -29,34 +29,36 @@ ALL_ALGORITHMS = [name for name in FAMILY if name != "grpo_ub_clip"]  # an alias
 
 @dataclass
 class StudyArguments:
-    """What to run and where to write it. What is not given is the plan's own."""
+    """Select the runs and the folders. Values that are not given come from the plan."""
 
     plan: str = field(
         default="full",
         metadata={
-            "help": "'full' and 'quick': algorithms x seeds, same settings; 'tuned': each at its best of one grid.",
+            "help": "full, quick: algorithms x seeds, same settings; tuned: each at its best settings of a grid.",
             "choices": ["full", "quick", "tuned"],
         },
     )
     algorithms: list[str] | None = field(
         default=None,
-        metadata={"help": "Algorithms, each with own settings after a colon: tic_grpo:epsilon_high=1.0,delta=3"},
+        metadata={"help": "Algorithms, each with optional settings after a colon: tic_grpo:epsilon_high=1.0,delta=3"},
     )
-    seeds: list[int] | None = field(default=None, metadata={"help": "Seeds of prompts, their order and sampling."})
+    seeds: list[int] | None = field(
+        default=None, metadata={"help": "Random seeds of prompts, their order and sampling."}
+    )
     steps: int | None = field(default=None, metadata={"help": "Updates per run."})
     k: int = field(default=4, metadata={"help": "Updates per rollout, K."})
     eps_high: float | None = field(default=None, metadata={"help": "epsilon_high of every algorithm that clips."})
-    task: str = field(default="starter", metadata={"help": "The task of a full or quick plan.", "choices": list(TASKS)})
-    test_size: int = field(default=500, metadata={"help": "Held-out problems per evaluation, one answer each."})
-    name: str | None = field(default=None, metadata={"help": "Name of the report. Default: the plan's."})
-    output_dir: str = field(default="runs/study", metadata={"help": "Where the runs go."})
-    report_dir: str | None = field(default=None, metadata={"help": "Where the report goes. Default: output_dir."})
-    workers: int = field(default_factory=lambda: os.cpu_count() or 1, metadata={"help": "Runs at a time."})
+    task: str = field(default="starter", metadata={"help": "Task of a full or quick plan.", "choices": list(TASKS)})
+    test_size: int = field(default=500, metadata={"help": "Held-out problems per evaluation."})
+    name: str | None = field(default=None, metadata={"help": "Name of the report. Default: name of the plan."})
+    output_dir: str = field(default="runs/study", metadata={"help": "Folder of the runs."})
+    report_dir: str | None = field(default=None, metadata={"help": "Folder of the report. Default: output_dir."})
+    workers: int = field(default_factory=lambda: os.cpu_count() or 1, metadata={"help": "Number of parallel runs."})
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Seeds, updates per run and evaluations per run of a comparison at the same settings."""
+    """Seeds, updates and evaluations per run of a comparison with the same settings."""
 
     seeds: tuple[int, ...]
     steps: int
@@ -74,25 +76,25 @@ def compare(args: StudyArguments, settings: dict) -> str:
     runs = []
     for seed in args.seeds or plan.seeds:
         for algorithm in args.algorithms or ALL_ALGORITHMS:
-            own = dict(settings)
+            run_settings = dict(settings)
             if args.eps_high is not None and ALGORITHMS.get(algorithm.split(":")[0], {}).get("clip_mode") != "none":
-                own["epsilon_high"] = args.eps_high
-            pairs = tuple(sorted(own.items()))
+                run_settings["epsilon_high"] = args.eps_high
+            pairs = tuple(sorted(run_settings.items()))
             runs.append(Run(algorithm, seed, steps, args.k, args.task, args.test_size, eval_steps, pairs))
     results = load(execute_all(runs, args.output_dir, args.workers))
     return str(report_comparison(results, args.report_dir or args.output_dir, args.name or args.plan, sys.argv[1:]))
 
 
 def tune(args: StudyArguments) -> str:
-    """Choose each algorithm's settings on the selection seeds, compare on the others, write the report."""
+    """Choose each algorithm's settings on the selection seeds, compare on the others, and return the report's path."""
     algorithms = args.algorithms or list(CAPS)
     unknown = [algorithm for algorithm in algorithms if algorithm not in CAPS]
     if unknown:
-        raise ValueError(f"--algorithms {' '.join(unknown)}: the grid has {', '.join(CAPS)}.")
+        raise ValueError(f"--algorithms {' '.join(unknown)}: choose from {', '.join(CAPS)}.")
     grids, finals = {}, {}
     for name, regime in REGIMES.items():
         specs = [candidate for algorithm in algorithms for candidate in candidates(algorithm, regime)]
-        runs = make_runs(specs, SELECTION_SEEDS, regime, args.k, test_size=100)  # the accuracy plays no part
+        runs = make_runs(specs, SELECTION_SEEDS, regime, args.k, test_size=100)  # accuracy is not used
         grids[name] = load(execute_all(runs, args.output_dir, args.workers))
         best = choose(grids[name], algorithms, regime)
         runs = make_runs(best.values(), args.seeds or REPORT_SEEDS, regime, args.k, args.test_size)
@@ -102,12 +104,12 @@ def tune(args: StudyArguments) -> str:
 
 
 def main() -> None:
-    # TRL still uses names that transformers renamed; nothing a user of this command could change.
+    # TRL uses names that transformers deprecated; a user of this command can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     parser = HfArgumentParser(
         StudyArguments,  # type: ignore[arg-type]
-        description="Train the algorithms side by side on the embedded task, then report what came out.",
-        epilog="Every field of TICGRPOConfig is a further flag, for all runs of a full or quick plan.",
+        description="Train all algorithms on the embedded task and report the results.",
+        epilog="Every field of TICGRPOConfig is also a flag, for all runs of a full or quick plan.",
     )
     args, rest = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     settings = parse_settings(rest)
@@ -115,10 +117,10 @@ def main() -> None:
         path = compare(args, settings)
     elif settings or args.steps or args.eps_high is not None:
         flags = " ".join(rest) or "--steps and --eps-high"
-        raise ValueError(f"--plan tuned has its own grid of settings: leave out {flags}.")
+        raise ValueError(f"--plan tuned has its own grid of settings: remove {flags}.")
     else:
         path = tune(args)
-    print(f"the report is {path}")
+    print(f"Report: {path}")
 
 
 if __name__ == "__main__":

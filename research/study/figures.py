@@ -1,4 +1,4 @@
-"""Figures of the study: algorithms compared, mean over seeds with a band from the lowest to the highest seed."""
+"""Figures of the study: mean over seeds, with a band from the lowest to the highest seed."""
 
 import csv
 import textwrap
@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib
 
 
-matplotlib.use("Agg")  # figures go to files, also where there is no display
+matplotlib.use("Agg")  # no display needed
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,7 +20,7 @@ from tic_grpo_trl.metrics.run_summary import AMBER, BLUE, GREEN, GREY, ORANGE, P
 from .tables import ACCURACY, RATIO_METRICS, Result, Results, label, mean_metric
 
 
-# Okabe and Ito's colours with line styles, so that the algorithms can be told apart without colour too
+# Okabe and Ito's colours with different line styles, so that colour is not needed to distinguish algorithms
 STYLES = [
     (GREY, "-"),
     (BLUE, "--"),
@@ -30,7 +30,7 @@ STYLES = [
     (AMBER, "--"),
     (SKY, "-"),
 ]
-WINDOW = 16  # updates that a curve of the training reward averages over
+WINDOW = 16  # moving average of the training reward, in updates
 DPI = 110
 
 
@@ -40,7 +40,7 @@ def _save(figure, path: Path) -> None:
 
 
 def _band(axis: Axes, results: Sequence[Result], name: str, window: int, style: tuple[str, str], text: str) -> None:
-    """Mean over the seeds and the band from the lowest to the highest, of a metric against the update."""
+    """Plot a metric against the update: mean over seeds, and a band from the lowest to the highest seed."""
     curves = []
     for result in results:
         steps, values = series(result.history, name)
@@ -57,7 +57,7 @@ def _band(axis: Axes, results: Sequence[Result], name: str, window: int, style: 
 
 
 def plot_comparison(results: Results, algorithms: Sequence[str], path: Path) -> None:
-    """Held-out accuracy (left) and training reward (right) against the update, as in v5 Fig. 3 and 4."""
+    """Plot held-out accuracy (left) and training reward (right) against the update, as in v5 Fig. 3 and 4."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharex=True, constrained_layout=True)
     for algorithm, style in zip([algorithm for algorithm in algorithms if algorithm in results], STYLES, strict=False):
         _band(left, results[algorithm], ACCURACY, 1, style, label(algorithm))
@@ -73,7 +73,7 @@ def plot_comparison(results: Results, algorithms: Sequence[str], path: Path) -> 
 def _grid_of_algorithms(
     algorithms: list[str], draw: Callable[[Axes, str], None], path: Path, xlabel: str, ylabel: str
 ) -> None:
-    """One small panel per algorithm, with one legend for all."""
+    """Draw one small panel per algorithm, with a common legend."""
     columns = min(3, len(algorithms))
     rows = -(-len(algorithms) // columns)
     figure, axes = plt.subplots(
@@ -97,7 +97,7 @@ def _grid_of_algorithms(
 
 
 def plot_every_algorithm(results: Results, path: Path, baseline: str = "grpo") -> None:
-    """Training reward of every algorithm against the baseline's, one panel per algorithm."""
+    """Plot the training reward of every algorithm with the baseline's, one panel per algorithm."""
 
     def draw(axis: Axes, algorithm: str) -> None:
         if baseline in results and algorithm != baseline:
@@ -116,7 +116,7 @@ INNER_LINES = {
 
 
 def plot_inner_steps(results: Results, path: Path) -> None:
-    """Effective sample size and clip shares per inner step k = 1 … K, mean over all rollouts and seeds."""
+    """Plot effective sample size and clip shares per inner step k = 1 … K, means over all rollouts and seeds."""
 
     def draw(axis: Axes, algorithm: str) -> None:
         k_max = max(result.run["k"] for result in results[algorithm])
@@ -140,12 +140,12 @@ def plot_inner_steps(results: Results, path: Path) -> None:
 
 
 def plot_causes(results: Results, path: Path) -> None:
-    """Reward beside what the ratios did, one row per algorithm: large dots are means, small ones the seeds."""
+    """Plot reward and ratio metrics, one row per algorithm. Large dots are means, small dots are seeds."""
     panels = {"reward": "training reward, mean over the run"} | RATIO_METRICS
     algorithms = list(results)
     width = 1.8 * len(panels) + 0.085 * max(
         len(label(algorithm)) for algorithm in algorithms
-    )  # inches; the labels stand on the left
+    )  # inches, with the labels on the left
     height = 0.36 * len(algorithms) + 1.5
     figure, axes = plt.subplots(1, len(panels), figsize=(width, height), sharey=True, constrained_layout=True)
     for axis, (name, title) in zip(axes, panels.items(), strict=True):
@@ -166,13 +166,13 @@ def plot_causes(results: Results, path: Path) -> None:
 
 
 def plot_grid(results: Results, grid: dict[str, dict[str, list[str]]], rates: Sequence[float], path: Path) -> None:
-    """Training reward over the run against the learning rate, a panel per algorithm and a line per cap.
+    """Plot the training reward over the run against the learning rate, a panel per algorithm and a line per cap.
 
     Args:
         results: finished runs of the whole grid.
-        grid: algorithm -> what the line is called -> specifications, one per learning rate.
-        rates: the learning rates.
-        path: the figure.
+        grid: algorithm -> label of a line -> specifications, one per learning rate.
+        rates: learning rates.
+        path: file of the figure.
     """
 
     def draw(axis: Axes, algorithm: str) -> None:
@@ -189,11 +189,11 @@ def plot_grid(results: Results, grid: dict[str, dict[str, list[str]]], rates: Se
 
 
 def plot_published(csv_file: Path, path: Path) -> None:
-    """The reward curves that the paper's authors published, raw and averaged over 10 steps.
+    """Plot the reward curves that the paper's authors published, raw and averaged over 10 steps.
 
     Args:
         csv_file: columns `step` and one per method.
-        path: the figure.
+        path: file of the figure.
     """
     with csv_file.open() as lines:
         rows = list(csv.DictReader(lines))

@@ -1,4 +1,4 @@
-"""The study's reports: markdown and figures from finished runs."""
+"""Write the reports of the study, with Markdown and figures, from finished runs."""
 
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -11,7 +11,7 @@ from .tables import MEASURES, Results, bootstrap_interval, comparison_table, lab
 from .tuning import REGIMES, SELECTION_SEEDS, choose, grid_table, lines_of
 
 
-PUBLISHED = Path("docs/study/qwen3_8b_train_reward.csv")  # of the repository; left out where it is not there
+PUBLISHED = Path("docs/study/qwen3_8b_train_reward.csv")  # in the repository
 PACKAGES = ("tic-grpo-trl", "trl", "transformers", "torch", "accelerate", "datasets")
 
 TABLE_1 = ("grpo", "gspo", "tic_grpo")  # the paper's methods
@@ -19,9 +19,9 @@ TABLE_2 = ("grpo", "grpo_traj_is", "grpo2", "tic_grpo")  # its ablation
 FIGURE_1 = ("grpo", "grpo_no_is")
 
 HOW_TO_READ = (
-    "In points: mean over seeds ± standard deviation (difference to `grpo` on the same seeds, and its 95 % bootstrap "
-    "interval over seeds; with few seeds it is too narrow rather than too wide). An algorithm's own settings: lr "
-    "is `learning_rate`, 1 − ε and 1 + ε_high are the bounds of the weight, σ is `length_scaled_cap`."
+    "In points: mean over seeds ± standard deviation (difference from `grpo` on the same seeds, and its 95 % bootstrap "
+    "interval over seeds; with few seeds it is too narrow). Settings of an algorithm: lr is `learning_rate`, 1 − ε and "
+    "1 + ε_high are the bounds of the weight, and σ is `length_scaled_cap`."
 )
 
 
@@ -33,25 +33,24 @@ def _provenance(arguments: Sequence[str], results: Results) -> str:
     return (
         f"Command: `python -m research.study {' '.join(arguments)}`. Versions: "
         + ", ".join(f"{package} {version(package)}" for package in PACKAGES)
-        + f".\n\nTask: sums of {terms} digits with the embedded model, at most {task.max_completion_length} tokens a "
+        + f".\n\nTask: sums of {terms} digits with the embedded model, at most {task.max_completion_length} tokens per "
         f"response; {runs[0].run['steps']} updates of {SETTINGS['per_device_train_batch_size']} responses "
         f"({SETTINGS['num_generations']} per prompt), K = {k} updates per rollout; learning rate "
-        f"{SETTINGS['learning_rate']:g}, {SETTINGS['lr_scheduler_type']}, where the algorithm's row or the settings "
-        f"below "
-        f"say nothing else; {runs[0].run['test_size']} held-out problems, one answer each at temperature 1. Settings "
-        f"for all runs: {own}."
+        f"{SETTINGS['learning_rate']:g}, {SETTINGS['lr_scheduler_type']}, unless the algorithm or the settings "
+        f"below specify another; {runs[0].run['test_size']} held-out problems, one answer each at temperature 1. "
+        f"Settings for all runs: {own}."
     )
 
 
 def verdicts(results: Results, baseline: str = "grpo", measure: str = "reward") -> str:
-    """Which algorithms lead or trail the baseline: those whose bootstrap interval leaves out 0."""
-    groups: dict[str, list[str]] = {"ahead of": [], "level with": [], "behind": []}
+    """List the algorithms ahead of, equal to and behind the baseline, judged by the bootstrap interval."""
+    groups: dict[str, list[str]] = {"ahead of": [], "about equal to": [], "behind": []}
     for algorithm, runs in results.items():
         differences = paired_differences(runs, results.get(baseline, []), measure)
         if algorithm == baseline or len(differences) < 2:  # one seed has no interval
             continue
         low, high = bootstrap_interval(differences)
-        group = "ahead of" if low > 0 else "behind" if high < 0 else "level with"
+        group = "ahead of" if low > 0 else "behind" if high < 0 else "about equal to"
         groups[group].append(f"{label(algorithm)} ({100 * fmean(differences):+.1f})")
     return "\n".join(
         f"- {group} `{label(baseline)}`: {', '.join(algorithms) or 'none'}" for group, algorithms in groups.items()
@@ -62,18 +61,18 @@ def report_comparison(results: Results, folder: str | Path, name: str, arguments
     """Write `<name>.md` and its figures to `folder`.
 
     Args:
-        results: finished runs, all with the same settings but for the algorithm's own.
-        folder: where to write.
-        name: of the report; figures are `<name>_<figure>.png`.
-        arguments: the command's, to be quoted.
+        results: finished runs, with the same settings except those of the algorithm.
+        folder: folder to write to.
+        name: name of the report; figures are `<name>_<figure>.png`.
+        arguments: command-line arguments to quote in the report.
 
     Returns:
-        The report's path.
+        Path of the report.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     algorithms = list(results)
-    # with its own settings where it was not run with the algorithm's
+    # if grpo was only run with changed settings, compare with that run
     baseline = (
         "grpo"
         if "grpo" in results
@@ -83,7 +82,7 @@ def report_comparison(results: Results, folder: str | Path, name: str, arguments
     parts = [f"# Study: {name}", _provenance(arguments, results), "## All algorithms", how_to_read]
     parts += [comparison_table(results, algorithms, baseline)]
     if baseline in results and len(algorithms) > 1:
-        parts += [f"By {MEASURES['reward']}, with an interval that leaves out 0:", verdicts(results, baseline)]
+        parts += [f"By {MEASURES['reward']}, where the interval excludes 0:", verdicts(results, baseline)]
 
     def figure(suffix: str, title: str, draw) -> None:
         path = folder / f"{name}_{suffix}.png"
@@ -104,9 +103,9 @@ def report_comparison(results: Results, folder: str | Path, name: str, arguments
         "algorithms", "training reward of every algorithm", lambda path: plot_every_algorithm(results, path, baseline)
     )
     parts += [
-        "## Why: what the trajectory ratios did",
+        "## Why: the trajectory ratios",
         "Means over all updates and seeds of the ratio P_θ/P_old of whole responses, before the clip. The clip shares "
-        "are of the algorithm's own rule and level: of responses, or of tokens at token level.",
+        "refer to the algorithm's own rule and level, that is to responses, or to tokens at token level.",
         ratio_table(results, algorithms),
     ]
     figure("causes", "reward beside the ratios", lambda path: plot_causes(results, path))
@@ -116,8 +115,9 @@ def report_comparison(results: Results, folder: str | Path, name: str, arguments
     if PUBLISHED.exists() and set(TABLE_1) <= set(algorithms):
         parts += [
             "## The authors' published run",
-            "Training reward of Qwen3-8B as published by the paper's authors with their code "
-            "(https://github.com/pangleipll/dynamic_sen_clip, named in Appendix A of v2); not a run of this package.",
+            "Training reward of Qwen3-8B, published by the paper's authors with their code "
+            "(https://github.com/pangleipll/dynamic_sen_clip, linked in Appendix A of v2). It is not a run of this "
+            "package.",
         ]
         figure("published", "the authors' Qwen3-8B curves", lambda path: plot_published(PUBLISHED, path))
     path = folder / f"{name}.md"
@@ -136,23 +136,22 @@ def report_tuned(
     """Write the report of the tuned comparison and its figures to `folder`.
 
     Args:
-        grids: per regime, the runs on the selection seeds.
-        finals: per regime, the runs of each algorithm's best settings on the other seeds.
-        algorithms: the algorithms, in order.
-        folder: where to write.
-        name: of the report.
-        arguments: the command's, to be quoted.
+        grids: runs on the selection seeds, by regime.
+        finals: runs of each algorithm's best settings on the other seeds, by regime.
+        algorithms: algorithms, in order.
+        folder: folder to write to.
+        name: name of the report.
+        arguments: command-line arguments to quote in the report.
 
     Returns:
-        The report's path.
+        Path of the report.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     parts = [
         f"# Study: {name}",
-        "Every algorithm gets the same number of learning rates and caps; its best setting by training reward over the "
-        "run, "
-        "on the selection seeds, is then run on seeds that played no part in the choice.",
+        "Every algorithm gets the same number of learning rates and caps. Its setting with the best training reward on "
+        "the selection seeds is then run on other seeds.",
     ]
     for key, regime in REGIMES.items():
         results = finals[key]
@@ -164,11 +163,11 @@ def report_tuned(
             _provenance(arguments, results),
             f"The grid, {MEASURES['reward']} in points, on seeds {seeds} (chosen: bold):",
             grid_table(grids[key], algorithms, regime),
-            "The best settings on other seeds. " + HOW_TO_READ.replace("`grpo`", "`grpo` at its own best"),
+            "The best settings on the other seeds. " + HOW_TO_READ.replace("`grpo`", "`grpo` at its best setting"),
             comparison_table(results, list(best.values()), baseline),
-            f"By {MEASURES['reward']}, with an interval that leaves out 0:",
+            f"By {MEASURES['reward']}, where the interval excludes 0:",
             verdicts(results, baseline),
-            "What the ratios did, means over all updates and seeds:",
+            "Ratios, means over all updates and seeds:",
             ratio_table(results, list(best.values())),
         ]
         for suffix, title, draw in (
@@ -183,7 +182,7 @@ def report_tuned(
             path = folder / f"{name}_{key}_{suffix}.png"
             draw(results, path)
             parts.append(f"![{regime.title}: {title}]({path.name})")
-        # what the choice hides: how an algorithm does where its settings are wrong for it
+        # shows how an algorithm does with settings other than its best
         path = folder / f"{name}_{key}_grid.png"
         plot_grid(
             grids[key],

@@ -1,8 +1,8 @@
-"""One training run of the study, and the pool that executes many.
+"""Execute the training runs of the study in a process pool.
 
-A run is one folder and one process. Every run starts from the same weights and sees the same prompts in the same order
-for the same seed; only the algorithm (and what an algorithm's specification overrides) differs. A finished run is never
-repeated; a killed one goes on from its last checkpoint.
+Every run has its own folder and starts from the same weights. Runs with the same seed see the same prompts in the same
+order, so only the algorithm and its settings differ. A finished run is not repeated; a killed one resumes from its last
+checkpoint.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from tic_grpo_trl.trainer import TICGRPOTrainer
 from ..starter.build import build
 
 
-# What all runs share unless a flag says otherwise. One rollout is K mini-batches of 32 responses (4 prompts x 8).
+# Shared by all runs unless a flag overrides it. One rollout is K mini-batches of 32 responses (4 prompts x 8).
 SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": 32,
     "num_generations": 8,
@@ -56,13 +56,13 @@ SETTINGS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Task:
-    """A task of the study: sums of `term_counts` digits, answered within `max_completion_length` tokens."""
+    """A task of the study: sums of `term_counts` digits, with at most `max_completion_length` tokens per answer."""
 
     term_counts: tuple[int, ...]
     max_completion_length: int
 
 
-# fields of the configuration that have their own flag, because runs are told apart and compared by them
+# fields of the configuration that have their own flag in the study
 RUN_DECIDES = {
     "algorithm": "--algorithms",
     "seed": "--seeds",
@@ -72,11 +72,11 @@ RUN_DECIDES = {
     "output_dir": "--output_dir of the study",
 }
 
-_updates: Any = None  # in a worker: the shared counter of updates
+_updates: Any = None  # shared counter of updates, in a worker
 
 TASKS = {
-    "starter": Task((3, 4, 5, 6), 48),  # responses of 18 tokens, 32 once it reasons
-    "long": Task((7, 8, 9), 72),  # responses of twice that length; the weights are made on first use
+    "starter": Task((3, 4, 5, 6), 48),  # responses of 18 tokens at the start, 32 after training
+    "long": Task((7, 8, 9), 72),  # responses about twice as long; its start weights are trained on first use
 }
 
 
@@ -85,14 +85,14 @@ class Run:
     """One training run.
 
     Args:
-        algorithm: an algorithm's name, with settings of its own after a colon: `tic_grpo:epsilon_high=1.0,delta=3`.
-        seed: of prompts, their order and sampling.
-        steps: updates.
+        algorithm: name of an algorithm, with optional settings after a colon: `tic_grpo:epsilon_high=1.0,delta=3`.
+        seed: random seed of prompts, their order and sampling.
+        steps: number of updates.
         k: updates per rollout, K.
         task: key of [`TASKS`].
         test_size: held-out problems per evaluation.
-        eval_steps: updates between evaluations; a run whose `eval_steps` equals `steps` is evaluated at its end only.
-        settings: further fields of the configuration, as sorted pairs.
+        eval_steps: updates between evaluations; if it equals `steps`, the run is evaluated only at its end.
+        settings: other fields of the configuration, as sorted pairs.
     """
 
     algorithm: str
@@ -106,22 +106,21 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Folder name: readable, and different for different settings."""
+        """Return a readable folder name that is unique for the settings."""
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
         return f"{self.algorithm.split(':')[0]}-seed{self.seed}-{digest}"
 
     def config(self, output_dir: str | Path) -> TICGRPOConfig:
-        """The run's configuration.
+        """Return the configuration of the run.
 
         Raises:
-            ValueError: where the algorithm is unknown or its settings make no sense together; names the option and the
-                fix.
+            ValueError: if the algorithm is unknown or its settings are invalid.
         """
         algorithm, _, own = self.algorithm.partition(":")
         own_settings = parse_settings([f"--{pair}" for pair in own.split(",") if pair])
         for name in dict(self.settings) | own_settings:
             if name in RUN_DECIDES:
-                raise ValueError(f"{name} is not a setting of an algorithm or of all runs: use {RUN_DECIDES[name]}.")
+                raise ValueError(f"{name} cannot be a setting here: use {RUN_DECIDES[name]}.")
         values: dict[str, Any] = SETTINGS | {
             "steps_per_generation": self.k,
             "max_steps": self.steps,
@@ -129,14 +128,15 @@ class Run:
             "eval_strategy": "steps",
             "eval_steps": self.eval_steps,
             "eval_on_start": self.eval_steps < self.steps,
-            "save_steps": self.k * max(1, 40 // self.k),  # whole rollouts: a resumed run is the same run
+            "save_steps": self.k
+            * max(1, 40 // self.k),  # complete rollouts, so that a resumed run gives the same result
             "seed": self.seed,
         }
         values |= dict(self.settings) | own_settings
         return TICGRPOConfig(output_dir=str(output_dir), algorithm=algorithm, **values)
 
 
-@functools.cache  # every run's settings are parsed, and some 200 flags take a while to build
+@functools.cache  # building some 200 flags takes a while
 def _settings_parser() -> HfArgumentParser:
     parser = HfArgumentParser(TICGRPOConfig)  # type: ignore[arg-type]
     for action in parser._actions:
@@ -157,18 +157,18 @@ def parse_settings(flags: list[str]) -> dict[str, Any]:
 
 
 def start_model(task: str, output_dir: Path) -> str:
-    """The folder of the weights that a task's runs start from; made where they do not ship with the package.
+    """Return the folder of a task's start weights; train them if they are not in the package.
 
-    The longer task's weights are the starter's, taught longer chains and then the same mix of mostly direct answers.
+    The start weights of the longer task continue from the starter's, with longer chains and then mostly direct answers.
     """
     if task == "starter":
         return STARTER_MODEL
     folder = output_dir / f"{task}-start"
     with FileLock(f"{folder}.lock"):
         if not (folder / "starter_card.json").exists():
-            print(f"making the weights that the {task!r} runs start from, in {folder} (two minutes)", flush=True)
+            print(f"Training the start weights of the task {task!r} in {folder} (two minutes)", flush=True)
             spec, threads = TASKS[task], torch.get_num_threads()
-            torch.set_num_threads(1)  # the same weights, bit for bit, on every machine of a kind
+            torch.set_num_threads(1)  # for bit-identical weights
             build(
                 folder,
                 chain_steps=300,
@@ -183,7 +183,7 @@ def start_model(task: str, output_dir: Path) -> str:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint of a killed run; a half-written one lacks the file that is saved last."""
+    """Return the newest complete checkpoint of a killed run. An incomplete one lacks the file that is saved last."""
     for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
         try:
             json.loads((path / "trainer_state.json").read_text())
@@ -194,7 +194,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 class _Count(TrainerCallback):
-    """Tells `count` of every update."""
+    """Call `count` after every update."""
 
     def __init__(self, count: Callable[[int], None]):
         self.count = count
@@ -204,19 +204,19 @@ class _Count(TrainerCallback):
 
 
 def execute(run: Run, output_dir: Path, count: Callable[[int], None] = lambda updates: None) -> Path:
-    """Train one run to its end, from its last checkpoint if there is one, unless it is finished already.
+    """Train one run, from its last checkpoint if there is one, unless it is already finished.
 
     Args:
-        run: what to train.
-        output_dir: of the study.
-        count: told how many updates have been done since it was last told, those of earlier attempts included.
+        run: run to train.
+        output_dir: folder of the study.
+        count: called with the number of new updates, including those of earlier attempts.
 
     Returns:
-        The run's folder with `run.json`, `log_history.json` and `summary.json` (written last: it marks a finished run).
+        The run's folder with `run.json`, `log_history.json` and `summary.json`, which is written last.
     """
     folder = output_dir / "runs" / run.name
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):  # also against a worker that outlived a killed study
+    with FileLock(folder / "lock"):  # a worker of a killed study may still be running
         if (folder / "summary.json").exists():
             count(run.steps)
             return folder
@@ -224,7 +224,7 @@ def execute(run: Run, output_dir: Path, count: Callable[[int], None] = lambda up
         args = run.config(folder)
         checkpoint = last_checkpoint(folder)
         if checkpoint:
-            args.eval_on_start = False  # it is in the checkpoint's history
+            args.eval_on_start = False  # already in the checkpoint's history
             count(int(checkpoint.rpartition("-")[2]))
         spec = TASKS[run.task]
         trainer = TICGRPOTrainer(
@@ -249,7 +249,7 @@ def execute(run: Run, output_dir: Path, count: Callable[[int], None] = lambda up
 
 
 def _start_worker(log_file: str, threads: int, updates: Any) -> None:
-    """Quiet worker of `threads` threads; what it would print goes to `log_file`, its updates to a shared counter."""
+    """Start a worker with `threads` threads that writes its output to `log_file` and counts updates in `updates`."""
     global _updates
     _updates = updates
     log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -262,7 +262,7 @@ def _start_worker(log_file: str, threads: int, updates: Any) -> None:
 
 
 def _follow_parent() -> None:
-    """End with the study: a pool's worker whose parent was killed would wait for work for ever."""
+    """Exit when the parent process dies, because a pool's worker would then wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -280,17 +280,17 @@ def _execute_in_worker(run: Run, output_dir: Path) -> Path:
 def execute_all(runs: Iterable[Run], output_dir: str | Path, workers: int = 2) -> list[Path]:
     """Execute the runs, `workers` at a time, with a progress bar.
 
-    Every configuration is checked before the first run starts, and a run that fails does not stop the others.
+    All configurations are checked before the first run starts. A failed run does not stop the others.
 
     Returns:
-        The runs' folders, in order.
+        Folders of the runs, in order.
 
     Raises:
-        ValueError: for a run whose settings make no sense, or `workers` below 1, before anything runs.
-        RuntimeError: after all other runs, where some failed; names them and the file that says why.
+        ValueError: if the settings of a run are invalid, or `workers` is below 1.
+        RuntimeError: if some runs failed, after all others are finished.
     """
     if workers < 1:
-        raise ValueError(f"workers is {workers}: give the number of runs at a time, 1 or more.")
+        raise ValueError(f"workers is {workers}: give a number of parallel runs of at least 1.")
     output_dir, runs = Path(output_dir), list(dict.fromkeys(runs))
     for run in runs:
         run.config(output_dir)

@@ -1,4 +1,4 @@
-"""What the runs of a study measured, as numbers and markdown tables."""
+"""Measures of finished runs, as numbers and Markdown tables."""
 
 import json
 from collections import defaultdict
@@ -28,11 +28,11 @@ class Result:
     """A finished run.
 
     Args:
-        algorithm: its algorithm, with the settings that were its own after a colon.
-        seed: its seed.
-        run: what it was, see [`~research.study.runs.Run`].
-        summary: as [`~tic_grpo_trl.metrics.run_summary.summarize_run`] made it.
-        history: its log history.
+        algorithm: algorithm, with optional settings after a colon.
+        seed: random seed.
+        run: fields of [`~research.study.runs.Run`].
+        summary: result of [`~tic_grpo_trl.metrics.run_summary.summarize_run`].
+        history: log history of the trainer.
     """
 
     algorithm: str
@@ -42,7 +42,7 @@ class Result:
     history: LogHistory
 
     def measure(self, name: str) -> float:
-        """One of [`MEASURES`], each a share of right answers between 0 and 1."""
+        """Return one of [`MEASURES`], a share of correct answers between 0 and 1."""
         if name == "accuracy":
             return self.summary["accuracy_after"]
         steps, rewards = series(self.history, "reward")  # one entry per rollout
@@ -68,26 +68,26 @@ SHORT = {"learning_rate": "lr", "epsilon": "ε", "epsilon_high": "ε_high", "len
 
 
 def short(settings: str) -> str:
-    """Settings as short text: `epsilon=0.1,learning_rate=0.01` gives `ε 0.1, lr 0.01`."""
+    """Abbreviate settings: `epsilon=0.1,learning_rate=0.01` gives `ε 0.1, lr 0.01`."""
     pairs = (pair.partition("=") for pair in settings.split(",") if pair)
     return ", ".join(f"{SHORT.get(key, key)} {value}" for key, _, value in pairs)
 
 
 def label(algorithm: str) -> str:
-    """An algorithm's specification as short text: `gspo:learning_rate=0.01` gives `gspo, lr 0.01`."""
+    """Abbreviate an algorithm's specification: `gspo:learning_rate=0.01` gives `gspo, lr 0.01`."""
     name, _, own = algorithm.partition(":")
     return f"{name}, {short(own)}" if own else name
 
 
 def bootstrap_interval(values: Sequence[float], resamples: int = 10_000) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean.
+    """Compute the 95 % percentile bootstrap interval of the mean.
 
     Args:
-        values: one per seed; differences, where algorithms are compared on the same seeds.
-        resamples: how often to draw as many values with replacement (numpy's generator, seed 0).
+        values: one value per seed, such as differences on the same seeds.
+        resamples: number of resamples with replacement (numpy's generator, seed 0).
 
     Returns:
-        Lower and upper end. With few values it is narrow: three values give at most their range.
+        Lower and upper end. With few values the interval is too narrow: with three it is at most their range.
     """
     array = np.asarray(values, dtype=float)
     draws = np.random.default_rng(0).integers(len(array), size=(resamples, len(array)))
@@ -96,7 +96,7 @@ def bootstrap_interval(values: Sequence[float], resamples: int = 10_000) -> tupl
 
 
 def paired_differences(results: Sequence[Result], baseline: Sequence[Result], measure: str) -> list[float]:
-    """Differences to the baseline on the seeds that both have, in the order of the seeds."""
+    """Return the differences from the baseline on the seeds that both have, in order."""
     reference = {result.seed: result.measure(measure) for result in baseline}
     return [result.measure(measure) - reference[result.seed] for result in results if result.seed in reference]
 
@@ -114,18 +114,15 @@ def _cell(results: Sequence[Result], baseline: Sequence[Result] | None, measure:
 
 
 def comparison_table(results: Results, algorithms: Sequence[str], baseline: str = "grpo") -> str:
-    """A markdown table in the form of the paper's Tables 1 and 2, in points (per cent).
+    """Format a Markdown table like the paper's Tables 1 and 2, in points (percent).
 
-    Each cell: mean over seeds ± standard deviation (mean difference to the baseline on the same seeds, its 95 %
+    Each cell is the mean over seeds ± standard deviation (mean difference from the baseline on the same seeds, its 95 %
     bootstrap interval).
 
     Args:
-        results: the finished runs.
-        algorithms: rows, in order; those without a run are left out.
-        baseline: the algorithm that the others are compared with, if it was run.
-
-    Returns:
-        The table's lines.
+        results: finished runs.
+        algorithms: rows of the table, in order; those without a run are skipped.
+        baseline: algorithm to compare with, if there is a run of it.
     """
     reference = results.get(baseline)
     lines = [f"| algorithm | seeds | {' | '.join(MEASURES.values())} |", "|---|---|" + "---|" * len(MEASURES)]
@@ -137,12 +134,12 @@ def comparison_table(results: Results, algorithms: Sequence[str], baseline: str 
 
 
 def mean_metric(result: Result, name: str) -> float | None:
-    """Mean of a logged metric over the run's updates; `None` where it was never logged."""
+    """Return the mean of a logged metric over the updates of a run; `None` if it was never logged."""
     values = series(result.history, f"trajectory_ratio/{name}")[1]
     return fmean(values) if values else None
 
 
-# What explains the differences: means over all updates of a run, of the mini-batch's trajectory ratios before the clip
+# Trajectory ratios before the clip, which explain the differences between algorithms
 RATIO_METRICS = {
     "log_std": "σ of R, nats",
     "ess": "effective sample size, share",
@@ -153,7 +150,7 @@ RATIO_METRICS = {
 
 
 def ratio_table(results: Results, algorithms: Sequence[str]) -> str:
-    """A markdown table of [`RATIO_METRICS`], means over the updates of all seeds."""
+    """Format a Markdown table of [`RATIO_METRICS`], means over the updates of all seeds."""
     lines = [f"| algorithm | {' | '.join(RATIO_METRICS.values())} |", "|---|" + "---|" * len(RATIO_METRICS)]
     for algorithm in algorithms:
         if algorithm not in results:

@@ -1,4 +1,4 @@
-"""A fair comparison: every algorithm at its own best settings, chosen on seeds that the comparison does not use."""
+"""Compare every algorithm at its best settings, chosen on seeds that the comparison does not use."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from .runs import Run
 from .tables import Results, label, short
 
 
-# Two widths of cap per algorithm: as published, and wider by the factor that the algorithm's own scale allows.
+# Two caps per algorithm: as published, and wider
 CAPS: dict[str, tuple[str, ...]] = {
     "tic_grpo": ("epsilon_high=0.28", "epsilon_high=1.0"),
     "tic_grpo_released": ("length_scaled_cap=0.01", "length_scaled_cap=0.05"),
@@ -20,19 +20,19 @@ CAPS: dict[str, tuple[str, ...]] = {
     "grpo_traj_is": ("epsilon=0.2,epsilon_high=0.28", "epsilon=0.5,epsilon_high=1.0"),
     "gspo": ("epsilon=0.0003,epsilon_high=0.0004", "epsilon=0.01,epsilon_high=0.01"),
     "grpo_no_is": ("",),  # nothing to clip
-    # not an algorithm: the trajectory ratio with PPO's rule and the constant normaliser
+    # not a named algorithm: the trajectory ratio with PPO's rule and the constant normalizer
     "tic_grpo:clip_mode=two_sided": ("epsilon=0.2,epsilon_high=0.28", "epsilon=0.5,epsilon_high=1.0"),
 }
 
 
 @dataclass(frozen=True)
 class Regime:
-    """Where algorithms are compared.
+    """A task and learning rates at which to compare algorithms.
 
     Args:
-        title: for the report.
+        title: title in the report.
         task: key of [`~research.study.runs.TASKS`].
-        learning_rates: the grid, the same for every algorithm.
+        learning_rates: learning rates of the grid, the same for every algorithm.
     """
 
     title: str
@@ -46,25 +46,25 @@ REGIMES = {
 }
 SELECTION_SEEDS = (100,)
 REPORT_SEEDS = (0, 1, 2, 3, 4)
-STEPS = 48  # updates per run: where the curves are steepest
+STEPS = 48  # updates per run, where the curves are steepest
 
 
 def spec(algorithm: str, *settings: str) -> str:
-    """An algorithm's specification with more settings: `spec("tic_grpo", "delta=3")` gives `"tic_grpo:delta=3"`."""
+    """Add settings to an algorithm's specification: `spec("tic_grpo", "delta=3")` gives `"tic_grpo:delta=3"`."""
     name, _, own = algorithm.partition(":")
     settings = tuple(text for text in (own, *settings) if text)
     return f"{name}:{','.join(settings)}" if settings else name
 
 
 def candidates(algorithm: str, regime: Regime) -> list[str]:
-    """Every setting of an algorithm in the grid: learning rates times caps."""
+    """List all settings of an algorithm in the grid: learning rates times caps."""
     return [
         spec(algorithm, caps, f"learning_rate={rate:g}") for rate in regime.learning_rates for caps in CAPS[algorithm]
     ]
 
 
 def lines_of(algorithm: str, regime: Regime) -> dict[str, list[str]]:
-    """An algorithm's part of the grid by width of the cap, one specification per learning rate."""
+    """Return an algorithm's specifications by width of the cap, one per learning rate."""
     rates = [f"learning_rate={rate:g}" for rate in regime.learning_rates]
     return {
         name: [spec(algorithm, caps, rate) for rate in rates]
@@ -73,7 +73,7 @@ def lines_of(algorithm: str, regime: Regime) -> dict[str, list[str]]:
 
 
 def make_runs(specs: Iterable[str], seeds: Iterable[int], regime: Regime, k: int, test_size: int) -> list[Run]:
-    """Runs of a regime, evaluated at their end; every algorithm gets its first seed before any gets its second."""
+    """List the runs of a regime, seed by seed. They are evaluated only at their end."""
     specs = list(specs)
     return [
         Run(algorithm, seed, STEPS, k, regime.task, test_size, eval_steps=STEPS)
@@ -83,10 +83,9 @@ def make_runs(specs: Iterable[str], seeds: Iterable[int], regime: Regime, k: int
 
 
 def choose(results: Results, algorithms: Sequence[str], regime: Regime) -> dict[str, str]:
-    """Each algorithm's specification with the highest training reward, mean over the run and the selection seeds.
+    """Return each algorithm's specification with the highest mean training reward over the run and selection seeds.
 
-    The mean over the run is the least noisy measure there is (a few thousand responses), and it values speed and
-    stability both.
+    This mean is the least noisy measure (over a few thousand responses), and rewards both speed and stability.
     """
 
     def score(candidate: str) -> float:
@@ -96,7 +95,7 @@ def choose(results: Results, algorithms: Sequence[str], regime: Regime) -> dict[
 
 
 def grid_table(results: Results, algorithms: Sequence[str], regime: Regime) -> str:
-    """A markdown table of the selection: mean training reward over the run in points, best of each row in bold."""
+    """Format the selection as a Markdown table: mean training reward in points, the best of each algorithm in bold."""
     rates = [f"{rate:g}" for rate in regime.learning_rates]
     lines = [f"| algorithm | cap | {' | '.join(f'lr {rate}' for rate in rates)} |", "|---|---|" + "---|" * len(rates)]
     best = choose(results, algorithms, regime)

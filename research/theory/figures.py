@@ -18,7 +18,7 @@ from .experiments import Results
 
 
 BLACK = "#000000"
-ARM_STYLES = {
+ALGORITHM_STYLES = {
     "tic_grpo": (BLUE, "-", "o"),
     "tic_grpo_released": (SKY, "--", "s"),
     "tic_grpo_capped": (SKY, "-", "d"),
@@ -63,7 +63,7 @@ def bias_figure(results: Results, path: Path) -> None:
     )
     for axis, clipped, quantity, title, label in panels:
         for name, by_clip in results.biases.items():
-            colour, dashes, marker = ARM_STYLES[name]
+            colour, dashes, marker = ALGORITHM_STYLES[name]
             values = torch.tensor([[getattr(b, quantity) for b in row] for row in by_clip[clipped]])
             xs, values = list(drifts[1:]), values[1:]
             axis.plot(xs, values.mean(-1), color=colour, linestyle=dashes, marker=marker, markersize=5, label=name)

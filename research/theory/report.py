@@ -70,7 +70,7 @@ def _mini_batches(results: Results) -> str:
     return table(["first step η", *names], rows)
 
 
-def _arm_index(name: str) -> int:
+def _index_of(name: str) -> int:
     return list(ASCENT_STYLES).index(name)
 
 
@@ -84,7 +84,7 @@ def share_in_order(outcomes: list[Ascent], first: str, second: str) -> float:
     Ties up to rounding are left out (K = 1 makes GRPO2 and TIC-GRPO the same algorithm); nan where there is nothing
     else.
     """
-    ahead = torch.cat([o.gap[_arm_index(first)] / o.gap[_arm_index(second)] - 1 for o in outcomes])
+    ahead = torch.cat([o.gap[_index_of(first)] / o.gap[_index_of(second)] - 1 for o in outcomes])
     ahead = ahead[ahead.abs() > 1e-9]
     decided = len(ahead)
     return int((ahead > 0).sum()) / decided if decided else float("nan")
@@ -140,7 +140,7 @@ def _findings(results: Results) -> str:
     def slopes(key, *algorithms):
         points = results.ascents[key]
         mean, spread = slope([x for x, _ in points], torch.stack([outcome.gap for _, outcome in points]))
-        return ", ".join(f"{mean[_arm_index(a)]:+.2f} ± {spread[_arm_index(a)]:.2f} ({a})" for a in algorithms)
+        return ", ".join(f"{mean[_index_of(a)]:+.2f} ± {spread[_index_of(a)]:.2f} ({a})" for a in algorithms)
 
     matched, equal = ("T, matched step", "K", "η/T", "G"), ("T, equal η",)
     response, dapo, tic, unclipped = "GRPO (1/|o|)", "GRPO (DAPO)", "TIC-GRPO", "TIC-GRPO, no clip"

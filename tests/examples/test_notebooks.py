@@ -1,10 +1,11 @@
-"""The notebooks: what is committed is complete and says what a fresh run says.
+"""The committed notebooks are complete, and their outputs and claims agree with a fresh run.
 
-`python tests/examples/test_notebooks.py` runs them all and writes their outputs into the files."""
+`python tests/examples/test_notebooks.py` runs all notebooks and saves their outputs."""
 
 import hashlib
 import itertools
 import json
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -19,9 +20,9 @@ from nbclient.exceptions import CellExecutionError
 FOLDER = ROOT / "examples/notebooks"
 NAMES = ("quickstart", "lora", "ratios")
 MOST_BYTES = 400_000
-RUN = "python tests/examples/test_notebooks.py"  # what a failure asks for
-# How far numbers that come from training may be from the committed ones: an answer that is sampled differently on
-# another processor changes the rest of the run, as another seed does.
+RUN = "python tests/examples/test_notebooks.py"  # fixes a failure
+# Tolerances for results of training: one answer sampled differently on another processor changes the rest of the run,
+# like another seed.
 TRAINED = {
     "accuracy_before": 0.05,
     "accuracy_after": 0.06,
@@ -30,7 +31,7 @@ TRAINED = {
     "last_inner_step_ess": 0.05,
     "moved": 5.0,
 }
-ROUNDING = {"error_trajectory", "loaded", "merged", "disabled"}  # anything tiny
+ROUNDING = {"error_trajectory", "loaded", "merged", "disabled"}
 
 
 def committed(name: str) -> nbformat.NotebookNode:
@@ -44,12 +45,12 @@ def code_cells(notebook):
 
 
 def numbers(notebook) -> dict[str, float]:
-    """What the last cell prints."""
+    """Return the numbers that the last code cell prints."""
     return json.loads(code_cells(notebook)[-1].outputs[0].text)
 
 
 def digest(notebook) -> str:
-    """Of the code of all cells, in order."""
+    """Return a digest of the code of all cells."""
     return hashlib.sha256("\n\n".join(cell.source for cell in code_cells(notebook)).encode()).hexdigest()
 
 
@@ -57,19 +58,20 @@ def execute(name: str, folder: Path) -> nbformat.NotebookNode:
     """Run a notebook from top to bottom in an empty folder.
 
     Args:
-        name: of the notebook.
-        folder: where the kernel runs and keeps its temporary files.
+        name: name of the notebook.
+        folder: working directory of the kernel, also for temporary files.
 
     Returns:
-        The notebook with its outputs, nothing else that depends on the machine, and the digest of what was run.
+        The notebook with its outputs and the digest of its code, without other metadata.
 
     Raises:
         CellExecutionError: if a cell raises.
     """
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
-    # What a reader has or does not need: ipywidgets, and DeepSpeed's remark that there is no GPU
+    # Silence warnings about missing ipywidgets and about DeepSpeed without a GPU
     quiet = {"PYTHONWARNINGS": "ignore:IProgress not found", "DS_ACCELERATOR": "cpu"}
     environment = environment_of_script() | quiet | {"TMPDIR": str(folder)}
+    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{environment['PYTHONPATH']}"  # ratios.ipynb imports research
     resources = {"metadata": {"path": str(folder)}}
     client = NotebookClient(notebook, timeout=900, kernel_name="python3", record_timing=False, resources=resources)
     client.execute(env=environment)
@@ -97,7 +99,7 @@ def test_is_committed_as_one_run_left_it(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_was_run_as_it_stands(name):
+def test_was_run_since_its_code_changed(name):
     notebook = committed(name)
     assert notebook.metadata.executed_code == digest(notebook), f"code changed since its run: {RUN}"
 
@@ -136,8 +138,8 @@ def test_a_cell_that_raises_is_noticed(tmp_path, monkeypatch):
         execute("broken", tmp_path / "empty")
 
 
-def test_the_display_of_a_notebook_shows_what_is_learned(tmp_path, monkeypatch):
-    """Not the loss, which is about 0 for GRPO, nor a column for each of an evaluation's metrics."""
+def test_the_progress_table_of_a_notebook(tmp_path, monkeypatch):
+    """It shows neither the loss, which is about 0 for GRPO, nor a column per metric of an evaluation."""
     cell = """
 import torch
 
@@ -178,7 +180,7 @@ trainer.train();
 
 
 def outcome_is_as_claimed(name: str, found: dict[str, float]):
-    """What the text around the cells says about their numbers."""
+    """Check what the Markdown cells claim about the numbers."""
     if name == "quickstart":
         assert found["accuracy_before"] < 0.4
         assert found["accuracy_after"] > 0.85

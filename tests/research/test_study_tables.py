@@ -1,4 +1,4 @@
-"""study/tables.py, tuning.py, figures.py and report.py on made-up results with hand-computed answers."""
+"""Tables, tuning, figures and reports of the study on made-up results with hand-computed answers."""
 
 import json
 from dataclasses import asdict
@@ -82,7 +82,7 @@ def test_verdicts_need_an_interval_without_zero():
     results = results_of(grpo=[0.5, 0.5], gspo=[0.4, 0.45], grpo2=[0.7, 0.4], tic_grpo=[0.6, 0.55], tic_grpo_v2=[0.9])
     assert verdicts(results).splitlines() == [
         "- ahead of `grpo`: tic_grpo (+7.5)",
-        "- level with `grpo`: grpo2 (+5.0)",
+        "- about equal to `grpo`: grpo2 (+5.0)",
         "- behind `grpo`: gspo (-7.5)",
     ]
 
@@ -92,7 +92,7 @@ def test_ratio_table_averages_over_updates_and_seeds():
     assert "| tic_grpo | – | 0.850 | – | 2.0 | – |" in ratio_table(results, ["tic_grpo"])
 
 
-def test_runs_are_loaded_by_arm_in_the_order_of_their_seeds(tmp_path):
+def test_runs_are_loaded_by_algorithm_in_the_order_of_their_seeds(tmp_path):
     folders = []
     for algorithm, seed in (("tic_grpo:delta=3", 1), ("grpo", 0), ("tic_grpo:delta=3", 0)):
         one = result(algorithm, seed, [0.5])
@@ -107,7 +107,7 @@ def test_runs_are_loaded_by_arm_in_the_order_of_their_seeds(tmp_path):
     assert label("tic_grpo:epsilon=0.2,delta=3") == "tic_grpo, ε 0.2, delta 3"
 
 
-def test_every_arm_is_in_the_grid_with_valid_settings():
+def test_every_algorithm_is_in_the_grid_with_valid_settings():
     assert {algorithm.split(":")[0] for algorithm in CAPS} == {
         TICGRPOConfig("unused", algorithm=algorithm, use_cpu=True).algorithm for algorithm in FAMILY
     } - {"grpo_ub_clip"}
@@ -132,7 +132,7 @@ def grid(regime, winner):
     }
 
 
-def test_each_arm_gets_its_best_settings():
+def test_each_algorithm_gets_its_best_settings():
     regime = REGIMES["high_drift"]
     winner = "tic_grpo:epsilon_high=1.0,learning_rate=0.0006"
     results = grid(regime, [winner])
@@ -145,7 +145,7 @@ def test_each_arm_gets_its_best_settings():
     assert row == "| tic_grpo | ε_high 1.0 | 50.0 | **90.0** | 50.0 |"
 
 
-def test_reports_name_what_they_show(tmp_path):
+def test_reports_and_their_figures(tmp_path):
     results = {
         algorithm: [result(algorithm, seed, [0.3, 0.5], 0.6, ess=0.9, clip_high_pos=0.1) for seed in (0, 1)]
         for algorithm in ("grpo", "grpo2", "grpo_traj_is", "gspo", "grpo_no_is", "tic_grpo")
@@ -159,13 +159,13 @@ def test_reports_name_what_they_show(tmp_path):
     assert "github.com/pangleipll" in report
 
 
-def test_report_compares_with_grpo_at_its_own_settings_where_that_was_run(tmp_path):
+def test_report_compares_with_grpo_at_changed_settings(tmp_path):
     results = {
         algorithm: [result(algorithm, s, [v], v) for s in (0, 1)]
         for algorithm, v in (("tic_grpo", 0.6), ("grpo:delta=3", 0.5))
     }
     report = report_comparison(results, tmp_path, "k16", []).read_text()
-    assert "difference to `grpo, delta 3`" in report
+    assert "difference from `grpo, delta 3`" in report
     assert "| tic_grpo | 2 | 60.0 ± 0.0 (+10.0, +10.0 to +10.0) |" in report
     assert "- ahead of `grpo, delta 3`: tic_grpo (+10.0)" in report
 
