@@ -134,6 +134,7 @@ REFUSED = [
         for loss_type in ("cispo", "sapo", "luspo", "vespo")
     ],
     ({"clip_mode": "up_only", "loss_type": "cispo"}, r"loss_type='cispo' defines its own importance weight"),
+    ({"min_ess": 0.1, "fp16": True}, r"min_ess=0.1 skips updates, .* fp16=True .*: set fp16=False .*or remove min_ess"),
     (
         {"generation_batch_size": 32, "steps_per_generation": 2},
         r"generation_batch_size=32 contradicts steps_per_generation=2, which makes it 16",

@@ -34,77 +34,42 @@ OTHER_LOSS_TYPES = {
 }
 CISPO_CAP = 5.0  # the cap itself, not 1 + epsilon_high (ScaleRL, arXiv 2510.13786)
 
-_UP_ONLY = {"importance_sampling_level": "trajectory", "clip_mode": "up_only"}
-# TRL's default importance weight
-BY_TOKEN = {"importance_sampling_level": "token", "clip_mode": "two_sided"}
+BY_TOKEN = {"importance_sampling_level": "token", "clip_mode": "two_sided"}  # TRL's default importance weight
 _DAPO_CLIP = {"epsilon": 0.2, "epsilon_high": 0.28}
+
+
+def _algorithm(level: str, clip_mode: str, loss_type: str, scale_rewards: str, **bounds: float) -> dict[str, Any]:
+    weight = {"importance_sampling_level": level, "clip_mode": clip_mode}
+    return weight | bounds | {"loss_type": loss_type, "scale_rewards": scale_rewards}
+
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
     # v5 Eq. 8 and Table 1
-    "tic_grpo": _UP_ONLY | {"epsilon_high": 0.28, "loss_type": "dr_grpo", "scale_rewards": "none"},
+    "tic_grpo": _algorithm("trajectory", "up_only", "dr_grpo", "none", epsilon_high=0.28),
     # the authors' released loss: cap σ√|o_i| for A > 0, dual clip 3.0 for A < 0
-    "tic_grpo_released": _UP_ONLY
-    | {"length_scaled_cap": 0.01, "delta": 3.0, "loss_type": "dr_grpo", "scale_rewards": "group"},
+    "tic_grpo_released": _algorithm("trajectory", "up_only", "dr_grpo", "group", length_scaled_cap=0.01, delta=3.0),
     # ours: truncated importance sampling, min(w', 1 + ε_high)·A·∇log π_θ for both signs of A
-    "tic_grpo_capped": _UP_ONLY
-    | {"clip_mode": "capped", "epsilon_high": 0.28, "loss_type": "dr_grpo", "scale_rewards": "none"},
+    "tic_grpo_capped": _algorithm("trajectory", "capped", "dr_grpo", "none", epsilon_high=0.28),
     # ours: as tic_grpo_capped for A < 0, with PPO's lower bound; PPO's rule for A > 0
-    "tic_grpo_truncated": {
-        "importance_sampling_level": "trajectory",
-        "clip_mode": "truncated",
-        "loss_type": "dr_grpo",
-        "scale_rewards": "none",
-    }
-    | _DAPO_CLIP,
+    "tic_grpo_truncated": _algorithm("trajectory", "truncated", "dr_grpo", "none", **_DAPO_CLIP),
     # v2 Eq. 9 and Algorithm 2
-    "tic_grpo_v2": _UP_ONLY | {"epsilon_high": 0.28, "loss_type": "grpo", "scale_rewards": "group"},
+    "tic_grpo_v2": _algorithm("trajectory", "up_only", "grpo", "group", epsilon_high=0.28),
     # DAPO's loss (arXiv 2503.14476), the baseline of both papers
-    "grpo": BY_TOKEN | {"loss_type": "dapo", "scale_rewards": "none"} | _DAPO_CLIP,
+    "grpo": _algorithm("token", "two_sided", "dapo", "none", **_DAPO_CLIP),
     # v5 Eq. 14, "GRPO2" in the theory and "GRPO+UB_Clip" in Table 2
-    "grpo2": {
-        "importance_sampling_level": "token",
-        "clip_mode": "up_only",
-        "epsilon_high": 0.28,
-        "loss_type": "dr_grpo",
-        "scale_rewards": "none",
-    },
+    "grpo2": _algorithm("token", "up_only", "dr_grpo", "none", epsilon_high=0.28),
     # v5 Table 2, "GRPO+Traj_IS"
-    "grpo_traj_is": {
-        "importance_sampling_level": "trajectory",
-        "clip_mode": "two_sided",
-        "loss_type": "dapo",
-        "scale_rewards": "none",
-    }
-    | _DAPO_CLIP,
+    "grpo_traj_is": _algorithm("trajectory", "two_sided", "dapo", "none", **_DAPO_CLIP),
     # GSPO (arXiv 2507.18071), the baseline of v5
-    "gspo": {
-        "importance_sampling_level": "sequence",
-        "clip_mode": "two_sided",
-        "epsilon": 3e-4,
-        "epsilon_high": 4e-4,
-        "loss_type": "grpo",
-        "scale_rewards": "group",
-    },
+    "gspo": _algorithm("sequence", "two_sided", "grpo", "group", epsilon=3e-4, epsilon_high=4e-4),
     # TRL's losses under their own names: ScaleRL's CISPO, SAPO (arXiv 2511.20347), LUSPO (arXiv 2602.05261, §5.1),
     # VESPO (arXiv 2602.10693)
-    "cispo": BY_TOKEN | {"epsilon_high": CISPO_CAP, "loss_type": "cispo", "scale_rewards": "batch"},
-    "sapo": BY_TOKEN | {"loss_type": "sapo", "scale_rewards": "group"},
-    "luspo": BY_TOKEN
-    | {
-        "importance_sampling_level": "sequence",
-        "epsilon": 2e-3,
-        "epsilon_high": 2.5e-3,
-        "loss_type": "luspo",
-        "scale_rewards": "group",
-    },
-    "vespo": BY_TOKEN | {"loss_type": "vespo", "scale_rewards": "group"},
+    "cispo": _algorithm("token", "two_sided", "cispo", "batch", epsilon_high=CISPO_CAP),
+    "sapo": _algorithm("token", "two_sided", "sapo", "group"),
+    "luspo": _algorithm("sequence", "two_sided", "luspo", "group", epsilon=2e-3, epsilon_high=2.5e-3),
+    "vespo": _algorithm("token", "two_sided", "vespo", "group"),
     # no importance sampling: v2 Fig. 1 and v5 Fig. 1
-    "grpo_no_is": {
-        "importance_sampling_level": "none",
-        "clip_mode": "none",
-        "loss_type": "dapo",
-        "scale_rewards": "none",
-    },
+    "grpo_no_is": _algorithm("none", "none", "dapo", "none"),
 }
 # Algorithms made of a level, a clip mode and a length normaliser, without TRL's other losses and the aliases
 FAMILY = [name for name, algorithm in ALGORITHMS.items() if algorithm["loss_type"] in ANCHORED_LOSS_TYPES]

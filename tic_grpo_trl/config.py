@@ -34,20 +34,18 @@ def _option(default: Any, description: str) -> Any:
 
 def _document(cls):
     """Add the fields that a class declares to its docstring."""
-    hints = typing.get_type_hints(cls)
-    entries = [cls.__doc__.rstrip(), "", "    Parameters:"]
+    hints, entries = typing.get_type_hints(cls), [cls.__doc__.rstrip(), "", "    Parameters:"]
     for name in cls.__annotations__:
         field, hint = cls.__dataclass_fields__[name], hints[name]
         kind = hint.__name__ if isinstance(hint, type) else hint
         entries.append(f"        {name} (`{kind}`, *optional*, defaults to `{field.default!r}`):")
-        text = textwrap.fill(field.metadata["help"], 107, break_on_hyphens=False)
-        entries.append(textwrap.indent(text, " " * 12))
+        entries.append(textwrap.indent(textwrap.fill(field.metadata["help"], 107, break_on_hyphens=False), " " * 12))
     cls.__doc__ = "\n".join([*entries, "    "])
     return cls
 
 
 def _is_of_trl(level: str | None, clip_mode: str | None) -> bool:
-    """Whether TRL's default loss computes this importance weight."""
+    """Return whether TRL's default loss computes this importance weight."""
     return level in ("token", "sequence") and clip_mode == "two_sided"
 
 
@@ -118,10 +116,8 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
         True,
         "Split a rollout into mini-batches of complete groups, uniformly at random (v5 §2.2). This needs "
         "per_device_train_batch_size * gradient_accumulation_steps * number of processes to be a multiple of "
-        "num_generations, and steps_per_generation of gradient_accumulation_steps. If a mini-batch's groups span "
-        "processes, the processes exchange responses once per rollout, which rollouts with images cannot do. Where "
-        "the split is impossible, a warning says why and responses are shuffled across mini-batches, as TRL does and "
-        "as False asks for.",
+        "num_generations, and steps_per_generation of gradient_accumulation_steps. Where the split is impossible, a "
+        "warning says why, and responses are shuffled across mini-batches, as in TRL and with False.",
     )
     padding_free: bool = _option(
         True,
@@ -144,40 +140,35 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
         "trainer",
         "The policy in the denominator of the ratios: 'trainer' for the trained model's weights before a rollout's "
         "first update, or 'sampler' for the log-probabilities that vLLM or a rollout_func returned with the samples. "
-        "With 'sampler' the trajectory ratio is that of the policy that really sampled, the old policy is not scored "
-        "(except for responses that lack a log-probability), and TRL's vLLM correction is off, because the ratio "
-        "already contains it.",
+        "With 'sampler' the old policy is scored only for responses that lack a log-probability, and TRL's vLLM "
+        "correction is off, because the ratio already contains it.",
     )
     min_ess: Annotated[float | None, Range("[0, 1]", 0.1)] = _option(
         None,
         "Skip an update and the rest of its rollout, and count them, when the effective sample size is below this "
-        "share of the mini-batch's responses. Off by default.",
+        "share of the mini-batch's responses. Off by default, and not possible with fp16.",
     )
     max_non_finite_steps: Annotated[int, Range("[1, inf)", 3)] = _option(
         3, "Stop training when this many updates in a row were skipped because of NaN or infinite numbers."
     )
     reward_timeout: Annotated[float | None, Range("(0, inf)", 60.0)] = _option(
         None,
-        "Seconds that one call of a reward function may take. If a call takes longer, the run ends on every process. "
-        "No limit by default.",
+        "Seconds that a call of a reward function may take before the run ends on every process. No limit by default.",
     )
     discard_rollout_on_resume: bool = _option(
         False,
         "When resuming from a checkpoint inside a rollout, generate a new rollout instead of finishing the saved one. "
-        "Needed after a change of the algorithm, which is otherwise refused, because the saved rollout has the "
-        "advantages and ratios of the old algorithm.",
+        "Needed after a change of the algorithm, because the saved rollout has the old algorithm's advantages.",
     )
     completions_total_limit: Annotated[int | None, Range("[1, inf)", 10)] = _option(
         None,
-        "Keep only this many of the newest log_completions tables (completions/*.parquet, one per log entry), as "
-        "save_total_limit does with checkpoints. All by default.",
+        "Keep only this many of the newest log_completions tables (completions/*.parquet). All by default.",
     )
     vllm_importance_sampling_correction: bool | None = _option(  # type: ignore[assignment]
         None,
         "TRL's correction for the mismatch between vLLM and the trained model. True by default, False with "
         "behaviour_policy='sampler'. At level 'trajectory' it needs a sequence mode of vllm_importance_sampling_mode: "
-        "a response's weight is then the bounded P_θ/P_old times P_old/P_sampler, truncated or masked at "
-        "vllm_importance_sampling_clip_max.",
+        "a response's weight is then the bounded P_θ/P_old times the truncated or masked P_old/P_sampler.",
     )
     disable_dropout: bool = _option(
         True,
@@ -197,16 +188,15 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
         self._resolve_algorithm()
         check_ranges(self)
         check_combinations(self)
-        if self.loss_type == "cispo" and self.epsilon_high is not None and self.epsilon_high < 1:
+        if self.loss_type == "cispo" and (self.epsilon_high or CISPO_CAP) < 1:
             warnings.warn(
                 f"With loss_type='cispo' the cap is epsilon_high={self.epsilon_high} itself, not 1 + epsilon_high, so "
                 f"it reduces nearly every weight to {self.epsilon_high}. Set epsilon_high={CISPO_CAP}.",
                 UserWarning,
                 stacklevel=3,
             )
-        # A saved config has both of these. TRL refuses them together, although one follows from the other.
         generation_batch_size = self.generation_batch_size
-        if self.steps_per_generation is not None:
+        if self.steps_per_generation is not None:  # a saved config has both, which TRL refuses
             self.generation_batch_size = None
         try:
             super().__post_init__()
@@ -244,10 +234,9 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
     @property
     def changed_sampling(self) -> dict[str, Any]:
         """Sampling settings, by name, that make the sampler differ from the policy that is scored."""
-        sampler = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
         neutral = {"top_p": (1.0,), "top_k": (0, -1), "min_p": (0.0,), "repetition_penalty": (1.0,)}
         kwargs = self.generation_kwargs if isinstance(self.generation_kwargs, dict) else {}
-        sampler |= {name: value for name, value in kwargs.items() if name in neutral}
+        sampler = {name: kwargs.get(name, getattr(self, name)) for name in neutral}
         return {name: value for name, value in sampler.items() if value is not None and value not in neutral[name]}
 
     def _resolve_algorithm(self):
@@ -270,32 +259,30 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
 
     def _follow_loss_type(self, algorithm: dict[str, Any], explicit: set[str]):
         """Replace the algorithm's weight and bounds where an explicit loss type comes with its own."""
-        own_weight, was_own_weight = (loss in OTHER_LOSS_TYPES for loss in (self.loss_type, algorithm["loss_type"]))
-        if not (own_weight or was_own_weight):
+        has_own_weight, had_own_weight = (name in OTHER_LOSS_TYPES for name in (self.loss_type, algorithm["loss_type"]))
+        if not (has_own_weight or had_own_weight):
             return
         fits = _is_of_trl(algorithm["importance_sampling_level"], algorithm["clip_mode"])
-        if not (fits and self.loss_type == "luspo" and not was_own_weight):
+        if had_own_weight or self.loss_type != "luspo" or not fits:
             for name in BOUNDS:
                 algorithm.pop(name, None)
         if self.loss_type == "cispo":
             algorithm["epsilon_high"] = CISPO_CAP
-        if own_weight and not fits:
+        if has_own_weight and not fits:
             algorithm |= BY_TOKEN
-            if followed := [f"{name}={value!r}" for name, value in BY_TOKEN.items() if name not in explicit]:
+            if used := ", ".join(f"{name}={value!r}" for name, value in BY_TOKEN.items() if name not in explicit):
                 self.notes.append(
-                    f"loss_type={self.loss_type!r} defines its own weight: using {', '.join(followed)} instead of the "
-                    "algorithm's."
+                    f"loss_type={self.loss_type!r} defines its own weight: using {used} instead of the algorithm's."
                 )
 
     def _resolve_bounds(self, explicit: set[str]):
         """Drop the bounds that the loss does not read, and fill those that it does."""
-        has_own_weight = self.loss_type in OTHER_LOSS_TYPES
-        read = OTHER_LOSS_TYPES[str(self.loss_type)] if has_own_weight else BOUNDS_READ[str(self.clip_mode)]
-        for name in BOUNDS:
-            if name in read:
-                continue
+        if self.loss_type in OTHER_LOSS_TYPES:
+            read, reader = OTHER_LOSS_TYPES[str(self.loss_type)], f"loss_type={self.loss_type!r}"
+        else:
+            read, reader = BOUNDS_READ[str(self.clip_mode)], f"clip_mode={self.clip_mode!r}"
+        for name in [name for name in BOUNDS if name not in read]:
             if name in explicit:
-                reader = f"loss_type={self.loss_type!r}" if has_own_weight else f"clip_mode={self.clip_mode!r}"
                 unused = f"{name}={getattr(self, name)} has no effect with {reader}"
                 if name == "length_scaled_cap" and self.length_scaled_cap:
                     raise ValueError(f"{unused}: remove {name}.")

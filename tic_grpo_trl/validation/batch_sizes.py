@@ -1,7 +1,6 @@
 """Reject batch sizes that don't divide evenly or don't fit, with the nearest valid values."""
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 from ..rollout.schedule import RolloutSchedule
@@ -16,34 +15,21 @@ def nearest_multiples(value: int, of: int) -> list[int]:
 def nearest_divisors(value: int, of: int, least: int = 2) -> list[int]:
     """Return the divisors of `of` just below and above `value`, from `least` on."""
     divisors = [n for n in range(least, of + 1) if of % n == 0]
-    below, above = [n for n in divisors if n < value], [n for n in divisors if n > value]
-    return [*below[-1:], *above[:1]]
+    return [*[n for n in divisors if n < value][-1:], *[n for n in divisors if n > value][:1]]
 
 
-def least_factor(value: int, of: int) -> int:
+def _least_factor(value: int, of: int) -> int:
     """Return the smallest n for which n x `value` is a multiple of `of`."""
     return of // math.gcd(of, value)
 
 
-def _either(values: Iterable[Any]) -> str:
-    return " or ".join(f"{value:,}" if isinstance(value, int) else str(value) for value in values)
+def _either(values: list[int]) -> str:
+    return " or ".join(f"{value:,}" for value in values)
 
 
 def check_batches(args: Any, processes: int) -> RolloutSchedule:
-    """Check that batch sizes divide evenly.
-
-    Args:
-        args: a `TICGRPOConfig`, or settings of the same names.
-        processes: number of training processes.
-
-    Returns:
-        The schedule that they make.
-
-    Raises:
-        ValueError: with the sizes that don't divide evenly and the nearest valid values.
-    """
-    per_step = args.per_device_train_batch_size * processes
-    whole = args.generation_batch_size
+    """Check that the batch sizes of a `TICGRPOConfig`, or of its fields, divide evenly; return their schedule."""
+    per_step, whole = args.per_device_train_batch_size * processes, args.generation_batch_size
     if args.steps_per_generation is None and whole is not None and whole % per_step:
         raise ValueError(
             f"generation_batch_size {whole} is not divisible by per_device_train_batch_size "
@@ -51,14 +37,13 @@ def check_batches(args: Any, processes: int) -> RolloutSchedule:
             f"generation_batch_size {_either(nearest_multiples(whole, per_step))}."
         )
     batches = RolloutSchedule.of(args, processes)
-    size, group = batches.per_device_train_batch_size, batches.num_generations
+    size, steps, group = batches.per_device_train_batch_size, batches.steps_per_generation, batches.num_generations
     if group < 2:
         raise ValueError(f"num_generations {group}: a group needs two responses or more. Nearest: num_generations 2.")
     if batches.responses % group:
-        steps = batches.steps_per_generation
-        size_step = least_factor(processes * steps, of=group)
+        size_step = _least_factor(processes * steps, of=group)
         whole_updates = batches.gradient_accumulation_steps if float(batches.updates).is_integer() else 1
-        steps_step = math.lcm(least_factor(processes * size, of=group), whole_updates)
+        steps_step = math.lcm(_least_factor(processes * size, of=group), whole_updates)
         raise ValueError(
             f"per_device_train_batch_size {size} x steps_per_generation {steps} x {processes} processes = "
             f"{batches.responses} responses per rollout, which is not divisible by num_generations {group}. Nearest: "
@@ -66,10 +51,9 @@ def check_batches(args: Any, processes: int) -> RolloutSchedule:
             f"{_either(nearest_multiples(steps, steps_step))}; or num_generations "
             f"{_either(nearest_divisors(group, batches.responses))}."
         )
-    eval_group = args.num_generations_eval or group
-    eval_size = args.per_device_eval_batch_size
+    eval_size, eval_group = args.per_device_eval_batch_size, args.num_generations_eval or group
     if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no" and eval_size * processes % eval_group:
-        step = least_factor(processes, of=eval_group)
+        step = _least_factor(processes, of=eval_group)
         raise ValueError(
             f"per_device_eval_batch_size {eval_size} x {processes} processes = {eval_size * processes} responses, "
             f"which is not divisible by num_generations_eval {eval_group}. Nearest: per_device_eval_batch_size "
@@ -86,11 +70,7 @@ def check_batches(args: Any, processes: int) -> RolloutSchedule:
 
 
 def check_length(args: Any, max_prompt_length: int | None):
-    """Check that a prompt and a completion of full length fit into `vllm_max_model_length`.
-
-    Raises:
-        ValueError: with the nearest `vllm_max_model_length` that fits.
-    """
+    """Check that a prompt and a completion of full length fit into `vllm_max_model_length`."""
     if args.use_vllm and args.vllm_mode == "colocate" and args.vllm_max_model_length:
         longest = (max_prompt_length or 0) + args.max_completion_length
         if longest > args.vllm_max_model_length:
@@ -102,16 +82,12 @@ def check_length(args: Any, max_prompt_length: int | None):
 
 
 def check_prompts(batches: RolloutSchedule, num_prompts: int):
-    """Check that the data has enough prompts for one rollout.
-
-    Raises:
-        ValueError: with the nearest `steps_per_generation` that it fills.
-    """
+    """Check that the data has enough prompts for one rollout."""
     if num_prompts >= batches.prompts:
         return
     window = batches.gradient_accumulation_steps if batches.steps_per_generation > 1 else 1
     size = batches.processes * batches.per_device_train_batch_size
-    step = math.lcm(window, least_factor(size, of=batches.num_generations))
+    step = math.lcm(window, _least_factor(size, of=batches.num_generations))
     fits = num_prompts * batches.num_generations // size // step * step
     nearest = f"steps_per_generation {fits}" if fits else "a smaller per_device_train_batch_size"
     raise ValueError(

@@ -23,62 +23,37 @@ from .batch_sizes import check_length, check_prompts
 EXAMPLES = 10_000  # of a data set, checked at once
 
 
-def check_inputs(
-    model: Any,
-    reward_funcs: Any,
-    args: TICGRPOConfig,
-    train_dataset: Any = None,
-    eval_dataset: Any = None,
-    processing_class: Any = None,
-    environment_factory: Any = None,
-    **others: Any,
-):
-    """Check what can be known before a model is loaded or vLLM started.
-
-    Args:
-        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, environment_factory, **others:
-            as given to the trainer.
-
-    Raises:
-        ValueError, TypeError: naming what is wrong and how to fix it.
-    """
+def check_inputs(model: Any, reward_funcs: Any, args: TICGRPOConfig, train_dataset: Any = None, **others: Any):
+    """Check the trainer's arguments for what can be known before a model is loaded or vLLM started."""
     check_length(args, None)
+    _check_tokenizer(others.get("processing_class"))
     if isinstance(model, nn.Module):
-        _check_device(model)
-        _check_reference(model, args, others.get("peft_config"))
+        _check_model(model, args, others.get("peft_config"))
     for function in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
         if not (function is None or isinstance(function, str) or callable(function)):
             raise TypeError(
                 f"reward_funcs contains {function!r}, which is not a reward function: pass functions, reward models or "
                 "names of reward models."
             )
-    if processing_class is not None:
-        check_tokenizer(processing_class)
-    if environment_factory is not None:
+    if others.get("environment_factory") is not None:
         return  # the prompts come from the environment
+    batches, evaluated = RolloutSchedule.of(args, args.world_size), others.get("eval_dataset")
     if isinstance(train_dataset, Dataset | IterableDataset):
-        batches = RolloutSchedule.of(args, args.world_size)
         check_prompts(batches, _check_examples("train_dataset", train_dataset, batches.prompts))
     if args.eval_strategy != "no":
-        of_eval = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
-        for name, dataset in of_eval.items():
+        for name, dataset in (evaluated if isinstance(evaluated, dict) else {"eval_dataset": evaluated}).items():
             if isinstance(dataset, Dataset | IterableDataset):
                 _check_examples(name, dataset, 1)
 
 
-def _check_device(model: nn.Module):
-    if is_fsdp_enabled():
-        return  # FSDP loads the weights on one process and distributes them
+def _check_model(model: Any, args: TICGRPOConfig, peft_config: Any):
+    """Refuse a model without weights, and one for which TRL cannot load the reference model."""
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if empty:
+    if empty and not is_fsdp_enabled():  # FSDP loads the weights on one process and distributes them
         raise ValueError(
             f"The model has no weights: {len(empty)} of its parameters are on the meta device (first: {empty[0]}). "
             "Load it with from_pretrained, without device_map, or pass its name."
         )
-
-
-def _check_reference(model: Any, args: TICGRPOConfig, peft_config: Any):
-    """TRL loads the reference model from the folder or hub id that the policy was loaded from."""
     adapted = peft_config is not None or is_peft_model(model)  # the reference is then the model without its adapter
     if args.beta != 0.0 and not adapted and not get_config_model_id(model.config):
         raise ValueError(
@@ -87,40 +62,34 @@ def _check_reference(model: Any, args: TICGRPOConfig, peft_config: Any):
         )
 
 
-def check_tokenizer(processing_class: Any):
-    """Check that a tokenizer has an EOS token."""
+def _check_tokenizer(processing_class: Any):
     tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        return  # TRL refuses it
-    if tokenizer.eos_token_id is None:
+    if isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.eos_token_id is None:
         raise ValueError(
             f"The tokenizer ({type(tokenizer).__name__} {tokenizer.name_or_path!r}) has no EOS token, so no response "
             "would end: set tokenizer.eos_token to the token that ends one."
         )
 
 
-def _check_column(name: str, columns: list[str] | None):
-    if columns is not None and "prompt" not in columns:  # some streams don't know their columns
-        raise ValueError(
-            f"{name} has no column 'prompt', only {', '.join(map(repr, columns)) or 'none'}: rename the column with "
-            "the prompts, with dataset.rename_column(name, 'prompt')."
-        )
-
-
 def _check_examples(name: str, dataset: Dataset | IterableDataset, count: int) -> int:
     """Check the prompts of a data set, or the first `count` of a stream, and return how many there are."""
-    _check_column(name, dataset.column_names)
     if isinstance(dataset, Dataset):
-        _check_missing(name, dataset)
-        size, first = len(dataset), list(dataset.select_columns("prompt").select(range(min(8, len(dataset)))))
+        size, columns = len(dataset), [dataset.column_names]
     else:
-        first = list(itertools.islice(dataset, count))
-        size = len(first)
+        examples = list(itertools.islice(dataset, count))
+        size, columns = len(examples), [list(example) for example in examples]
     if not size:
         raise ValueError(f"{name} is empty: pass a data set with prompts.")
-    for example in first:
-        _check_column(name, list(example))
-    check_kinds(name, [example["prompt"] for example in first])
+    for names in columns:
+        if "prompt" not in names:
+            raise ValueError(
+                f"{name} has no column 'prompt', only {', '.join(map(repr, names)) or 'none'}: rename the column with "
+                "the prompts, with dataset.rename_column(name, 'prompt')."
+            )
+    if isinstance(dataset, Dataset):
+        _check_missing(name, dataset)
+        examples = list(dataset.select_columns("prompt").select(range(min(8, size))))
+    check_kinds(name, [example["prompt"] for example in examples])
     return size
 
 
@@ -128,11 +97,11 @@ def _check_missing(name: str, dataset: Dataset):
     """Refuse examples whose prompt is `None` or a conversation without messages."""
     for start, table in enumerate(dataset.select_columns("prompt").with_format("arrow").iter(EXAMPLES)):
         prompts = table["prompt"].combine_chunks()
-        missing = pc.is_null(prompts)
+        present = prompts.is_valid()
         if pa.types.is_list(prompts.type) or pa.types.is_large_list(prompts.type):
-            missing = pc.or_(missing, pc.equal(pc.fill_null(pc.list_value_length(prompts), 0), 0))
-        if (index := pc.index(missing, True).as_py()) >= 0:
-            what = "None" if prompts[index].as_py() is None else "a conversation without messages"
+            present = pc.greater(pc.list_value_length(prompts), 0).fill_null(False)
+        if (index := pc.index(present, False).as_py()) >= 0:
+            what = "a conversation without messages" if prompts[index].is_valid else "None"
             raise ValueError(
                 f"The prompt of example {start * EXAMPLES + index} of {name} is {what}: drop such examples, with "
                 "dataset.filter(lambda example: example['prompt'])."
@@ -140,44 +109,24 @@ def _check_missing(name: str, dataset: Dataset):
 
 
 def check_kinds(name: str, prompts: list):
-    """Check that prompts are either all strings or all conversations.
-
-    Args:
-        name: of the data set or batch.
-        prompts: to check.
-
-    Raises:
-        ValueError: naming the first prompt that is neither, or differs from those before it.
-    """
-    kinds = set()
+    """Check that the prompts of a data set or batch are either all strings or all conversations."""
     for index, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            kinds.add("string")
-        elif isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt):
-            kinds.add("conversation")
-        else:
+        is_messages = isinstance(prompt, list) and all(isinstance(m, dict) and "role" in m for m in prompt)
+        if not isinstance(prompt, str) and not (prompt and is_messages):
             raise ValueError(
                 f"Prompt {index} of {name} is {_shortened(prompt)}: a prompt must be a string, or a list of messages "
                 "with 'role' and 'content'."
             )
-        if len(kinds) > 1:
+        if isinstance(prompt, str) != isinstance(prompts[0], str):
+            kind = "string" if isinstance(prompt, str) else "conversation"
             raise ValueError(
-                f"Prompt {index} of {name} is a {'string' if isinstance(prompt, str) else 'conversation'}, unlike "
-                "those before it: make all prompts strings, or all lists of messages."
+                f"Prompt {index} of {name} is a {kind}, unlike those before it: make all prompts the same."
             )
 
 
 @contextmanager
 def naming_refused_prompt(tokenize: Callable[[list], Any], prompts: list) -> Iterator[None]:
-    """Name the prompt in a tokenizer's error, for example a string with half a surrogate pair.
-
-    Args:
-        tokenize: what the block does with all prompts at once; called again with one prompt at a time.
-        prompts: of the batch, empty if a prompt cannot be tokenized alone.
-
-    Raises:
-        ValueError: instead of the tokenizer's error, if a prompt fails alone, too.
-    """
+    """Name the prompt in a tokenizer's error by tokenizing `prompts` one by one; give none if that is impossible."""
     try:
         yield
     except Exception as error:
@@ -194,13 +143,9 @@ def naming_refused_prompt(tokenize: Callable[[list], Any], prompts: list) -> Ite
 
 
 def check_loaded(trainer: Any):
-    """Check what needs the loaded model and tokenizer, before the trainer computes anything.
-
-    Raises:
-        ValueError: naming what is wrong and how to fix it.
-    """
-    check_tokenizer(trainer._tokenizer)
-    tokenizer, size = trainer._tokenizer, vocabulary_size(trainer.model)
+    """Check what needs the loaded model and tokenizer, before the trainer computes anything."""
+    _check_tokenizer(trainer._tokenizer)
+    tokenizer, size = trainer._tokenizer, _vocabulary_size(trainer.model)
     for name in ("pad_token", "eos_token", "bos_token"):
         if (number := getattr(tokenizer, f"{name}_id")) is not None and number >= size:
             raise ValueError(
@@ -211,38 +156,33 @@ def check_loaded(trainer: Any):
     dataset = trainer.train_dataset
     if not isinstance(dataset, Dataset) or trainer._is_vlm or trainer.environment_factories or trainer.rollout_func:
         return
+    prompts = dataset.select_columns("prompt")
     # Some tokenizers have more tokens than their model but never produce them, so only the prompts can tell.
     if len(tokenizer) > size:
-        for batch in dataset.select_columns("prompt").iter(1000):
+        for batch in prompts.iter(1000):
             trainer._tokenize_prompts(batch["prompt"])
-    elif pa.types.is_string(dataset.features.arrow_schema.field("prompt").type):
-        for table in dataset.select_columns("prompt").with_format("arrow").iter(EXAMPLES):
-            if pc.any(pc.equal(table["prompt"], "")).as_py():
-                trainer._tokenize_prompts([""])
-                return
+    elif pa.types.is_string(prompts.features.arrow_schema.field("prompt").type):
+        tables = prompts.with_format("arrow").iter(EXAMPLES)
+        if any(pc.any(pc.equal(table["prompt"], "")).as_py() for table in tables):
+            trainer._tokenize_prompts([""])
 
 
-def check_ids(trainer: Any, ids: list[list[int]], prompt_of: Callable[[int], Any], what: str = "prompt"):
-    """Check that the model can read the token ids of prompts or responses.
-
-    Args:
-        trainer: with the model.
-        ids: token ids of a batch, B lists.
-        prompt_of: returns the prompt of an index, for the error.
-        what: `"prompt"` or `"response"`.
-
-    Raises:
-        ValueError: if one is empty, has an id beyond the model's vocabulary, or is too long for the model.
-    """
-    size = vocabulary_size(trainer.model)
+def check_ids(
+    trainer: Any,
+    ids: list[list[int]],  # of a batch, B lists
+    prompt_of: Callable[[int], Any],  # returns the prompt of an index, for the error
+    what: str = "prompt",  # or "response"
+):
+    """Refuse token ids that are none, beyond the model's vocabulary, or too many for the model."""
+    size = _vocabulary_size(trainer.model)
     for index, tokens in enumerate(ids):
         if len(tokens) == 0:
             hint = "drop it from the data" if what == "prompt" else "it must contain at least the EOS token"
             raise ValueError(f"A {what} has no tokens: {hint}. Prompt: {_shortened(prompt_of(index))}")
-        if not 0 <= min(tokens) <= max(tokens) < size:
-            number = max(tokens) if max(tokens) >= size else min(tokens)
+        if min(tokens) < 0 or max(tokens) >= size:
+            bad = next(token for token in tokens if not 0 <= token < size)
             raise ValueError(
-                f"A {what} has the token {number}, but the model's embeddings end at {size - 1}: the tokenizer or vLLM "
+                f"A {what} has the token {bad}, but the model's embeddings end at {size - 1}: the tokenizer or vLLM "
                 "does not match the model. Use the model's own tokenizer, or model.resize_token_embeddings. Prompt: "
                 f"{_shortened(prompt_of(index))}"
             )
@@ -252,7 +192,7 @@ def check_ids(trainer: Any, ids: list[list[int]], prompt_of: Callable[[int], Any
 
 
 def checked_rollout(rollout_func: Callable | None) -> Callable | None:
-    """Wrap a `rollout_func` so that the token ids that it returns are checked."""
+    """Check the token ids that a `rollout_func` returns."""
     if rollout_func is None:
         return None
 
@@ -267,9 +207,8 @@ def checked_rollout(rollout_func: Callable | None) -> Callable | None:
 
 
 def _check_room(trainer: Any, length: int, prompt: Any):
-    args = trainer.args
+    args, where = trainer.args, f"Prompt: {_shortened(prompt)}"
     fix = "drop long prompts (tic_grpo_trl.data.drop_long_prompts), or lower max_completion_length"
-    where = f"Prompt: {_shortened(prompt)}"
     room = args.vllm_max_model_length if args.use_vllm and args.vllm_mode == "colocate" else None
     if room is not None and length >= room:
         raise ValueError(
@@ -291,12 +230,11 @@ def _check_room(trainer: Any, length: int, prompt: Any):
         warnings.warn(
             f"{what}, more than the {limit} positions that the model was trained for (max_position_embeddings), so "
             f"the text beyond them may be poor. To avoid this, {fix}. {where}",
-            UserWarning,
             stacklevel=2,
         )
 
 
-def vocabulary_size(model: Any) -> int:
+def _vocabulary_size(model: Any) -> int:
     """Return the number of the model's input embeddings, also if DeepSpeed or FSDP has sharded them."""
     size = getattr(model.get_input_embeddings(), "num_embeddings", None)
     return size or model.config.get_text_config().vocab_size

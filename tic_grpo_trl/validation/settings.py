@@ -18,15 +18,10 @@ from ..objective import CORRECTION_MODES
 
 @dataclass(frozen=True)
 class Range:
-    """Limit a number to an interval.
+    """Limit a number to an interval."""
 
-    Attributes:
-        interval: such as `"(0, 1]"`; a round bracket excludes its end, a square one includes it.
-        example: a value to suggest.
-    """
-
-    interval: str
-    example: float
+    interval: str  # such as "(0, 1]": a round bracket excludes its end, a square one includes it
+    example: float  # to suggest
 
     def __contains__(self, value: float) -> bool:
         low, high = map(float, self.interval[1:-1].split(","))
@@ -37,18 +32,10 @@ class Range:
 # Fields of TRL and transformers. Listed are only those where a bad value would go unnoticed, fail late, or fail with an
 # error that does not name it. The libraries refuse the others themselves.
 _COUNTS = (
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "steps_per_generation",
-    "generation_batch_size",
-    "num_generations_eval",
-    "num_iterations",
-    "vllm_tensor_parallel_size",
-    "ref_model_sync_steps",
-    "save_total_limit",
-    "pad_to_multiple_of",
-)
+    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps steps_per_generation "
+    "generation_batch_size num_generations_eval num_iterations vllm_tensor_parallel_size ref_model_sync_steps "
+    "save_total_limit pad_to_multiple_of"
+).split()
 _INHERITED: dict[str, Any] = dict.fromkeys(_COUNTS, Range("[1, inf)", 1)) | {
     "num_generations": Range("[2, inf)", 8),
     "logging_steps": Range("(0, inf)", 1),
@@ -72,11 +59,7 @@ _MAY_BE_INFINITE = ("delta", "max_grad_norm")
 
 
 def convert_types(config: Any):
-    """Convert numbers and booleans that are given as strings. YAML, for example, reads `1e-6` as a string.
-
-    Raises:
-        ValueError, TypeError: if a value does not have the type of its field.
-    """
+    """Convert numbers and booleans that are given as strings. YAML, for example, reads `1e-6` as a string."""
     for name, hint in typing.get_type_hints(type(config)).items():
         is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
         kinds = set(typing.get_args(hint)) if is_union else {hint}
@@ -114,18 +97,14 @@ def _converted(name: str, kinds: set[type], value: Any) -> Any:
 
 
 def _constraints(config: Any) -> dict[str, Any]:
-    """The `Range` or the tuple of choices of each field that has one."""
+    """Return the `Range` or the tuple of choices of each field that has one."""
     hints = typing.get_type_hints(type(config), include_extras=True).items()
     declared = {name: hint.__metadata__[0] for name, hint in hints if typing.get_origin(hint) is typing.Annotated}
     return declared | _INHERITED
 
 
 def check_choices(config: Any):
-    """Refuse strings that are not among a field's choices.
-
-    Raises:
-        ValueError: with the choices.
-    """
+    """Refuse strings that are not among a field's choices."""
     for name, choices in _constraints(config).items():
         value = getattr(config, name)
         if isinstance(choices, tuple) and value is not None and value not in choices:
@@ -133,11 +112,7 @@ def check_choices(config: Any):
 
 
 def check_ranges(config: Any):
-    """Refuse numbers out of range, and NaN or infinity where they make no sense.
-
-    Raises:
-        ValueError: with the valid range and an example.
-    """
+    """Refuse numbers out of range, and NaN or infinity where they make no sense."""
     for name, limits in _constraints(config).items():
         value = getattr(config, name, None)
         if isinstance(limits, Range) and isinstance(value, int | float) and value not in limits:
@@ -157,11 +132,7 @@ def check_ranges(config: Any):
 
 
 def check_combinations(config: Any):
-    """Refuse settings of the algorithm that contradict each other.
-
-    Raises:
-        ValueError: naming the options and what to change.
-    """
+    """Refuse settings of the algorithm that contradict each other."""
     level, mode = config.importance_sampling_level, config.clip_mode
     if (level == "none") != (mode == "none"):
         raise ValueError(
@@ -170,9 +141,8 @@ def check_combinations(config: Any):
         )
     if config.is_anchored and config.loss_type in OTHER_LOSS_TYPES:
         raise ValueError(
-            f"loss_type={config.loss_type!r} defines its own importance weight, so it cannot be combined with "
-            f"importance_sampling_level={level!r} and clip_mode={mode!r}: choose a loss_type of "
-            f"{', '.join(ANCHORED_LOSS_TYPES)}, or importance_sampling_level='token' with clip_mode='two_sided'."
+            f"loss_type={config.loss_type!r} defines its own importance weight, so level {level!r} and clip_mode="
+            f"{mode!r} don't apply: choose a loss_type of {', '.join(ANCHORED_LOSS_TYPES)}, or remove both."
         )
     if config.loss_type == "dr_grpo" and config.max_completion_length is None:
         raise ValueError(
@@ -184,21 +154,25 @@ def check_combinations(config: Any):
             f"length_scaled_cap={config.length_scaled_cap} bounds a trajectory ratio, so it cannot be combined with "
             f"importance_sampling_level={level!r}: remove it, or set importance_sampling_level='trajectory'."
         )
-    if config.delta is not None and not config.delta > 1 + (config.epsilon_high or 0):
+    upper = 1 + (config.epsilon_high or 0)
+    if config.delta is not None and not config.delta > upper:
         raise ValueError(
-            f"delta={config.delta} must be greater than 1 + epsilon_high = {1 + (config.epsilon_high or 0)}, because "
-            "it is the looser upper bound for negative advantages: raise delta, or remove it."
+            f"delta={config.delta} must be greater than 1 + epsilon_high = {upper}, because it is the looser upper "
+            "bound for negative advantages: raise delta, or remove it."
         )
-    by_sampler, corrects = config.behaviour_policy == "sampler", config.vllm_importance_sampling_correction
-    if by_sampler and corrects:
+    if config.min_ess is not None and config.fp16:
+        raise ValueError(
+            f"min_ess={config.min_ess} skips updates, which the loss scaler of fp16=True doesn't allow: set "
+            "fp16=False (and bf16=True), or remove min_ess."
+        )
+    corrects, correction = config.vllm_importance_sampling_correction, config.vllm_importance_sampling_mode
+    if config.behaviour_policy == "sampler" and corrects:
         raise ValueError(
             "behaviour_policy='sampler' already divides by the sampler's probabilities, so "
             "vllm_importance_sampling_correction=True would correct twice: remove one of them."
         )
-    correction = config.vllm_importance_sampling_mode
     if config.use_vllm and corrects and correction.startswith("token_") and level == "trajectory":
         raise ValueError(
-            f"vllm_importance_sampling_mode={correction!r} gives every token its own factor, which cannot be combined "
-            "with one weight per trajectory. Choose 'sequence_mask' or 'sequence_truncate', "
-            "behaviour_policy='sampler', or importance_sampling_level='token'."
+            f"vllm_importance_sampling_mode={correction!r} gives every token its own factor, but a trajectory has one "
+            "weight: choose sequence_mask, sequence_truncate or importance_sampling_level='token'."
         )
