@@ -22,39 +22,25 @@ TILE_TOKENS, TILE_BYTES_PER_TOKEN = 4096, 4 * 32768
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Store what the memory of a training process depends on. Bytes are per token of a forward pass.
+    """Store what the memory of a training process depends on. Bytes are per token of a forward pass."""
 
-    Attributes:
-        trained, frozen: numbers of parameters.
-        layers: number of decoder layers.
-        cache: numbers of the key-value cache for one token, over all layers.
-        stream: bytes of the residual stream.
-        layer: bytes that autograd keeps for one layer.
-        rest: bytes that autograd keeps outside the layers.
-        widest: bytes of the widest tensor.
-    """
-
-    trained: int
-    frozen: int
+    trained: int  # parameters
+    frozen: int  # parameters
     layers: int
-    cache: int
-    stream: int
-    layer: int
-    rest: int
-    widest: int
+    cache: int  # numbers, not bytes, of the key-value cache over all layers
+    stream: int  # bytes of the residual stream
+    layer: int  # bytes that autograd keeps for one layer
+    rest: int  # bytes that autograd keeps outside the layers
+    widest: int  # bytes of the widest tensor
 
 
 def model_size(
-    config: PretrainedConfig, dtype: torch.dtype, autocast: bool = False, peft_config: Any = None
+    config: PretrainedConfig,
+    dtype: torch.dtype,  # of the weights in the forward pass
+    autocast: bool = False,  # mixed precision computes in bfloat16 on weights of another dtype
+    peft_config: Any = None,
 ) -> ModelSize:
-    """Compute the sizes of a model without allocating it.
-
-    Args:
-        config: the model's configuration.
-        dtype: of the weights in the forward pass.
-        autocast: whether mixed precision computes in bfloat16 on weights of another dtype.
-        peft_config: an adapter to train, or `None` to train all weights.
-    """
+    """Compute the sizes of a model without allocating it."""
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if peft_config is not None:
@@ -90,22 +76,13 @@ def model_size(
 
 
 def activation_bytes(size: ModelSize, tokens: int, checkpointing: bool, autocast: bool = False) -> int:
-    """Estimate the peak memory of a forward and backward pass, besides weights and gradients.
+    """Estimate the peak memory of a forward and backward pass over `tokens` tokens, besides weights and gradients.
 
     With gradient checkpointing every layer keeps its input, and one layer at a time is recomputed. The gradient of the
     widest tensor is added. Logits exist only as tiles of TRL's fused head, before any layer is recomputed.
-
-    Args:
-        size: of the model.
-        tokens: in the pass, over all rows.
-        checkpointing: whether gradient checkpointing is on.
-        autocast: whether mixed precision copies the weights to bfloat16. Autograd keeps these copies; with
-            checkpointing only until the backward pass.
-
-    Returns:
-        Bytes, compared with real passes in `tests/dry_run/test_memory.py`.
     """
     head = min(tokens, TILE_TOKENS) * TILE_BYTES_PER_TOKEN
+    # Autograd keeps autocast's bfloat16 copies of the weights; with checkpointing only until the backward pass
     copies = 2 * size.trained if autocast else 0
     if checkpointing:
         kept = tokens * (size.layers * size.stream + size.rest)
@@ -115,25 +92,17 @@ def activation_bytes(size: ModelSize, tokens: int, checkpointing: bool, autocast
 
 
 def state_bytes(
-    size: ModelSize, topology: Topology, weight_bytes: int, bf16: bool, reference: bool
+    size: ModelSize,
+    topology: Topology,
+    weight_bytes: int,  # of a weight as it is loaded (`--dtype`): 4 or 2
+    bf16: bool,  # mixed precision
+    reference: bool,  # there is also a reference model (`beta` > 0 without an adapter)
 ) -> dict[str, float]:
-    """Estimate the memory of one process that does not depend on the batch, with AdamW.
-
-    Args:
-        size: of the model.
-        topology: of the run.
-        weight_bytes: of a weight as it is loaded (`--dtype`): 4 or 2.
-        bf16: whether `bf16` mixed precision is on.
-        reference: whether there is also a reference model (`beta` > 0 without an adapter).
-
-    Returns:
-        Bytes by purpose: on the GPU, or with offload in the machine's memory.
-    """
+    """Estimate the bytes by purpose of one process that don't depend on the batch, with AdamW."""
     shards, trained, frozen = topology.processes, size.trained, size.frozen
     if topology.zero_stage:  # computes in bf16 whatever --dtype says, and keeps fp32 weights
         compute = 2 if bf16 else 4
-        weight_shards = shards if topology.zero_stage == 3 else 1
-        weights = reference_bytes = compute * (trained + frozen) / weight_shards
+        weights = reference_bytes = compute * (trained + frozen) / (shards if topology.zero_stage == 3 else 1)
         gradients = compute * trained / (shards if topology.zero_stage > 1 else 1)
         optimizer = 12 * trained / shards  # fp32 weights 4, Adam's moments 8
         if topology.offload:
@@ -149,5 +118,4 @@ def state_bytes(
         optimizer = 2 * trained_bytes * trained
         reference_bytes = weight_bytes * (trained + frozen)
     parts = {"weights": weights, "gradients": gradients, "AdamW": optimizer}
-    parts["reference policy"] = reference_bytes if reference else 0.0
-    return {name: value for name, value in parts.items() if value}
+    return parts | ({"reference policy": reference_bytes} if reference else {})

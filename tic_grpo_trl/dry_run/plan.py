@@ -37,15 +37,10 @@ class PlannedConfig(TICGRPOConfig):
 
 
 def plan_for(argv: Sequence[str], environ: MutableMapping[str, str]) -> type[PlannedConfig] | None:
-    """Choose the config class that reads the settings of a dry run.
+    """Return the config class that reads the settings of a dry run, or `None` in all processes but the first.
 
-    Args:
-        argv: the script's flags. `--accelerate_config FILE` and `--num_processes N` name a topology; without them it
-            is the one that `accelerate launch` set up.
-        environ: the environment. What `accelerate launch` put there is removed, so that nothing is started.
-
-    Returns:
-        The config class, or `None` in all processes but the first.
+    `--accelerate_config FILE` and `--num_processes N` name a topology. Without them it is the one that
+    `accelerate launch` put into the environment, from where it is removed, so that nothing is started.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--accelerate_config")
@@ -65,18 +60,7 @@ def plan_for(argv: Sequence[str], environ: MutableMapping[str, str]) -> type[Pla
 
 
 def load_model_config(name: str, trust_remote_code: bool = False) -> tuple[PretrainedConfig | None, str]:
-    """Load a model's configuration.
-
-    Args:
-        name: folder or hub id.
-        trust_remote_code: whether code that comes with the model may run.
-
-    Returns:
-        The configuration and an empty string, or `None` and the reason why it cannot be read.
-
-    Raises:
-        ValueError: if the model needs code that may not run.
-    """
+    """Load the configuration of a folder or hub id; if it cannot be read, return `None` and the reason."""
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code), ""
     except OSError as error:
@@ -88,58 +72,40 @@ def load_model_config(name: str, trust_remote_code: bool = False) -> tuple[Pretr
 
 @dataclass(frozen=True)
 class Plan:
-    """Describe a run that has not started.
+    """Describe a run that has not started, or refuse it if data or memory don't suffice."""
 
-    Attributes:
-        args: its settings, read by the class that `plan_for` returns.
-        model: the model's configuration; without it, memory is not estimated.
-        note: why there is no configuration.
-        peft_config: the adapter to train, or `None` to train all weights.
-        weight_dtype: of the loaded weights.
-        num_prompts: prompts of the training data, if known.
-        longest_prompt: in tokens, if known.
-        eval_prompts: prompts of an evaluation, or `None` without one.
-        gpu_memory: bytes of each GPU, if known.
-    """
-
-    args: Any
-    model: PretrainedConfig | None
-    note: str = ""
+    args: Any  # read by the class that `plan_for` returns
+    model: Any  # the model's configuration; without it, memory is not estimated
+    note: str = ""  # why there is no configuration
     peft_config: Any = None
-    weight_dtype: torch.dtype = torch.float32
-    num_prompts: int | None = None
-    longest_prompt: int | None = None
-    eval_prompts: int | None = None
-    gpu_memory: float | None = None
+    weight_dtype: torch.dtype = torch.float32  # of the loaded weights
+    num_prompts: int | None = None  # in the training data
+    longest_prompt: int | None = None  # tokens
+    eval_prompts: int | None = None  # of an evaluation
+    gpu_memory: float | None = None  # bytes of each GPU
 
     def __post_init__(self):
         check_length(self.args, self.longest_prompt)
         if self.num_prompts is not None:
             check_prompts(self.batches, self.num_prompts)
         if self.model is not None and self.gpu_memory:
-            self._check_engine(self.gpu_memory)
+            if self._has_engine:
+                self._check_engine(self.gpu_memory)
             self._check_memory(self.gpu_memory)
 
     @cached_property
     def batches(self) -> RolloutSchedule:
-        """The run's batch sizes."""
         return check_batches(self.args, self.args.topology.processes)
 
     @cached_property
     def size(self) -> ModelSize:
         """The model's sizes, in the precision of the forward pass."""
-        assert self.model is not None
-        if self.args.planned_bf16 and self._is_sharded:  # DeepSpeed and FSDP2 compute with bf16 weights
-            return model_size(self.model, torch.bfloat16, False, self.peft_config)
-        return model_size(self.model, self.weight_dtype, self.autocast, self.peft_config)
-
-    @property
-    def _is_sharded(self) -> bool:
-        return bool(self.args.topology.zero_stage or self.args.topology.fsdp)
+        dtype = torch.bfloat16 if self.args.planned_bf16 and self._is_sharded else self.weight_dtype
+        return model_size(self.model, dtype, self.autocast, self.peft_config)
 
     @property
     def autocast(self) -> bool:
-        """Whether mixed precision computes in bfloat16 on float32 weights, which DeepSpeed and FSDP2 do not do."""
+        """Whether mixed precision computes in bfloat16 on float32 weights; DeepSpeed and FSDP2 have bf16 weights."""
         return bool(self.args.planned_bf16 and not self._is_sharded and self.weight_dtype == torch.float32)
 
     @property
@@ -148,70 +114,60 @@ class Plan:
         return (self.longest_prompt or 0) + self.args.max_completion_length
 
     @property
-    def states(self) -> dict[str, float]:
+    def _is_sharded(self) -> bool:
+        return bool(self.args.topology.zero_stage or self.args.topology.fsdp)
+
+    @property
+    def _has_engine(self) -> bool:
+        """Whether vLLM runs in the training processes."""
+        return bool(self.args.use_vllm) and self.args.vllm_mode == "colocate"
+
+    @property
+    def _states(self) -> dict[str, float]:
         """Bytes of one process for weights, gradients and Adam's states; with offload in the machine's memory."""
         args = self.args
         reference = bool(args.beta) and self.peft_config is None
         return state_bytes(self.size, args.topology, self.weight_dtype.itemsize, args.planned_bf16, reference)
 
     def memory(self, batch_size: int | None = None) -> dict[str, float]:
-        """Estimate the GPU memory of one process during an update.
-
-        Args:
-            batch_size: `per_device_train_batch_size`, by default the setting's.
-
-        Returns:
-            Bytes by purpose.
-        """
+        """Estimate the GPU memory of one process during an update: bytes by purpose."""
         args = self.args
         tokens = (batch_size or self.batches.per_device_train_batch_size) * self.longest_response
-        parts = {} if args.topology.offload else self.states
-        checkpointing = bool(args.gradient_checkpointing)
-        parts["activations"] = float(activation_bytes(self.size, tokens, checkpointing, self.autocast))
-        if self.has_engine and self.gpu_memory and not args.vllm_enable_sleep_mode:
+        parts = {} if args.topology.offload else self._states
+        parts["activations"] = activation_bytes(self.size, tokens, bool(args.gradient_checkpointing), self.autocast)
+        if self._has_engine and self.gpu_memory and not args.vllm_enable_sleep_mode:
             parts["vLLM"] = args.vllm_gpu_memory_utilization * self.gpu_memory
         return parts
 
-    @property
-    def has_engine(self) -> bool:
-        """Whether vLLM runs in the training processes."""
-        return bool(self.args.use_vllm) and self.args.vllm_mode == "colocate"
-
     def _check_memory(self, gpu_memory: float):
-        needed = self.memory()
+        needed, b = self.memory(), self.batches
         if sum(needed.values()) <= gpu_memory:
             return
-        batches = self.batches
-        size = batches.per_device_train_batch_size
-        fitting = (n for n in range(size - 1, 0, -1) if size % n == 0 and sum(self.memory(n).values()) <= gpu_memory)
-        if fits := next(fitting, None):
-            factor = size // fits
-            nearest = (
-                f"per_device_train_batch_size {fits} with gradient_accumulation_steps "
-                f"{batches.gradient_accumulation_steps * factor} and steps_per_generation "
-                f"{batches.steps_per_generation * factor}"
-            )
+        size = b.per_device_train_batch_size
+        smaller = [n for n in range(size - 1, 0, -1) if size % n == 0]
+        if fits := next((n for n in smaller if sum(self.memory(n).values()) <= gpu_memory), None):
+            window, steps = (n * size // fits for n in (b.gradient_accumulation_steps, b.steps_per_generation))
+            nearest = f"per_device_train_batch_size {fits} with gradient_accumulation_steps {window} and "
+            nearest += f"steps_per_generation {steps}"
         else:
+            last = "LoRA" if self.peft_config is None else "a smaller max_completion_length"
             nearest = "a topology that shards more (see accelerate_configs/), a smaller vllm_gpu_memory_utilization, "
-            nearest += "or LoRA" if self.peft_config is None else "or a smaller max_completion_length"
+            nearest += f"or {last}"
         parts = ", ".join(f"{name} {value / GB:.1f}" for name, value in needed.items())
         raise ValueError(
             f"The run needs {sum(needed.values()) / GB:.1f} GB of each GPU, which has {gpu_memory / GB:.0f}: {parts}. "
             f"Nearest: {nearest}."
         )
 
-    def _cache_tokens(self, gpu_memory: float) -> tuple[float, int, float]:
-        """Bytes of vLLM's weights, tokens that fit into its cache, and bytes per cached token."""
+    def _engine_cache(self, gpu_memory: float) -> tuple[float, int, float]:
+        """Return the bytes of vLLM's bf16 weights, the tokens that fit beside them, and the bytes of a token."""
         args, size = self.args, self.size
         weights = 2 * (size.trained + size.frozen) / args.vllm_tensor_parallel_size
         token = 2 * size.cache / args.vllm_tensor_parallel_size
-        share = args.vllm_gpu_memory_utilization * gpu_memory
-        return weights, max(0, int((share - weights) / token)), token
+        return weights, max(0, int((args.vllm_gpu_memory_utilization * gpu_memory - weights) / token)), token
 
     def _check_engine(self, gpu_memory: float):
-        if not self.has_engine:
-            return
-        weights, tokens, token = self._cache_tokens(gpu_memory)
+        weights, tokens, token = self._engine_cache(gpu_memory)
         if tokens < self.longest_response:
             least = math.ceil(100 * (weights + token * self.longest_response) / gpu_memory) / 100
             raise ValueError(
@@ -223,85 +179,76 @@ class Plan:
     def lines(self) -> list[tuple[str, str]]:
         """Describe the plan as labels and texts, which `--dry_run` prints."""
         args, b, topology = self.args, self.batches, self.args.topology
-        prompts = b.update_responses / b.num_generations
-        updates = f"K = {b.updates:g} of {b.update_responses:,} responses ({prompts:g} prompts)"
-        if not float(b.updates).is_integer():
-            updates += ": some span two rollouts; make steps_per_generation a multiple of gradient_accumulation_steps"
+        model, remark = self.note, ""
+        if self.model is not None:
+            trained, both, layers = self.size.trained, self.size.trained + self.size.frozen, self.size.layers
+            of_all = f"of {_count(both)} parameters are trained" if both > trained else "parameters"
+            model = f"{_count(trained)} {of_all}, {layers} layers"
+        if b.updates % 1:
+            remark = ": some span two rollouts; make steps_per_generation a multiple of gradient_accumulation_steps"
         elif b.update_responses % b.num_generations:
-            updates += ": groups are split between them"
+            remark = ": groups are split between them"
         elif b.updates == 1:
-            updates += ": on-policy, every ratio is 1"
-        updates += f", each in at most {b.gradient_accumulation_steps} passes of {b.per_device_train_batch_size} "
-        updates += "responses of full length on each process"
+            remark = ": on-policy, every ratio is 1"
         length = f"{self.longest_prompt or 0:,} + {args.max_completion_length:,}"
         update, rollout = (_count(n * self.longest_response) for n in (b.update_responses, b.responses))
         lines = [
             ("topology", f"{topology.name}: {b.processes} process{'es' * (b.processes > 1)}, {topology.kind}"),
-            ("model", self._model_line()),
+            ("model", model),
             ("rollout", f"{b.prompts:,} prompts x {b.num_generations} responses = {b.responses:,} responses"),
-            ("updates", updates),
+            (
+                "updates",
+                f"K = {b.updates:g} of {b.update_responses:,} responses ({b.update_responses / b.num_generations:g} "
+                f"prompts){remark}, each in at most {b.gradient_accumulation_steps} passes of "
+                f"{b.per_device_train_batch_size} responses of full length on each process",
+            ),
             ("run", self._run_line()),
             ("tokens", f"at most {b.update_responses:,} x ({length}) = {update} an update, {rollout} a rollout"),
         ]
-        if self.eval_prompts:
+        if prompts := self.eval_prompts:
             group = args.num_generations_eval or b.num_generations
-            responses = self.eval_prompts * group
-            lines.append(("evaluation", f"{self.eval_prompts:,} prompts x {group} = {responses:,} responses"))
+            lines.append(("evaluation", f"{prompts:,} prompts x {group} = {prompts * group:,} responses"))
         return lines + (self._memory_lines() if self.model is not None else [])
-
-    def _model_line(self) -> str:
-        if self.model is None:
-            return self.note
-        size = self.size
-        trained = f"{_count(size.trained)} parameters"
-        if size.frozen:
-            trained = f"{_count(size.trained)} of {_count(size.trained + size.frozen)} parameters are trained"
-        return f"{trained}, {size.layers} layers"
 
     def _run_line(self) -> str:
         args, b = self.args, self.batches
         if self.num_prompts is None:
             total = f"{args.max_steps:,} updates, " if args.max_steps > 0 else ""
             return total + "the length of an epoch is unknown without the data"
-        rollouts, updates = self.num_prompts // b.prompts, b.updates_in(self.num_prompts)
-        left = self.num_prompts - rollouts * b.prompts
-        epoch = f"an epoch of {self.num_prompts:,} prompts is {rollouts:,} rollouts = {updates:,} updates"
-        epoch += f", {left:,} prompts left over" if left else ""
+        (rollouts, left), updates = divmod(self.num_prompts, b.prompts), b.updates_in(self.num_prompts)
         total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
-        return f"{total:,} updates; {epoch}"
+        epoch = f"an epoch of {self.num_prompts:,} prompts is {rollouts:,} rollouts = {updates:,} updates"
+        return f"{total:,} updates; {epoch}" + (f", {left:,} prompts left over" if left else "")
 
     def _memory_lines(self) -> list[tuple[str, str]]:
-        args, b = self.args, self.batches
+        args, b, parts = self.args, self.batches, self.memory()
         checkpointing = "gradient checkpointing" if args.gradient_checkpointing else "no gradient checkpointing"
-        size, length = b.per_device_train_batch_size, self.longest_response
+        a_pass = f"a pass of {b.per_device_train_batch_size} x {self.longest_response:,} tokens, {checkpointing}"
         engine = ""
-        if self.has_engine and self.gpu_memory:
-            weights, tokens, _ = self._cache_tokens(self.gpu_memory)
+        if self._has_engine and self.gpu_memory:
+            weights, tokens, _ = self._engine_cache(self.gpu_memory)
             engine = f"bf16 weights {weights / GB:.1f}, cache for {_count(tokens)} tokens "
-            engine += f"({tokens // length} responses of full length)"
-        details = {"activations": f"a pass of {size} x {length:,} tokens, {checkpointing}", "vLLM": engine}
-        parts = self.memory()
-        total = _gb(sum(parts.values())) + (f"  of {self.gpu_memory / GB:.0f} GB" if self.gpu_memory else "")
-        lines = [("memory", "of each process, without the context and buffers of CUDA, NCCL and DeepSpeed")]
-        lines += [(name, f"{_gb(value)}  {details.get(name, '')}".rstrip()) for name, value in parts.items()]
-        lines.append(("sum", total))
-        if self.has_engine and "vLLM" not in parts:
+            engine += f"({tokens // self.longest_response} responses of full length)"
+        details = {"activations": a_pass, "vLLM": engine}
+        of_gpu = f"  of {self.gpu_memory / GB:.0f} GB" if self.gpu_memory else ""
+        lines = [
+            ("memory", "of each process, without the context and buffers of CUDA, NCCL and DeepSpeed"),
+            *((name, f"{_bytes(value)}  {details.get(name, '')}".rstrip()) for name, value in parts.items()),
+            ("sum", _bytes(sum(parts.values())) + of_gpu),
+        ]
+        if self._has_engine and "vLLM" not in parts:
             when = " while it generates" if args.vllm_enable_sleep_mode else ""
             lines.append(("vLLM", f"{args.vllm_gpu_memory_utilization:g} of the GPU{when}  {engine}".rstrip()))
         if args.topology.offload:
-            lines.append(("machine", f"{_gb(sum(self.states.values()))}  of the machine's memory for each process"))
+            lines.append(("machine", f"{_bytes(sum(self._states.values()))}  of the machine's memory for each process"))
         return lines
 
 
-def _gb(value: float) -> str:
-    for unit, name in ((GB, "GB"), (1e6, "MB")):
-        if value >= 0.05 * unit:
-            return f"{value / unit:6.1f} {name}"
-    return f"{value / 1e3:6.1f} kB"
+def _bytes(value: float) -> str:
+    unit, name = next(((n, name) for n, name in ((GB, "GB"), (1e6, "MB")) if value >= 0.05 * n), (1e3, "kB"))
+    return f"{value / unit:6.1f} {name}"
 
 
 def _count(value: float) -> str:
-    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= unit:
-            return f"{value / unit:.3g}{name}"
-    return f"{value:g}"
+    unit, name = next(((n, name) for n, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if value >= n), (1, ""))
+    return f"{value / unit:.3g}{name}"

@@ -10,42 +10,25 @@ import yaml
 
 @dataclass(frozen=True)
 class Topology:
-    """Store the number of training processes and what they shard.
+    """Store the number of training processes and what they shard."""
 
-    Attributes:
-        processes: number of training processes, one per GPU.
-        name: what to print, such as the file's name.
-        zero_stage: DeepSpeed's ZeRO stage, 0 without DeepSpeed.
-        fsdp: whether PyTorch's FSDP2 shards weights, gradients and optimizer states.
-        offload: whether DeepSpeed keeps the shards in the machine's memory.
-    """
-
-    processes: int = 1
-    name: str = "one process"
-    zero_stage: int = 0
-    fsdp: bool = False
-    offload: bool = False
+    processes: int = 1  # one per GPU
+    name: str = "one process"  # what to print
+    zero_stage: int = 0  # of DeepSpeed, 0 without it
+    fsdp: bool = False  # PyTorch's FSDP2 shards weights, gradients and optimizer states
+    offload: bool = False  # DeepSpeed keeps its shards in the machine's memory
 
     @property
     def kind(self) -> str:
-        """Name what shards the model."""
         if self.zero_stage:
-            return f"DeepSpeed ZeRO-{self.zero_stage}" + (" with offload" if self.offload else "")
+            return f"DeepSpeed ZeRO-{self.zero_stage}" + " with offload" * self.offload
         if self.fsdp:
             return "FSDP2"
         return "DDP" if self.processes > 1 else "nothing is sharded"
 
     @classmethod
     def from_file(cls, path: str | Path, processes: int | None = None) -> "Topology":
-        """Read a file of `accelerate config`, such as those in `accelerate_configs/`.
-
-        Args:
-            path: of the YAML file.
-            processes: overrides the file's `num_processes`, like `accelerate launch --num_processes`.
-
-        Raises:
-            ValueError: if the file does not exist or is not accelerate's.
-        """
+        """Read a file of `accelerate config`; `processes` overrides its `num_processes`."""
         try:
             config: Any = yaml.safe_load(Path(path).read_text())
             kind = str(config["distributed_type"])
@@ -65,11 +48,7 @@ class Topology:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> "Topology":
-        """Read what `accelerate launch` set up for this process; without it, one process.
-
-        Args:
-            environ: the environment variables.
-        """
+        """Read what `accelerate launch` set up for this process; without it, one process."""
         deepspeed = environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         return cls(
             processes=int(environ.get("WORLD_SIZE", "1")),
