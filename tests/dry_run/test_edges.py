@@ -87,5 +87,5 @@ def test_weights_that_runs_start_from_are_made_once_and_by_one_thread(tmp_path, 
 def test_tuned_study_refuses_an_algorithm_without_a_grid_before_any_run(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "execute_all", lambda *_: pytest.fail("a run was started"))
     args = study.StudyArguments(plan="tuned", algorithms=["tic_grpo", "gspo", "mine"], output_dir=tmp_path)
-    with pytest.raises(ValueError, match="--algorithms mine: the grid has tic_grpo, "):
+    with pytest.raises(ValueError, match="--algorithms mine: choose from tic_grpo, "):
         study.tune(args)

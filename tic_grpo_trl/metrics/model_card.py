@@ -7,47 +7,23 @@ from ..version import __version__
 from .run_summary import LogHistory, accuracy_name, series, table
 
 
-SHOWN = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "optim",
-    "beta",
-    "temperature",
-    "num_generations",
-    "max_completion_length",
-    "seed",
-)
+SHOWN = "learning_rate lr_scheduler_type optim beta temperature num_generations max_completion_length seed".split()
 
 
 def complete_card(
-    card: str,
+    card: str,  # what TRL wrote
     args: Any,
     log_history: LogHistory,
     processes: int,
-    reward_names: list[str],
-    data: str | None,
+    reward_names: list[str],  # the first one is the accuracy
+    data: str | None,  # name of the training data
     base_model: str,
-    model: str,
+    model: str,  # name of the trained model, for the usage example
 ) -> str:
-    """Add the run's settings and results to TRL's model card.
-
-    Args:
-        card: what TRL wrote.
-        args: the run's `TICGRPOConfig`.
-        log_history: of the trainer's state.
-        processes: number of training processes.
-        reward_names: of the reward functions; the first one is the accuracy.
-        data: name of the training data, if known.
-        base_model: name of the model before training.
-        model: name of the trained model, for the usage example.
-
-    Returns:
-        The card, as Markdown.
-    """
+    """Add the run's settings and results to a model card in Markdown."""
     batches = RolloutSchedule.of(args, processes)
     rows = {name: value for name, value in args.resolved_algorithm.items() if value is not None}
-    values = {name: getattr(args, name) for name in SHOWN}
-    rows |= {name: getattr(value, "value", value) for name, value in values.items()}  # of enums
+    rows |= {name: getattr(getattr(args, name), "value", getattr(args, name)) for name in SHOWN}  # enums have a value
     rows |= {
         "updates per rollout (K)": f"{batches.updates:g}",
         "responses per update": batches.update_responses,

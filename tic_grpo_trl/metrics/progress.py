@@ -1,6 +1,5 @@
 """Show the reward and the importance ratios in the progress bar, instead of every metric."""
 
-import re
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -8,18 +7,16 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.utils import is_in_notebook
 
 from ..rollout.schedule import RolloutSchedule
+from .ratios import QUANTILES
+from .run_summary import NOISE_FLOOR, inner_steps
 
 
 # Columns of a notebook's table, by metric
 COLUMNS = {"reward": "reward", "trajectory_ratio/ess": "ess", "eval_reward": "eval_reward"}
+PROBLEMS = {"update/skipped": "skipped", "frac_non_finite": "non_finite"}
 # In this order; a narrow terminal leaves out the last ones
 ORDER = ("reward", "ess", "eval_reward", "skipped", "non_finite", "R", "clip", "noise", "k")
-QUANTILES = [f"trajectory_ratio/log_q{level}" for level in ("05", "50", "95")]
-CLIP_SHARES = (  # for A > 0, for A < 0
-    ["trajectory_ratio/clip_high_pos"],
-    ["trajectory_ratio/clip_high_neg", "trajectory_ratio/clip_low_neg"],
-)
-NOISE = ("trajectory_ratio/noise_floor", "trajectory_ratio/inner_1/log_std")
+CLIP_SHARES = (("clip_high_pos",), ("clip_high_neg", "clip_low_neg"))  # for A > 0, for A < 0
 
 
 def _nats(value: float) -> str:
@@ -29,42 +26,35 @@ def _nats(value: float) -> str:
 def shown_values(logs: dict[str, float] | None, measures_noise: bool = False) -> dict[str, str]:
     """Choose and format what the progress bar shows of a log entry.
 
-    Args:
-        logs: the entry.
-        measures_noise: whether the spread of R at the first inner step is measured, rather than 0 by definition.
-
-    Returns:
-        Texts by name, if the entry has them: `reward`, `ess` (effective sample size, share of n) and `eval_reward`;
-        `skipped` (share of updates) and `non_finite` (share of responses), empty if 0; `R`, its 5, 50 and 95 %
-        quantiles in nats; `clip`, the shares beyond a bound for A > 0 and for A < 0 (– if no response has that sign);
-        `noise`, the spread of R between equal weights in nats; `k`, the inner steps of this entry.
+    `R` has the 5, 50 and 95 % quantiles in nats; `clip` the shares beyond a bound for A > 0 and for A < 0, – if no
+    response has that sign; `noise` the spread of R between equal weights in nats, where it was measured; `k` the inner
+    steps of this entry. `skipped` and `non_finite` are empty if they are 0.
     """
     known = {name: value for name, value in (logs or {}).items() if value is not None}
+    ratios = {name.removeprefix("trajectory_ratio/"): value for name, value in known.items()}
     shown = {short: f"{known[name]:.3f}" for name, short in COLUMNS.items() if name in known}
-    for name, short in (("update/skipped", "skipped"), ("frac_non_finite", "non_finite")):
-        if name in known:
-            shown[short] = f"{known[name]:.2g}" if known[name] else ""
-    if all(name in known for name in QUANTILES):
-        shown["R"] = "/".join(_nats(known[name]) for name in QUANTILES)
-        shares = [[known[name] for name in names if name in known] for names in CLIP_SHARES]
+    shown |= {short: f"{known[name]:.2g}" if known[name] else "" for name, short in PROBLEMS.items() if name in known}
+    if all(name in ratios for name in QUANTILES):
+        shown["R"] = "/".join(_nats(ratios[name]) for name in QUANTILES)
+        shares = [[ratios[name] for name in names if name in ratios] for names in CLIP_SHARES]
         shown["clip"] = "/".join(f"{100 * sum(of_sign):.0f}" if of_sign else "–" for of_sign in shares) + "%"
-    for name in NOISE if measures_noise else NOISE[:1]:
-        if name in known:
-            shown["noise"] = f"{known[name]:.2g}"
-            break
-    steps = [match[1] for name in known if (match := re.fullmatch(r"trajectory_ratio/inner_(\d+)/ess", name))]
-    if steps:
-        shown["k"] = steps[0] if len(steps) == 1 else f"{steps[0]}-{steps[-1]}"
+    spread = known.get("trajectory_ratio/inner_1/log_std") if measures_noise else None
+    if (noise := known.get(NOISE_FLOOR, spread)) is not None:
+        shown["noise"] = f"{noise:.2g}"
+    if steps := inner_steps([known]):
+        shown["k"] = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]}-{steps[-1]}"
     return shown
+
+
+def _line(values: dict[str, str]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
 def fitting(bar: tqdm, values: dict[str, str]) -> dict[str, str]:
     """Return as many of the first values as the bar's line has room for, so that no number is cut off."""
-    state = bar.format_dict
-    shown = dict(values)
+    state, shown = bar.format_dict, dict(values)
     while shown and state["ncols"]:
-        texts = ", ".join(f"{name}={value}" for name, value in shown.items())
-        line = bar.format_meter(**state | {"postfix": texts, "ncols": None})
+        line = bar.format_meter(**state | {"postfix": _line(shown), "ncols": None})
         if len(line) - 9 <= state["ncols"]:  # without a width the bar takes ten columns, but it needs only one
             break
         shown.popitem()
@@ -83,13 +73,16 @@ class SettingsCallback(TrainerCallback):
 
 
 class _Latest(dict):
-    """The latest text of every value that a display shows."""
+    """Keep the latest text of every value that a display shows, in order."""
 
-    def add(self, logs: dict[str, float] | None, args):
-        self |= shown_values(logs, not args.skip_on_policy_logps or args.behaviour_policy == "sampler")
+    def __init__(self):
+        super().__init__(dict.fromkeys(ORDER, ""))
 
-    def in_order(self) -> dict[str, str]:
-        return {name: self[name] for name in ORDER if self.get(name)}
+    def add(self, logs: dict[str, float] | None, args: Any):
+        self.update(shown_values(logs, not args.skip_on_policy_logps or args.behaviour_policy == "sampler"))
+
+    def shown(self) -> dict[str, str]:
+        return {name: value for name, value in self.items() if value}
 
 
 class RewardProgressCallback(ProgressCallback):
@@ -102,7 +95,7 @@ class RewardProgressCallback(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None:
             self._latest.add(logs, args)
-            self.training_bar.set_postfix(fitting(self.training_bar, self._latest.in_order()), refresh=False)
+            self.training_bar.set_postfix(fitting(self.training_bar, self._latest.shown()), refresh=False)
 
 
 # Our display for each of transformers'
@@ -126,14 +119,13 @@ if is_in_notebook():  # IPython may not be installed elsewhere
                 self._latest.add(logs, args)
 
         def on_step_end(self, args, state, control, **kwargs):
-            latest = ", ".join(f"{name}={value}" for name, value in self._latest.in_order().items())
-            self.training_tracker.update(state.global_step, force_update=True, comment=latest)
+            self.training_tracker.update(state.global_step, force_update=True, comment=_line(self._latest.shown()))
 
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
             if self.training_tracker is None:  # evaluate() on its own
                 super().on_evaluate(args, state, control, metrics, **kwargs)
                 return
-            values = {short: self._latest.get(short, "") for short in COLUMNS.values()}
+            values = {short: self._latest[short] for short in COLUMNS.values()}
             self.training_tracker.write_line({"step": state.global_step} | values)
             self.training_tracker.remove_child()
             self.prediction_bar = None

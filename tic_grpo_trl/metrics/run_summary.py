@@ -45,19 +45,13 @@ def accuracy_name(reward_name: str) -> str:
 
 def inner_steps(log_history: LogHistory) -> list[int]:
     """Return the inner steps k = 1 … K that have their own metrics, in order."""
-    found = {match[1] for entry in log_history for match in map(INNER_STEP.fullmatch, entry) if match}
-    return sorted(map(int, found))
+    return sorted({int(match[1]) for entry in log_history for match in map(INNER_STEP.fullmatch, entry) if match})
 
 
 def ratio_means(log_history: LogHistory) -> dict[str, float]:
     """Average the ratio metrics over a run: over all updates and, under `inner_<k>/`, over each inner step.
 
-    Args:
-        log_history: of the trainer's state.
-
-    Returns:
-        Means by the metrics' names without `trajectory_ratio/`: `ess`, `log_std`, the quantiles of R in nats and the
-        clip shares; `noise_floor`, `frac_non_finite` and `update/skipped` if they were logged.
+    The keys are the metrics' names without `trajectory_ratio/`; quantiles of R are in nats.
     """
     places = ["", *(f"inner_{k}/" for k in inner_steps(log_history))]
     names = {f"{place}{name}": f"trajectory_ratio/{place}{name}" for place in places for name in RATIOS}
@@ -75,18 +69,16 @@ def summarize_run(log_history: LogHistory, args: TICGRPOConfig, reward_name: str
         reward_name: the reward function whose held-out mean is the accuracy.
 
     Returns:
-        Values that JSON can store: `accuracy_before` and `accuracy_after` (first and last evaluation, or `None`),
-        `updates`, `seconds` (of `train()` with its evaluations), `seed`, the resolved algorithm, `ratios` (see
-        [`ratio_means`]) and `versions`.
+        Values that JSON can store. The accuracy is `None` without an evaluation, `seconds` are those of `train()` with
+        its evaluations, and [`ratio_means`] describes `ratios`.
     """
     _, accuracy = series(log_history, accuracy_name(reward_name))
-    _, seconds = series(log_history, "train_runtime")
     packages = ("tic-grpo-trl", "trl", "transformers", "torch", "accelerate")
     return {
         "accuracy_before": accuracy[0] if accuracy else None,
         "accuracy_after": accuracy[-1] if accuracy else None,
         "updates": log_history[-1]["step"] if log_history else 0,
-        "seconds": sum(seconds),
+        "seconds": sum(series(log_history, "train_runtime")[1]),
         "seed": args.seed,
         **args.resolved_algorithm,
         "ratios": ratio_means(log_history),
@@ -115,9 +107,9 @@ def plot_curves(log_history: LogHistory, path: str | Path, reward_name: str, win
 
     def draw(axis, name: str, label: str, colour, faint: bool = True):
         steps, values = series(log_history, name)
+        if values and faint:
+            axis.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
         if values:
-            if faint:
-                axis.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
             axis.plot(steps, smooth(steps, values, window), color=colour, linewidth=2, label=label)
 
     draw(axes[0, 0], "reward", "training reward", BLUE)
@@ -133,8 +125,8 @@ def plot_curves(log_history: LogHistory, path: str | Path, reward_name: str, win
         draw(axes[1, 0], "trajectory_ratio/ess", "effective sample size", BLUE)
         draw(axes[1, 1], "trajectory_ratio/log_std", "all updates", BLUE)
     shown = sorted({inner[i * (len(inner) - 1) // (LINES - 1)] for i in range(LINES)}) if inner else []
-    for k in shown:
-        colour = plt.get_cmap("viridis")(0.9 - 0.9 * shown.index(k) / max(1, len(shown) - 1))  # the last k darkest
+    colours = plt.get_cmap("viridis")([0.9 - 0.9 * i / max(1, len(shown) - 1) for i in range(len(shown))])
+    for k, colour in zip(shown, colours, strict=True):  # the last k darkest
         draw(axes[1, 0], f"trajectory_ratio/inner_{k}/ess", f"k = {k}", colour, faint=k == shown[-1])
         label = f"k = {k}" + " (noise floor)" * (k == 1)
         draw(axes[1, 1], f"trajectory_ratio/inner_{k}/log_std", label, colour, faint=k == shown[-1])
@@ -146,17 +138,15 @@ def plot_curves(log_history: LogHistory, path: str | Path, reward_name: str, win
     last, at = (f"inner_{inner[-1]}/", f" at k = {inner[-1]}") if inner else ("", "")
     for name, text, line in zip(QUANTILES, ("5 %", "50 %", "95 %"), (ORANGE, GREY, BLUE), strict=True):
         draw(axes[2, 0], f"trajectory_ratio/{last}{name}", text, line)
-    axes[2, 0].set(ylabel=f"quantiles of R{at}, nats")
+    axes[2, 0].set(ylabel=f"quantiles of R{at}, nats", xlabel="update")
     draw(axes[2, 1], "trajectory_ratio/clip_high_pos", "above the cap, A > 0", BLUE)
     draw(axes[2, 1], "trajectory_ratio/clip_high_neg", "above the cap, A < 0", ORANGE)
     if any(series(log_history, "trajectory_ratio/clip_low_neg")[1]):  # clip modes without a lower bound log zeros
         draw(axes[2, 1], "trajectory_ratio/clip_low_neg", "below the lower bound, A < 0", GREY)
-    axes[2, 1].set(ylabel="share of responses of that sign", ylim=(0, None))
+    axes[2, 1].set(ylabel="share of responses of that sign", ylim=(0, None), xlabel="update")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, loc="lower right" if axis is axes[1, 0] else "best")
-    for axis in axes[-1]:
-        axis.set_xlabel("update")
     figure.savefig(path, dpi=120)
     plt.close(figure)
