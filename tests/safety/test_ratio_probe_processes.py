@@ -1,4 +1,4 @@
-"""guards.py in two real processes: both make the same passes, one warns, the figure is of both's responses."""
+"""Two real processes: both make the same passes, one warns, the figure is of both's responses."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ def test_both_processes_measure_and_one_warns(tmp_path, topology):
     if topology == "zero3" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed (extra [deepspeed]).")
     kind, stage, cases = EXPECTED[topology]
-    launch(tmp_path, CONFIGS / f"{topology}.yaml", "guards", tmp_path, *cases, flags=ON_CPU)
+    launch(tmp_path, CONFIGS / f"{topology}.yaml", "ratio_probe", tmp_path, *cases, flags=ON_CPU)
     results = json.loads((tmp_path / "result.json").read_text())
     for case in cases:
         result, plain = results[case], results[f"{case}, not measured"]

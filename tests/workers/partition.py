@@ -58,7 +58,7 @@ def old_of(inputs, model):
 
 def run(name, config):
     trainer = make_trainer(folder / name, **{"max_steps": 8, "learning_rate": 0.02} | TRL_UPDATE_PHASE | config)
-    trainer._tokenizer.pad_token_id = PAD
+    trainer._tokenizer.pad_token_id = trainer.batcher.pad_token_id = PAD
     generated, widths, windows, window, padding = [], [], [], [], set()
     generate, compute_loss = trainer._generate_and_score_completions, trainer._compute_loss
 
