@@ -125,7 +125,7 @@ def test_rows_that_cannot_be_exchanged_are_named_and_responses_shuffled(spanning
     run = spanning["rows that stay"]
     (message,) = run["messages"]
     assert "pictures cannot be exchanged between processes" in message
-    assert "Make per_device_train_batch_size * gradient_accumulation_steps a multiple of num_generations" in message
+    assert "Make per_device_train_batch_size * gradient_accumulation_steps divisible by num_generations" in message
     (rollout,) = run["generated"]
     for rank in range(2):
         stayed = sorted(row["tag"] for window in run["windows"] for row in window[rank])
