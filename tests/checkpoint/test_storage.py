@@ -303,7 +303,10 @@ def test_no_complete_checkpoint_says_what_was_found(run_dir, tmp_path):
 
 
 FOREIGN = {
-    "wider": (lambda: {"model": small_model(hidden_size=16)}, r"is \(\d+, 8\) there and \(\d+, 16\) here"),
+    "wider": (
+        lambda: {"model": small_model(hidden_size=16)},
+        r"is \(\d+, 8\) in the checkpoint and \(\d+, 16\) in the model",
+    ),
     "deeper": (lambda: {"model": small_model(num_hidden_layers=2)}, r"it lacks model\.layers\.1\..*"),
     "shallower": (lambda: {"model": small_model(num_hidden_layers=0)}, r"it has model\.layers\.0\..*"),
     "adapter": (lambda: {"peft_config": LoraConfig(**LORA)}, "a whole model, while this run trains an adapter"),
@@ -329,9 +332,11 @@ def test_weights_that_fit(whole, tmp_path):
     adapted.save_model(str(tmp_path / "adapter"))
     assert find_mismatch(tmp_path / "adapter", adapted.model) is None
     other = trainer_in(tmp_path / "run", peft_config=LoraConfig(r=3, target_modules=["q_proj"])).model
-    assert "lora_A.weight is (2, 8) there and (3, 8) here" in find_mismatch(tmp_path / "adapter", other)
+    assert "lora_A.weight is (2, 8) in the checkpoint and (3, 8) in the model" in find_mismatch(
+        tmp_path / "adapter", other
+    )
     other = trainer_in(tmp_path / "run", peft_config=LoraConfig(r=2, target_modules=["k_proj"])).model
-    assert "q_proj.lora_A.weight, which this model has not" in find_mismatch(tmp_path / "adapter", other)
+    assert "q_proj.lora_A.weight, which this model does not have" in find_mismatch(tmp_path / "adapter", other)
 
 
 def test_weights_that_have_other_names_on_disk_are_loaded(tmp_path):

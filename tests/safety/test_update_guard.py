@@ -76,7 +76,7 @@ def scored(value):
 FAULTS = {
     "policy nan": (policy(NAN), {}),
     "policy inf, padded": (policy(INF), {"padding_free": False}),
-    "policy, dead rows kept": (policy(NAN), {"skip_zero_advantage": False}),
+    "policy, zero-advantage responses kept": (policy(NAN), {"skip_zero_advantage": False}),
     "policy, mean over rows": (policy(NAN), {"loss_type": "grpo"}),
     "policy, tokens of the batch": (policy(NAN), {"algorithm": "grpo", "loss_type": "dapo"}),
     "policy, checkpointing": (policy(NAN), {"gradient_checkpointing": True}),
@@ -443,10 +443,3 @@ def test_a_streak_goes_on_after_a_resume(tmp_path):
         with pytest.raises(NonFiniteError, match="3 updates in a row"):
             trainer.train(resume_from_checkpoint=resume)
         assert trainer.state.global_step == steps
-
-
-def test_min_ess_and_fp16_do_not_go_together(tmp_path):
-    trainer = build(tmp_path, min_ess=0.5)
-    trainer.args.fp16 = True
-    with pytest.raises(ValueError, match=r"min_ess=0\.5 .* set fp16=False"):
-        type(trainer)(model=drifted(tiny_model(), 0.1), reward_funcs=Judge(), args=trainer.args)

@@ -1,4 +1,4 @@
-"""What it means for a resumed run that settings have changed since its checkpoint was written."""
+"""Settings that have changed since a checkpoint, and what a resumed run does about them."""
 
 import json
 from dataclasses import dataclass
@@ -8,66 +8,30 @@ from ..algorithms import ALGORITHM_FIELDS
 from ..config import TICGRPOConfig
 
 
-# The rest of the rollout and the position in the data don't fit the new batches: a new rollout is generated.
-BATCHES = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "steps_per_generation",
-    "num_iterations",
-    "num_generations",
-)
+# The remaining rollout and the position in the data don't fit the new batches: a new rollout is generated.
+ROLLOUTS = ("steps_per_generation", "num_iterations", "num_generations")
+BATCHES = ("per_device_train_batch_size", "gradient_accumulation_steps", *ROLLOUTS)
 PROCESSES, PROMPTS = "number of processes", "number of prompts"
-# The rest of the rollout has log-probabilities under the old settings: a new rollout is generated.
-SCORING = (
-    "beta",
-    "temperature",
-    "use_vllm",
-    "vllm_importance_sampling_correction",
-    "vllm_importance_sampling_mode",
-    "vllm_importance_sampling_clip_min",
-    "vllm_importance_sampling_clip_max",
-)
-# The rest of the rollout has another algorithm's advantages and ratios: refused unless the user discards it.
+# The remaining rollout has log-probabilities under the old settings: a new rollout is generated.
+VLLM = ("use_vllm", "vllm_importance_sampling_correction", "vllm_importance_sampling_mode")
+VLLM_CLIP = ("vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max")
+SCORING = ("beta", "temperature", *VLLM, *VLLM_CLIP)
+# The remaining rollout has another algorithm's advantages and ratios: an error unless the user discards it.
 ALGORITHM = (*ALGORITHM_FIELDS, "behaviour_policy")
 # transformers restores these with the optimizer, so new values have no effect.
 OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 # New values take effect from the next update or rollout on.
-UPDATES = (
-    "optim",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "max_grad_norm",
-    "max_completion_length",
-    "mask_truncated_completions",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "reward_weights",
-    "multi_objective_aggregation",
-    "partition_by_prompt",
-    "use_bias_correction_kl",
-    "off_policy_mask_threshold",
-    "top_entropy_quantile",
-    "entropy_coef",
-    "sapo_temperature_neg",
-    "sapo_temperature_pos",
-    "vespo_k_pos",
-    "vespo_lambda_pos",
-    "vespo_k_neg",
-    "vespo_lambda_neg",
-)
+SCHEDULE = ("optim", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm")
+SAMPLING = ("max_completion_length", "mask_truncated_completions", "top_p", "top_k", "min_p", "repetition_penalty")
+REWARDS = ("reward_weights", "multi_objective_aggregation", "partition_by_prompt")
+LOSS = ("use_bias_correction_kl", "off_policy_mask_threshold", "top_entropy_quantile", "entropy_coef")
+SAPO = ("sapo_temperature_neg", "sapo_temperature_pos")
+VESPO = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
+UPDATES = (*SCHEDULE, *SAMPLING, *REWARDS, *LOSS, *SAPO, *VESPO)
 
 
 def settings_to_remember(args: TICGRPOConfig, processes: int, dataset: Any) -> dict[str, Any]:
-    """Collect the settings that a checkpoint's manifest keeps, as JSON gives them back.
-
-    Args:
-        args: the settings.
-        processes: number of training processes.
-        dataset: the training data; the number of prompts of a stream is unknown.
-    """
+    """Collect the settings that a checkpoint's manifest keeps, as they read back from JSON."""
     values = args.to_dict()
     names = (*BATCHES, *SCORING, *ALGORITHM, *OPTIMIZER, *UPDATES)
     settings = json.loads(json.dumps({name: values[name] for name in names}, default=str))
@@ -76,13 +40,7 @@ def settings_to_remember(args: TICGRPOConfig, processes: int, dataset: Any) -> d
 
 @dataclass(frozen=True)
 class Changes:
-    """The settings that have changed since a checkpoint, by what that means.
-
-    Attributes:
-        batches, scoring, algorithm, optimizer, updates: each a text such as "beta = 0.1 (was 0.0)", empty without a
-            change.
-        processes: whether the number of processes has changed.
-    """
+    """List the changed settings by their effect, such as "beta = 0.1 (was 0.0)"; empty strings without a change."""
 
     batches: str
     scoring: str
@@ -93,7 +51,7 @@ class Changes:
 
     @classmethod
     def between(cls, then: dict[str, Any], now: dict[str, Any]) -> "Changes":
-        """Compare the settings of a manifest with today's; settings that the manifest lacks count as unchanged."""
+        """Compare the settings of a manifest with the current ones; those that it lacks count as unchanged."""
         changed = {name for name in now if then.get(name, now[name]) != now[name]}
 
         def listed(names: tuple[str, ...]) -> str:

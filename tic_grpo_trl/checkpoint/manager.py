@@ -1,19 +1,20 @@
-"""Writes checkpoints that are complete as soon as they can be seen, and resumes from them exactly.
+"""Writing of checkpoints, which are complete as soon as they are visible, and exact resuming from them.
 
-A checkpoint is written to `.saving` and moved into place when all processes have written their part. Beside weights,
-optimizer and random states, which transformers saves, it holds the state of every object that a run needs to continue:
-the current rollout with its old log-probabilities, counters, metrics that have not been logged, the position in the
-data. The resumed run's weights, logs and completions are then equal bit for bit to those of a run that was never
-stopped, on the same hardware with the same number of processes; times are not. What lives outside the trainer is not
-saved: the random state of a vLLM engine, environments, the state of reward functions.
+A checkpoint is written to `.saving` and renamed when all processes have written their part. transformers saves weights,
+optimizer and random states. This package adds the state of every object that a run needs to continue: the current
+rollout with its old log-probabilities, counters, metrics that have not been logged, the position in the data. Weights,
+logs and completions of the resumed run are then equal bit for bit to those of a run that was never stopped, on the same
+hardware with the same number of processes; times are not. State outside the trainer is not saved: the random state of a
+vLLM engine, environments, the state of reward functions.
 """
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -31,82 +32,46 @@ from .run_state import DataPosition, ReferenceModel
 logger = get_logger(__name__)
 
 
-class Stateful(Protocol):
-    """An object that saves and restores itself."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
-
-
 @dataclass
 class Save:
-    """A checkpoint that is being written.
-
-    Attributes:
-        folder: where it is written.
-        target: where it belongs.
-        pushes: whether it goes to the hub when it is complete.
-    """
+    """Describe a checkpoint that is being written to `folder`, and will be moved to `target`."""
 
     folder: Path
     target: Path
-    pushes: bool = False
+    pushes: bool = False  # to the hub, when it is complete
 
 
+@dataclass
 class CheckpointManager:
-    """
-    Write, choose and read the checkpoints of a run.
+    """Write, choose and read the checkpoints of a run."""
 
-    Args:
-        args: the settings.
-        accelerator: for the communication between processes.
-        model: returns the policy.
-        settings: returns what the manifest keeps of the settings.
-        position: in the data.
-        rollout: the current rollout.
-        others: the other objects whose state is kept, by name.
-        reference: the reference model, if it is trained along; else `None`.
-    """
+    args: TICGRPOConfig
+    accelerator: Accelerator
+    model: Callable[[], PreTrainedModel]
+    settings: Callable[[], dict[str, Any]]  # for the manifest
+    position: DataPosition
+    rollout: Any
+    others: dict[str, Any]  # the other objects with a state, by name
+    reference: ReferenceModel | None  # if it changes
 
-    def __init__(
-        self,
-        args: TICGRPOConfig,
-        accelerator: Accelerator,
-        model: Callable[[], PreTrainedModel],
-        settings: Callable[[], dict[str, Any]],
-        position: DataPosition,
-        rollout: Any,
-        others: dict[str, Stateful],
-        reference: ReferenceModel | None,
-    ):
-        self.args, self.accelerator, self.model, self.settings = args, accelerator, model, settings
-        self.position, self.rollout, self.reference = position, rollout, reference
-        self.objects: dict[str, Stateful] = {"position": position, "rollout": rollout} | others
+    def __post_init__(self):
+        self.objects = {"position": self.position, "rollout": self.rollout} | self.others
         self.save: Save | None = None
         self._read: dict[str, Any] = {}  # state of this process by object, between reading and restoring it
 
     def _state_path(self, folder: Path) -> Path:
         return folder / f"tic_grpo_state_{self.accelerator.process_index}.pt"
 
-    # Writing
-
     def output_dir(self, run_dir: str) -> str:
-        """Return the folder in which transformers should write: the run's, or `.saving` in it for a checkpoint."""
+        """Return the folder in which transformers should write: `.saving` for a checkpoint, otherwise the run's."""
         return run_dir if self.save is None else os.path.join(run_dir, storage.STAGING)
 
     @contextmanager
     def saving(self, run_dir: str, state: TrainerState) -> Iterator[Save]:
-        """Write a checkpoint in a `with` block whose body lets transformers write its part.
-
-        Args:
-            run_dir: the run's folder.
-            state: transformers'.
-        """
-        folder = Path(run_dir)
-        name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        """Write a checkpoint in a `with` block whose body lets transformers write its part."""
+        folder, name = Path(run_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if self.accelerator.is_local_main_process:
-            storage.clear(folder)
+            shutil.rmtree(folder / storage.STAGING, ignore_errors=True)  # left by interrupted saves
         self.accelerator.wait_for_everyone()
         self.save = save = Save(folder / storage.STAGING / name, folder / name)
         try:
@@ -119,53 +84,47 @@ class CheckpointManager:
             if self.args.should_save:
                 state.save_to_json(str(save.folder / "trainer_state.json"))
         if not self.args.save_only_model:
-            self._write_state(save.folder)
+            save.folder.mkdir(parents=True, exist_ok=True)
+            path = self._state_path(save.folder)
+            torch.save({name: storage.to_plain(each.state_dict()) for name, each in self.objects.items()}, path)
+            logger.debug(f"Saved resume state ({path.stat().st_size / 1000:.1f} kB).")
+            if self.reference is not None:
+                self.reference.save(save.folder)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_local_main_process:
             storage.publish(save.folder, save.target, self.settings())
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             storage.rotate(folder, self.args.save_total_limit, state.best_model_checkpoint)
-            storage.clear(folder)
-
-    def _write_state(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        path = self._state_path(folder)
-        torch.save({name: storage.to_plain(each.state_dict()) for name, each in self.objects.items()}, path)
-        if self.reference is not None:
-            self.reference.save(folder)
-        logger.debug(f"Saved resume state ({path.stat().st_size / 1000:.1f} kB).")
-
-    # Choosing a checkpoint
+            shutil.rmtree(folder / storage.STAGING, ignore_errors=True)
 
     def choose(self, wanted: str | bool | None) -> str | None:
-        """Find the checkpoint to resume from.
+        """Return the path of the checkpoint to resume from, or `None`.
 
-        Args:
-            wanted: a path; `True` or "true" for the newest complete checkpoint; `None`, `False` or "false" for none.
-
-        Returns:
-            Its path, or `None`.
-
-        Raises:
-            ValueError: on every process, if there is no complete checkpoint, or the one that was named is damaged or of
-                another model. The message names it, the file, and the last complete checkpoint before it.
+        `wanted` is a path, `True` or "true" for the newest complete checkpoint, or `None`, `False` or "false" for none.
+        Raise a ValueError on every process if there is no complete checkpoint, or if the named one is damaged or of
+        another model. The message names it, the file, and the last complete checkpoint before it.
         """
         if isinstance(wanted, str) and wanted.lower() in ("true", "false") and not os.path.isdir(wanted):
             wanted = wanted.lower() == "true"  # as a command line gives it
         if not wanted:
             return None
-        checkpoint = self._newest() if wanted is True else self._named(Path(str(wanted)))
+        checkpoint = Path(str(wanted))
+        if self.accelerator.is_local_main_process:
+            storage.recover(Path(str(self.args.output_dir)) if wanted is True else checkpoint.parent)
+        self.accelerator.wait_for_everyone()
+        if wanted is True:
+            checkpoint = self._newest()
+        elif damage := self._first_problem(self._find_damage(checkpoint)):
+            raise ValueError(f"Cannot resume from checkpoint {checkpoint}: {damage}. {self._before(checkpoint)}")
         model = self.accelerator.unwrap_model(self.model())
         if mismatch := self._first_problem(storage.find_mismatch(checkpoint, model)):
             raise ValueError(f"Checkpoint {checkpoint} is of another model: {mismatch}. {self._before(checkpoint)}")
         return str(checkpoint)
 
     def _newest(self) -> Path:
-        run_dir = Path(str(self.args.output_dir))
-        self._recover(run_dir)
+        run_dir, damaged = Path(str(self.args.output_dir)), []
         steps = {storage.step_of(path) for path in storage.checkpoints_in(run_dir)}
-        damaged = []
         for step in sorted(set(gather_object([*steps])), reverse=True):
             path = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
             damage = self._first_problem(self._find_damage(path))
@@ -176,40 +135,23 @@ class CheckpointManager:
         found = f"only damaged ones: {', '.join(damaged)}" if damaged else "none at all"
         raise ValueError(f"No valid checkpoint found in output directory ({run_dir}), {found}.")
 
-    def _named(self, path: Path) -> Path:
-        self._recover(path.parent)
-        if damage := self._first_problem(self._find_damage(path)):
-            raise ValueError(f"Cannot resume from checkpoint {path}: {damage}. {self._before(path)}")
-        return path
-
-    def _recover(self, run_dir: Path):
-        if self.accelerator.is_local_main_process:
-            storage.recover(run_dir)
-        self.accelerator.wait_for_everyone()
-
     def _find_damage(self, path: Path) -> str | None:
         """Describe what this process finds wrong with a checkpoint, its own state included."""
         if not path.is_dir():
             return "there is no such folder"
-        if damage := storage.find_damage(path):
-            return damage
-        if self._state_path(path).exists():
+        damage = storage.find_damage(path)
+        if damage is None and self._state_path(path).exists():
             try:
                 storage.load_state(self._state_path(path), torch.device("cpu"))
             except ValueError as error:
                 return str(error)
-        return None
+        return damage
 
     def _before(self, path: Path) -> str:
         """Name the last complete checkpoint before this one, in a sentence."""
         step, model = storage.step_of(path), self.accelerator.unwrap_model(self.model())
-        complete = [
-            other
-            for other in storage.checkpoints_in(path.parent)
-            if (storage.step_of(other) < step or step < 0)
-            and not self._find_damage(other)
-            and not storage.find_mismatch(other, model)
-        ]
+        older = [other for other in storage.checkpoints_in(path.parent) if storage.step_of(other) < step or step < 0]
+        complete = [each for each in older if not (self._find_damage(each) or storage.find_mismatch(each, model))]
         of_all = gather_object([complete])
         usable = [other for other in complete if all(other in of_one for of_one in of_all)]
         if not usable:
@@ -220,20 +162,11 @@ class CheckpointManager:
         """Return the first problem that a process has, the same on all of them."""
         return next((text for text in gather_object([problem]) if text is not None), None)
 
-    # Reading
-
     def read(self, checkpoint: Path, position: tuple[int, int]) -> tuple[int, int]:
-        """Read the state of this process, as far as it fits the current settings.
+        """Read this process's state, as far as it fits the settings; return the epoch and the batches of it to skip.
 
-        Args:
-            checkpoint: its folder.
-            position: epoch and batches of it that transformers would skip.
-
-        Returns:
-            Epoch and batches to skip. transformers counts a stream of data as one epoch, however often it restarts.
-
-        Raises:
-            ValueError: if the checkpoint is inside a rollout of another algorithm.
+        `position` is what transformers would skip; it counts a stream of data as one epoch. Raise a ValueError if the
+        checkpoint is inside a rollout of another algorithm.
         """
         changes = Changes.between(storage.read_manifest(checkpoint)["settings"], self.settings())
         path = self._state_path(checkpoint)
@@ -249,9 +182,8 @@ class CheckpointManager:
                 "set discard_rollout_on_resume=True to generate a new rollout."
             )
         self._warn(checkpoint, changes, discards, lacks_state=state is None)
-        self._read = state or {}
-        if changes.batches or discards:
-            self._read = {name: value for name, value in self._read.items() if name not in ("position", "rollout")}
+        dropped = ("position", "rollout") if changes.batches or discards else ()
+        self._read = {name: value for name, value in (state or {}).items() if name not in dropped}
         if "position" in self._read and not self.args.ignore_data_skip:
             return self._read["position"]["epoch"], self._read["position"]["batches"]
         return position
@@ -261,16 +193,16 @@ class CheckpointManager:
             logger.warning(f"Settings changed since {checkpoint} and take effect from here on: {changes.updates}.")
         if changes.optimizer:
             logger.warning(
-                f"Settings changed since {checkpoint} without effect, because its optimizer and schedule continue with "
-                f"their own: {changes.optimizer}. To train with new ones, start a run from the checkpoint's weights."
+                f"Settings changed since {checkpoint} without effect, because its optimizer and schedule are restored: "
+                f"{changes.optimizer}. To train with new ones, start a new run from the checkpoint's weights."
             )
-        anew = "The rest of its rollout is generated again, so the run is not the same bit for bit."
+        new = "The rest of its rollout is generated again, so the run is not the same bit for bit."
         if changes.batches:
-            logger.warning(f"Settings changed since {checkpoint}: {changes.batches}. {anew}")
+            logger.warning(f"Settings changed since {checkpoint}: {changes.batches}. {new}")
         elif discards:
-            logger.warning(f"The rollout of {checkpoint} is discarded. {anew}")
+            logger.warning(f"The rollout of {checkpoint} is discarded. {new}")
         if lacks_state and not changes.processes:
-            logger.warning(f"{checkpoint} has no {self._state_path(checkpoint).name}. {anew}")
+            logger.warning(f"{checkpoint} has no {self._state_path(checkpoint).name}. {new}")
 
     def restore(self, checkpoint: Path):
         """Give every object the state that was read, after transformers has set its own counters."""

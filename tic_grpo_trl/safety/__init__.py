@@ -1,1 +1,1 @@
-"""What keeps bad numbers, meaningless ratios and credentials out of a run's results."""
+"""Protection of a run's results from bad numbers, meaningless ratios and leaked credentials."""

@@ -28,17 +28,13 @@ def credentials_in(value: Any) -> set[str]:
 
 def hide_credentials(arguments: Sequence[str], config: Any) -> list[str]:
     """Replace the credentials of a configuration in a command line by `<hidden>`."""
-    hidden = list(arguments)
     for credential in credentials_in(vars(config)):
-        hidden = [argument.replace(credential, "<hidden>") for argument in hidden]
-    return hidden
+        arguments = [argument.replace(credential, "<hidden>") for argument in arguments]
+    return list(arguments)
 
 
 class WithoutCredentials:
-    """Make training arguments hide their credentials.
-
-    Only the object itself has them. Its dict, string, pickle or copy (`copy.deepcopy`) has `None` instead.
-    """
+    """Make training arguments hide their credentials: their dict, string, pickle and deep copy have `None` instead."""
 
     def to_dict(self) -> dict[str, Any]:
         return without_credentials(super().to_dict())  # type: ignore[misc]

@@ -1,10 +1,9 @@
-"""NaN and infinities: where they stand, how a response is left out because of them, and how they are told.
+"""NaN and infinite numbers: find them, blank the responses that have them, and describe them.
 
-Pure functions on the tensors of a rollout or a micro-batch; [`~tic_grpo_trl.safety.update_guard`] calls them. A bad
-number may
-not even be multiplied by 0: 0 · NaN is NaN, forwards and backwards. A response that has one is therefore *blanked*, put
-in the state of those that fill up a micro-batch ([`~tic_grpo_trl.rollout.micro_batches.take_responses`]): one harmless
-token and nothing that counts. It then contributes exactly zero, and no normaliser changes.
+Multiplying a bad number by 0 does not remove it: 0 · NaN is NaN, in the forward and in the backward pass. So a response
+that has one is *blanked*: it becomes like the responses that fill up a micro-batch
+([`~tic_grpo_trl.rollout.micro_batches.take_responses`]), one harmless token of which nothing counts. It then
+contributes exactly zero, and no normaliser changes.
 """
 
 import math
@@ -16,13 +15,18 @@ import torch
 from packaging.version import Version
 
 from ..forward.responses import PADDED_SIDE, loss_mask, response_count
-from ..rewards.failures import _shown
+from ..rewards.failures import shorten
 
 
 FIRST_DEEPSPEED = "0.19.8"  # that discards non-finite gradients of any precision
-# exp of more is infinite in float32
-LOG_LARGEST = math.log(torch.finfo(torch.float32).max)
-REPORTED_ROWS = 3  # of a micro-batch or rollout, in one report
+LOG_LARGEST = math.log(torch.finfo(torch.float32).max)  # exp of more is infinite in float32
+MAX_DESCRIBED = 3  # responses in one report
+ROLLOUT_NUMBERS = {
+    "advantages": "advantage",
+    "old_per_token_logps": "old log-probability",
+    "ref_per_token_logps": "log-probability of the reference policy",
+    "importance_sampling_ratio": "importance sampling ratio",
+}
 
 
 class NonFiniteError(RuntimeError):
@@ -31,17 +35,11 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class CheckedNumbers:
-    """One kind of number of every response.
+    """Hold one kind of number of every response."""
 
-    Attributes:
-        name: what it is called in a report.
-        values: (n, T) per token or (n, 1) per response.
-        bad: which of them must not reach the weights; the same shape, bool.
-    """
-
-    name: str
-    values: torch.Tensor
-    bad: torch.Tensor
+    name: str  # in reports
+    values: torch.Tensor  # (n, T) per token or (n, 1) per response
+    bad: torch.Tensor  # bool, of the same shape: must not reach the weights
 
 
 def _checked(name: str, values: torch.Tensor, bad: torch.Tensor | None = None) -> CheckedNumbers:
@@ -51,179 +49,118 @@ def _checked(name: str, values: torch.Tensor, bad: torch.Tensor | None = None) -
 
 
 def numbers_of_rollout(inputs: dict[str, Any]) -> list[CheckedNumbers]:
-    """What is known before the responses are trained on.
+    """Check the numbers of a rollout or micro-batch that are known before it is trained on.
 
-    Args:
-        inputs: rollout or micro-batch of n responses. A sampler's log-probability may be NaN, which stands for one that
-            it did not give.
-
-    Returns:
-        Advantages, old, reference and sampler log-probabilities, and importance sampling ratios, those there are.
+    A sampler's log-probability may be NaN, which means that the sampler did not return it.
     """
-    places = [_checked("advantage", inputs["advantages"])]
-    names = {
-        "old_per_token_logps": "old log-probability",
-        "ref_per_token_logps": "log-probability of the reference policy",
-        "importance_sampling_ratio": "importance sampling ratio",
-    }
-    places += [_checked(text, inputs[name]) for name, text in names.items() if inputs.get(name) is not None]
-    if (sampled := inputs.get("sampling_per_token_logps")) is not None:
-        bad = sampled.isinf() & loss_mask(inputs).bool()
-        places.append(_checked("log-probability of the sampler", sampled, bad))
-    return places
+    numbers = [_checked(name, inputs[key]) for key, name in ROLLOUT_NUMBERS.items() if inputs.get(key) is not None]
+    if (logps := inputs.get("sampling_per_token_logps")) is not None:
+        bad = logps.isinf() & loss_mask(inputs).bool()
+        numbers.append(_checked("log-probability of the sampler", logps, bad))
+    return numbers
 
 
 def numbers_of_forward(
     per_token_logps: torch.Tensor,  # (B, T)
     inputs: dict[str, Any],
-    level: str | None,
-    beta: float,
-    entropies: torch.Tensor | None = None,  # (B, T)
+    level: str | None,  # at which the loss takes exp of an unbounded log-ratio: "token", "sequence" or none
+    beta: float,  # coefficient of the KL term, which takes exp(ref − logp)
+    entropies: torch.Tensor | None = None,  # (B, T), if the loss depends on them
 ) -> list[CheckedNumbers]:
-    """What a training forward pass brings to light.
-
-    Masked positions are looked at too, since TRL's loss multiplies them by 0.
-
-    Args:
-        per_token_logps: log-probabilities of the policy.
-        inputs: the micro-batch.
-        level: `"token"` or `"sequence"` where the loss takes exp of a log-ratio that nothing bounds, else `None`.
-        beta: coefficient of the KL term, which takes exp(ref − logp).
-        entropies: those that the loss contains, if it does.
-
-    Returns:
-        Log-probabilities, and log-ratios whose exponential is not finite in float32.
-    """
-    logps = per_token_logps.detach()
-    places = [_checked("log-probability of the policy", logps)]
+    """Check the results of a training forward pass, also on masked positions, which TRL's loss multiplies by 0."""
+    logps, old = per_token_logps.detach(), inputs.get("old_per_token_logps")
+    numbers = [_checked("log-probability of the policy", logps)]
     if entropies is not None:
-        places.append(_checked("entropy of the policy", entropies))
-    old = inputs.get("old_per_token_logps")
+        numbers.append(_checked("entropy of the policy", entropies))
     if level is not None and old is not None:
         log_ratio = logps - old
         if level == "sequence":
             mask = loss_mask(inputs)
             log_ratio = (log_ratio * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
-        places.append(_checked("log-ratio to the old policy", log_ratio, log_ratio > LOG_LARGEST))
+        numbers.append(_checked("log-ratio to the old policy", log_ratio, log_ratio > LOG_LARGEST))
     if beta != 0.0:
         log_ratio = inputs["ref_per_token_logps"] - logps
-        places.append(_checked("log-ratio of the reference policy", log_ratio, log_ratio > LOG_LARGEST))
-    return places
+        numbers.append(_checked("log-ratio of the reference policy", log_ratio, log_ratio > LOG_LARGEST))
+    return numbers
 
 
-def bad_responses(places: list[CheckedNumbers]) -> torch.Tensor:
-    """(n,) bool: the responses that have a bad number anywhere."""
-    return torch.stack([place.bad.any(dim=1) for place in places]).any(dim=0)
+def bad_responses(numbers: list[CheckedNumbers]) -> torch.Tensor:
+    """Find the responses that have any bad number; (n,) bool."""
+    return torch.stack([kind.bad.any(dim=1) for kind in numbers]).any(dim=0)
 
 
-def blank_responses(inputs: dict[str, Any], rows: torch.Tensor, pad_token_id: int) -> dict[str, Any]:
-    """Leave responses out of a rollout or micro-batch without changing its shape.
+def blank_responses(inputs: dict[str, Any], bad: torch.Tensor, pad_token_id: int) -> dict[str, Any]:
+    """Blank the responses `bad`, (n,) bool, of a rollout or micro-batch without changing its shape.
 
-    Args:
-        inputs: of n responses.
-        rows: (n,) bool, which ones.
-        pad_token_id: a token for them if no response is left; otherwise they get one that another response has, which
-            is known to be harmless.
-
-    Returns:
-        The same keys. In these rows the prompt is one token and nothing is attended to or counts; tensors of floats are
-        0. Where the prompts have images, which are told apart by their tokens, only the completion is left out.
+    The prompt of a blanked response is one token, its masks and floats are 0. Its token ids are taken from a response
+    that stays, so they are harmless, or are `pad_token_id` if none stays. Prompts with images keep their tokens, which
+    tell the images of a batch apart.
     """
-    blanked = dict(inputs)
-    prompts = () if "num_images" in inputs else ("prompt_ids", "prompt_mask")
+    has_images = "num_images" in inputs
     last = inputs["prompt_ids"][:, -1]
-    left = (~rows).nonzero().flatten()
-    token = last[left[0]] if len(left) else torch.full_like(last[0], pad_token_id)
+    good = (~bad).nonzero().flatten()
+    token = last[good[0]] if len(good) else torch.full_like(last[0], pad_token_id)
+    blanked = dict(inputs)
     for name in PADDED_SIDE:
-        value = inputs.get(name)
-        if value is None or (name.startswith("prompt") and name not in prompts):
+        if inputs.get(name) is None or (has_images and name.startswith("prompt")):
             continue
-        value = value.clone()
-        value[rows] = token if name.endswith("_ids") else 0
-        if name == "prompt_mask":
-            value[rows, -1] = 1
-        blanked[name] = value
+        blanked[name] = inputs[name].clone()
+        blanked[name][bad] = token if name.endswith("_ids") else 0
+    if not has_images:
+        blanked["prompt_mask"][bad, -1] = 1
     return blanked
 
 
 def groups_without_rewards(
-    rewards: torch.Tensor,  # (n, F)
+    rewards: torch.Tensor,  # (n, F) of all processes, group after group; NaN for a function's `None`
     weights: torch.Tensor,  # (F,)
-    models: list[int],
+    models: list[int],  # the columns of reward models, which have no `None`
     num_generations: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Groups whose advantages are unknown because a reward is not a number.
+    """Find the responses of groups with a bad reward, and those that have the bad reward themselves; (n,) bool each.
 
-    One bad reward makes the mean of its group unknown, and with `scale_rewards="batch"` the deviation of all.
-
-    Args:
-        rewards: of all processes; the responses to a prompt follow one another. NaN in the column of a function stands
-            for its `None`.
-        weights: of the functions and models.
-        models: the columns of reward models, which have no `None`.
-        num_generations: responses per prompt, G.
-
-    Returns:
-        (n,) bool, the responses of such groups, and (n,) bool, the responses that have the bad reward itself: NaN or
-        infinite from a model, or so large that its square (with its weight, or about the group's mean) overflows
-        float32. An infinite reward of a function is not meant: it ends the run.
+    A reward is bad if a reward model returned NaN or infinity, or if its square (weighted, or about the group's mean)
+    overflows float32. It makes the mean of its group unknown, and with `scale_rewards="batch"` the deviation of all
+    groups. An infinite reward of a function is not meant here: it ends the run.
     """
     total = (rewards * weights.to(rewards)).nansum(dim=1, keepdim=True)  # (n, 1)
-    own = ~rewards[:, models].isfinite().all(dim=1)
     squares = torch.cat([rewards, total], dim=1).nan_to_num(nan=0.0).square()  # (n, F + 1)
-    own = own | squares.isinf().any(dim=1)
+    own = ~rewards[:, models].isfinite().all(dim=1) | squares.isinf().any(dim=1)
     sums = squares.view(-1, num_generations, squares.size(1)).sum(dim=1)  # (groups, F + 1)
     groups = own.view(-1, num_generations).any(dim=1) | sums.isinf().any(dim=1)
     return groups.repeat_interleave(num_generations), own
 
 
-def describe_responses(inputs: dict[str, Any], places: list[CheckedNumbers], tokenizer: Any) -> list[str]:
-    """Say which responses have which bad numbers.
-
-    Args:
-        inputs: rollout or micro-batch.
-        places: where they stand.
-        tokenizer: to show prompts and completions.
-
-    Returns:
-        One text per response for the first few, and how many more there are; the first bad number of each place.
-    """
-    rows = bad_responses(places).nonzero().flatten().tolist()
+def describe_responses(inputs: dict[str, Any], numbers: list[CheckedNumbers], tokenizer: Any) -> list[str]:
+    """Describe the first responses with bad numbers, each with its first number of every kind, and count the others."""
+    bad = bad_responses(numbers).nonzero().flatten().tolist()
     texts = []
-    for row in rows[:REPORTED_ROWS]:
-        numbers = []
-        for place in places:
-            if (bad := place.bad[row]).any():
-                column = int(bad.nonzero()[0])
-                text = f"{place.name} {float(place.values[row, column]):g}"
-                if bad.numel() > 1:
-                    token = tokenizer.decode(inputs["completion_ids"][row, column].view(1))
-                    text += f" at token {column} ({token!r})"
-                numbers.append(text)
-        texts.append(f"{', '.join(numbers)}\n{response_text(inputs, row, tokenizer)}")
-    if len(rows) > REPORTED_ROWS:
-        texts.append(f"and {len(rows) - REPORTED_ROWS} more of {response_count(inputs)} responses")
+    for response in bad[:MAX_DESCRIBED]:
+        found = []
+        for kind in numbers:
+            if kind.bad[response].any():
+                column = int(kind.bad[response].nonzero()[0])
+                found.append(f"{kind.name} {float(kind.values[response, column]):g}")
+                if kind.bad.size(1) > 1:
+                    token = tokenizer.decode(inputs["completion_ids"][response, column].view(1))
+                    found[-1] += f" at token {column} ({token!r})"
+        texts.append(f"{', '.join(found)}\n{response_text(inputs, response, tokenizer)}")
+    if len(bad) > MAX_DESCRIBED:
+        texts.append(f"and {len(bad) - MAX_DESCRIBED} more of {response_count(inputs)} responses")
     return texts
 
 
-def response_text(inputs: dict[str, Any], row: int, tokenizer: Any) -> str:
-    """Prompt and completion of a response, shortened."""
+def response_text(inputs: dict[str, Any], response: int, tokenizer: Any) -> str:
+    """Return the prompt and the completion of a response, shortened, for a report."""
     lines = []
     for name in ("prompt", "completion"):
-        ids = inputs[f"{name}_ids"][row][inputs[f"{name}_mask"][row].bool()]
-        lines.append(f"  {name}: {_shown(tokenizer.decode(ids))}")
+        ids = inputs[f"{name}_ids"][response][inputs[f"{name}_mask"][response].bool()]
+        lines.append(f"  {name}: {shorten(tokenizer.decode(ids))}")
     return "\n".join(lines)
 
 
 def check_deepspeed(zero_stage: int):
-    """Refuse what lets NaN gradients into the weights: DeepSpeed did, unless they were float16; without ZeRO it does.
-
-    Args:
-        zero_stage: 0 to 3.
-
-    Raises:
-        ValueError: for such a version or stage.
-    """
+    """Raise a ValueError if DeepSpeed, in this version or without ZeRO, would step with NaN gradients."""
     installed = version("deepspeed")
     if Version(installed) < Version(FIRST_DEEPSPEED):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Reports of bad numbers: kept for the final error, and logged ever more rarely."""
+"""Reports of bad numbers: kept for the final error, and logged less and less often."""
 
 from collections import deque
 from collections.abc import Callable
@@ -19,14 +19,7 @@ KEPT = 4  # reports of each process
 
 
 class NumberReports:
-    """
-    Keep and log reports of bad numbers.
-
-    Args:
-        accelerator: tells the process, and gathers the reports of all.
-        tokenizer: decodes responses.
-        step: returns the number of optimizer steps made.
-    """
+    """Keep and log reports of bad numbers; `step` returns the number of optimizer steps made."""
 
     def __init__(self, accelerator: Accelerator, tokenizer: Any, step: Callable[[], int]):
         self.accelerator, self.tokenizer, self.step = accelerator, tokenizer, step
@@ -34,7 +27,7 @@ class NumberReports:
         self._count = 0
 
     def add(self, text: str):
-        """Keep a report, and log the 1st, 2nd, 4th, 8th … of this process."""
+        """Keep a report, and log it if it is the 1st, 2nd, 4th, 8th … of this process."""
         who = f"process {self.accelerator.process_index} of {self.accelerator.num_processes}"
         self._kept.append(f"On {who}, step {self.step() + 1}: {text}")
         self._count += 1
@@ -46,17 +39,12 @@ class NumberReports:
         self.add("Non-finite numbers: " + "\n".join(describe_responses(inputs, numbers, self.tokenizer)))
 
     def add_losses(self, losses: list[tuple[torch.Tensor, dict[str, Any]]], norm: float):
-        """Report which pass of this process had a bad loss, or else on the main process the gradient norm.
-
-        Args:
-            losses: of the passes of an update, with their inputs.
-            norm: of its gradients.
-        """
+        """Report the first bad loss of this process's passes, or on the main process the norm if all are finite."""
         for index, (loss, inputs) in enumerate(losses):
             if not loss.isfinite():
                 largest = int(inputs["advantages"].abs().reshape(response_count(inputs), -1).amax(dim=1).argmax())
-                text = response_text(inputs, largest, self.tokenizer)
                 where = f"pass {index + 1} of {len(losses)}, whose largest advantage is that of"
+                text = response_text(inputs, largest, self.tokenizer)
                 self.add(f"Non-finite numbers: loss {float(loss):g} in {where}\n{text}")
                 return
         if self.accelerator.is_main_process:

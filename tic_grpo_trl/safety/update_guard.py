@@ -1,23 +1,23 @@
-"""Keeps NaN and infinite numbers away from the weights and the optimizer, on every process alike.
+"""Protection of weights and optimizer from NaN and infinite numbers, the same on every process.
 
 TRL and transformers hide a NaN loss in the log while the optimizer steps. Here
 
 1. a response with a bad number (log-probability, advantage, ratio, a reward model's reward) is *dropped*: blanked, so
-   that it contributes exactly zero. If the bad number first shows in the training forward pass, that pass is
-   repeated without the response;
-2. an update that has no response left, or a non-finite loss or gradient norm, is *skipped*: its gradients are
-   discarded, so that weights and optimizer state stay as they were;
+   that it contributes exactly zero. If the bad number first appears in the training forward pass, the pass is repeated
+   without the response;
+2. an update without any response left, or with a non-finite loss or gradient norm, is *skipped*: its gradients are
+   discarded, so weights and optimizer state stay as they were;
 3. after `max_non_finite_steps` skipped updates in a row the run ends with a report.
 
-`min_ess` skips updates by the same means. All processes make the same number of passes and the same decisions: they
-add up their counts once per forward pass, and a loss that is not finite on one of them becomes NaN, which reaches the
-others with the gradients. DeepSpeed steps within the backward pass, so it is made to discard NaN gradients itself.
+`min_ess` skips updates in the same way. All processes make the same number of passes and the same decisions: they add
+up their counts once per forward pass, and a non-finite loss on one process becomes NaN, which reaches the others with
+the gradients. DeepSpeed steps within the backward pass, so it has to discard NaN gradients itself.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -30,20 +30,12 @@ from ..metrics.ratios import effective_sample_size
 from ..rollout.current_rollout import CurrentRollout
 from ..rollout.micro_batches import active_responses
 from ..rollout.schedule import Position, RolloutSchedule
-from .non_finite import (
-    NonFiniteError,
-    bad_responses,
-    blank_responses,
-    check_deepspeed,
-    numbers_of_forward,
-    numbers_of_rollout,
-)
+from . import non_finite
+from .non_finite import NonFiniteError, bad_responses, blank_responses
 from .reports import NumberReports
 
 
 logger = get_logger(__name__)
-
-T = TypeVar("T")
 
 LOW_ESS = "an effective sample size below min_ess"
 ADVICE = (
@@ -54,20 +46,16 @@ ADVICE = (
 
 
 class BadResponsesError(Exception):
-    """Ends a training forward pass whose responses have bad numbers.
+    """End a training forward pass on every process, because one of them has bad responses."""
 
-    Attributes:
-        bad: (B,) bool, the responses to drop on this process, possibly none.
-    """
-
-    def __init__(self, bad: torch.Tensor):
+    def __init__(self, bad: torch.Tensor):  # (B,) bool: the responses to drop on this process, possibly none
         super().__init__()
         self.bad = bad
 
 
 @dataclass
 class _Update:
-    """What is known of the update that is being computed; counts are those of all processes."""
+    """Hold what is known of the current update; counts are those of all processes."""
 
     dropped: int = 0  # responses
     active: int = 0  # responses left that can move the weights
@@ -76,86 +64,50 @@ class _Update:
     losses: list[tuple[torch.Tensor, dict[str, Any]]] = field(default_factory=list)  # of this process, with inputs
 
 
+@dataclass
 class UpdateGuard:
     """
-    Drop responses and skip updates with bad numbers; see the module's description.
+    Drop responses and skip updates with bad numbers, as the module's description says.
 
     Metrics, once per optimizer step and over all processes: `frac_non_finite`, the share of the mini-batch's responses
-    that were dropped, and `update/skipped`, 1 where the update was skipped. The learning rate follows the number of
-    steps, skipped ones included. The logged loss is that of the passes whose loss was finite, and `grad_norm` is 0 for
-    an update that was skipped for another reason than its gradient.
-
-    With `fp16`, the loss scaler handles non-finite gradients, and they are not counted.
-
-    Args:
-        args: for `min_ess`, `max_non_finite_steps` and `beta`.
-        schedule: of the run.
-        rollout: the current rollout, whose counts of dropped responses and skipped updates are kept up to date.
-        accelerator: for the communication between processes, and for DeepSpeed's engine.
-        reports: of the bad numbers.
-        pad_token_id: blanks responses.
-        only_advantages: whether every term of the loss is multiplied by the advantage.
-        reads_entropies: whether the loss depends on the entropies in any way.
-
-    Raises:
-        ValueError: if `min_ess` is set together with `fp16`, or DeepSpeed would step with NaN gradients.
+    that were dropped, and `update/skipped`, 1 if the update was skipped. Skipped steps count for the learning rate. The
+    logged loss is that of the passes with a finite loss. `grad_norm` is 0 if an update was skipped for another reason
+    than its gradient. With `fp16`, the loss scaler handles non-finite gradients, and they are not counted.
     """
 
-    def __init__(
-        self,
-        args: TICGRPOConfig,
-        schedule: RolloutSchedule,
-        rollout: CurrentRollout,
-        accelerator: Accelerator,
-        reports: NumberReports,
-        pad_token_id: int,
-        only_advantages: bool,
-        reads_entropies: bool,
-    ):
-        if args.min_ess is not None and args.fp16:
-            raise ValueError(
-                f"min_ess={args.min_ess} skips updates, which the loss scaler of fp16=True doesn't allow: set "
-                "fp16=False (and bf16=True), or remove min_ess."
-            )
-        self.args, self.schedule, self.rollout, self.accelerator = args, schedule, rollout, accelerator
-        self.reports, self.pad_token_id = reports, pad_token_id
-        # where TRL's loss takes exp of a log-ratio that nothing bounds
-        self.unbounded_level = None if args.is_anchored else str(args.importance_sampling_level)
-        self.only_advantages, self.reads_entropies = only_advantages, reads_entropies
-        self.uses_deepspeed = accelerator.state.deepspeed_plugin is not None
-        if self.uses_deepspeed:
-            check_deepspeed(accelerator.state.deepspeed_plugin.zero_stage)
+    args: TICGRPOConfig
+    schedule: RolloutSchedule
+    rollout: CurrentRollout  # its counts of dropped responses and skipped steps are kept up to date
+    accelerator: Accelerator
+    reports: NumberReports
+    pad_token_id: int
+    only_advantages: bool  # whether every term of the loss is multiplied by the advantage
+    reads_entropies: bool  # whether the loss depends on the entropies in any way
+
+    def __post_init__(self):
         self._update = _Update()
         self._skipped_in_a_row = 0  # because of non-finite numbers
         self._warned_of_low_ess = False
         self._hooks: list[Any] = []  # on the parameters, while DeepSpeed is to discard their gradients
+        deepspeed = self.accelerator.state.deepspeed_plugin
+        self.uses_deepspeed = deepspeed is not None
+        if deepspeed is not None:
+            non_finite.check_deepspeed(deepspeed.zero_stage)
 
     # The rollout
 
     def drop_from_rollout(self, rollout: dict[str, Any]) -> list[int]:
-        """Blank, in place, the responses of a rollout with bad numbers.
-
-        Returns:
-            How many were dropped from each of TRL's micro-batches on this process.
-        """
+        """Blank the responses with bad numbers in place, and count them by TRL's micro-batches of this process."""
         return self._drop(rollout).view(self.schedule.steps_per_generation, -1).sum(dim=1).tolist()
 
     def drop_from_micro_batches(self, micro_batches: list[dict[str, Any] | None], dropped: list[int]) -> list[int]:
-        """Blank, in place, the responses that scoring gave bad numbers.
-
-        Args:
-            micro_batches: of the rollout.
-            dropped: result of [`drop_from_rollout`].
-
-        Returns:
-            How many responses were dropped from each micro-batch so far, over all processes.
-        """
+        """Do the same with the numbers from scoring; return the counts since `drop_from_rollout`, of all processes."""
         scored = [0 if micro_batch is None else int(self._drop(micro_batch).sum()) for micro_batch in micro_batches]
         local = [before + now for before, now in zip(dropped, scored, strict=True)]
         return [sum(of_processes) for of_processes in zip(*gather_object([local]), strict=True)]
 
     def _drop(self, inputs: dict[str, Any]) -> torch.Tensor:
-        numbers = numbers_of_rollout(inputs)
+        numbers = non_finite.numbers_of_rollout(inputs)
         bad = bad_responses(numbers)
         if bad.any():
             self.reports.add_responses(inputs, numbers)
@@ -164,13 +116,10 @@ class UpdateGuard:
 
     # The loss
 
-    def drop_while_computing(self, inputs: dict[str, Any], compute: Callable[[bool], T]) -> T:
-        """Compute a loss, and repeat that without the responses whose numbers turn out to be bad.
+    def drop_while_computing(self, inputs: dict[str, Any], compute: Callable[[bool], Any]) -> Any:
+        """Return the loss `compute(False)`. If responses turn out to be bad, blank them and return `compute(True)`.
 
-        Args:
-            inputs: the micro-batch. Its bad responses are blanked in place, so that later iterations over the rollout
-                leave them out too.
-            compute: computes the loss; its argument tells whether it is the repetition.
+        They are blanked in place, so later iterations over the rollout leave them out too.
         """
         try:
             return compute(False)
@@ -179,19 +128,13 @@ class UpdateGuard:
         return compute(True)
 
     def check_forward(self, output: ForwardOutput, inputs: dict[str, Any], micro_batch: int, repeated: bool):
-        """Look for bad numbers in a training forward pass.
+        """Raise a BadResponsesError on every process if a training forward pass gives one of them bad numbers.
 
-        Args:
-            output: of the pass.
-            inputs: of the pass.
-            micro_batch: its index in the rollout.
-            repeated: whether bad responses have already been dropped.
-
-        Raises:
-            BadResponsesError: on every process, if one of them has a bad response.
+        If bad responses have already been dropped from a `repeated` pass, skip the update instead.
         """
-        entropies = output.entropies if self.reads_entropies else None
-        numbers = numbers_of_forward(output.logps, inputs, self.unbounded_level, self.args.beta, entropies)
+        args, entropies = self.args, output.entropies if self.reads_entropies else None
+        unbounded_level = None if args.is_anchored else str(args.importance_sampling_level)
+        numbers = non_finite.numbers_of_forward(output.logps, inputs, unbounded_level, args.beta, entropies)
         bad = bad_responses(numbers)
         active = active_responses(inputs, self.only_advantages) & ~bad
         dropped, left = self.accelerator.reduce(torch.stack([bad.sum(), active.sum()]), reduction="sum").tolist()
@@ -216,25 +159,23 @@ class UpdateGuard:
             if dropped and not update.active and update.why_skipped is None:
                 update.why_skipped = "no response of the mini-batch left"
             if update.why_skipped and self.uses_deepspeed:  # its step follows the backward pass at once
-                parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-                self._hooks = [parameter.register_hook(_nan_like) for parameter in parameters]
+                trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+                self._hooks = [each.register_hook(lambda grad: torch.full_like(grad, math.nan)) for each in trained]
         return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan).to(loss)
 
     def close_micro_batch(self, loss: torch.Tensor, micro_batch: int) -> torch.Tensor:
-        """Count what was dropped, and return the loss to log: 0 if it is not finite, else transformers logs a mean."""
+        """Count the dropped responses, and return the loss to log: 0 instead of NaN, for which a mean is logged."""
         self._update.dropped += self.rollout.count_dropped(micro_batch)
         while self._hooks:
             self._hooks.pop().remove()
         return torch.where(loss.isfinite(), loss, 0.0)
 
-    # Updates that are skipped
+    # Skipped updates
 
     def check_effective_sample_size(self, statistics: torch.Tensor, position: Position):
-        """Skip this update and the remaining ones of the rollout if the effective sample size is below `min_ess`.
+        """Skip this update and the rest of the rollout if the effective sample size is below `min_ess`.
 
-        Args:
-            statistics: [`~tic_grpo_trl.metrics.ratios.ratio_statistics`] of the mini-batch, from all processes.
-            position: of the current micro-batch.
+        `statistics` are the [`~tic_grpo_trl.metrics.ratios.ratio_statistics`] of the mini-batch, from all processes.
         """
         least = self.args.min_ess
         if least is None:
@@ -259,32 +200,22 @@ class UpdateGuard:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing has been computed for the current update."""
+        """Tell whether nothing is computed for the current update."""
         return self._update.idle
 
     def close_update(self, norm: Any, model: Any, metrics: dict[str, list[float]], passes: int) -> Any:
-        """Decide between gradients and optimizer step whether the update is made, and discard its gradients if not.
+        """Discard the gradients before the optimizer steps if the update is to be skipped; return the norm to log.
 
-        Args:
-            norm: of the gradients.
-            model: that is trained.
-            metrics: TRL's.
-            passes: micro-batches of the update.
-
-        Returns:
-            The norm to log.
-
-        Raises:
-            NonFiniteError: on every process, after `max_non_finite_steps` updates in a row with non-finite numbers.
+        Raise a NonFiniteError on every process after `max_non_finite_steps` updates in a row with non-finite numbers.
         """
         update, self._update = self._update, _Update()
         if hasattr(norm, "full_tensor"):
             norm = norm.full_tensor()
-        if update.why_skipped is None and norm is not None and not math.isfinite(norm) and not self.args.fp16:
+        if update.why_skipped is not None:
+            norm = 0.0
+        elif norm is not None and not math.isfinite(norm) and not self.args.fp16:
             update.why_skipped = "a non-finite loss or gradient"
             self.reports.add_losses(update.losses, float(norm))
-        elif update.why_skipped is not None:
-            norm = 0.0
         skipped = update.idle or update.why_skipped is not None
         responses = self.args.per_device_train_batch_size * passes * self.accelerator.num_processes
         metrics["frac_non_finite"].append(update.dropped / responses)
@@ -292,13 +223,19 @@ class UpdateGuard:
         if skipped:
             self._discard_gradients(model, update.idle)
         if update.why_skipped not in (None, LOW_ESS):
-            self._count_skipped(str(update.why_skipped))
+            self._skipped_in_a_row += 1
+            if self._skipped_in_a_row >= self.args.max_non_finite_steps:
+                raise NonFiniteError(
+                    f"{self._skipped_in_a_row} updates in a row were skipped because of NaN or infinite numbers, the "
+                    f"last one ({update.why_skipped}) at step {self.reports.step() + 1}.\n\n"
+                    + "\n\n".join([*self.reports.gather(), ADVICE])
+                )
         elif not skipped:
             self._skipped_in_a_row = 0
         return norm
 
     def _discard_gradients(self, model: Any, idle: bool):
-        """Make the optimizer do nothing: no momentum, no weight decay."""
+        """Keep the optimizer from doing anything, even by momentum or weight decay."""
         if not self.uses_deepspeed:
             if self.accelerator.scaler is None:  # a scaler skips the step itself
                 model.zero_grad(set_to_none=True)
@@ -314,21 +251,8 @@ class UpdateGuard:
         if engine.lr_scheduler is not None:
             engine.lr_scheduler.step()
 
-    def _count_skipped(self, why: str):
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row < self.args.max_non_finite_steps:
-            return
-        raise NonFiniteError(
-            f"{self._skipped_in_a_row} updates in a row were skipped because of NaN or infinite numbers, the last one "
-            f"({why}) at step {self.reports.step() + 1}.\n\n" + "\n\n".join([*self.reports.gather(), ADVICE])
-        )
-
     def state_dict(self) -> dict[str, Any]:
         return {"skipped_in_a_row": self._skipped_in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]):
         self._skipped_in_a_row = state["skipped_in_a_row"]
-
-
-def _nan_like(gradient: torch.Tensor) -> torch.Tensor:
-    return torch.full_like(gradient, math.nan)
