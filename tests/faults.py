@@ -1,6 +1,6 @@
-"""Bad numbers put where they can arise, in real trainers on fixed rollouts.
+"""Bad numbers injected where they can arise, in real trainers with fixed rollouts.
 
-Responses with the word "e" are the marked ones: two of a group, and one of another. Faults hit them alone, or a whole
+The marked responses contain the word "e": two of one group, and one of another. Faults hit only them, or a whole
 update.
 """
 
@@ -21,11 +21,11 @@ MARK = WORDS.index("e")
 NAN, INF = math.nan, math.inf
 ROWS = 16  # of a rollout on one process: two mini-batches of eight
 PROMPTS = Dataset.from_dict({"prompt": [text for text in TINY_PROMPTS["prompt"] if "e" not in text]})
-MARKED = (1, 2, 9)  # its rows; four to a group
+MARKED = (1, 2, 9)  # four responses to a group
 
 
 class States(TrainerCallback):
-    """Weights and optimizer state before and after every update, and the learning rate."""
+    """Record weights and optimizer state before and after every update, and the learning rate."""
 
     def __init__(self):
         self.states, self.rates = [], []
@@ -50,12 +50,12 @@ class States(TrainerCallback):
 
     @property
     def moved(self) -> list[bool]:
-        """Whether the update changed anything, by update."""
+        """Whether each update changed anything."""
         return [not same for same in self.states]
 
 
 class Gradients(Recorder):
-    """The gradients of every update; none where it was skipped."""
+    """Record the gradients of every update; `None` if it was skipped."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         gradients = [p.grad.flatten().clone() for p in model.parameters() if p.grad is not None]
@@ -63,14 +63,14 @@ class Gradients(Recorder):
 
 
 def marked_rollouts(marked=MARKED, rows=ROWS, sampler=None, seed=0):
-    """A `rollout_func` and a reward; the same in every rollout, with "e" in the marked rows alone."""
+    """Return a `rollout_func` and a reward, the same in every rollout; only marked responses contain "e"."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, 8, (rows,), generator=generator).tolist()
     prompts = torch.randint(1, MARK, (rows, 2), generator=generator).tolist()
     completions = [[*torch.randint(1, MARK, (n,), generator=generator).tolist(), 0] for n in lengths]
     rewards = torch.rand(rows, generator=generator).tolist()
-    for row in marked:
-        completions[row][1] = MARK
+    for response in marked:
+        completions[response][1] = MARK
 
     def rollout(texts, trainer):
         logprobs = [sampler(ids) for ids in completions[: len(texts)]] if sampler else None
@@ -84,7 +84,7 @@ def marked_rollouts(marked=MARKED, rows=ROWS, sampler=None, seed=0):
 
 
 def build(tmp_path, rollouts=None, model=None, callbacks=(), reward=None, leader=None, adjust=None, **config):
-    """A trainer with AdamW on such rollouts; `trainer.states` and `trainer.gradients` tell what its updates did."""
+    """Build a trainer with AdamW on such rollouts; its `states` and `gradients` show what its updates did."""
     rollouts = rollouts or marked_rollouts()
     torch.manual_seed(0)
     states, gradients = States(), Gradients(leader)
@@ -111,7 +111,7 @@ def logged(trainer, name):
 
 
 def poison_embedding(model, value=NAN, when=lambda: True):
-    """The marked token's embedding, in the forward passes that `when` says."""
+    """Replace the marked token's embedding in forward passes for which `when()` is true."""
 
     def fault(module, args, output):
         return output.masked_fill((args[0] == MARK).unsqueeze(-1), value) if when() else output
@@ -128,7 +128,7 @@ def in_scoring():
 
 
 def edit_rollouts(trainer, edit):
-    """Let `edit(rollout, marked)` change a rollout when it has just been scored; `marked`: (n,) bool."""
+    """Let `edit(rollout, marked)` change every new rollout; `marked`: (n,) bool."""
     generate = trainer._generate_and_score_completions
 
     def edited(inputs):
@@ -154,7 +154,7 @@ def edit_scores(trainer, edit):
 
 
 def without_marked(trainer, masked=False):
-    """The same training without the marked rows: their advantages 0, or with `masked` no token of theirs."""
+    """Train without the marked responses: set their advantages to 0, or with `masked` their tokens."""
 
     def edit(rollout, marked):
         rollout["completion_mask" if masked else "advantages"][marked] = 0
@@ -173,7 +173,7 @@ def spoil_losses(trainer, updates, value=NAN):
 
 
 def spoil_gradients(trainer, updates, value=NAN):
-    """Make a number bad on the way back, in these updates: losses and log-probabilities stay fine."""
+    """Make a gradient bad in these updates (from 1): losses and log-probabilities stay fine."""
     forward = trainer.packed_forward._pass
 
     def add(gradient):
@@ -189,7 +189,7 @@ def spoil_gradients(trainer, updates, value=NAN):
 
 
 class Judge(nn.Module):
-    """A reward model without weights worth the name: its reward is the number of words "a", bad for marked texts."""
+    """Reward the number of words "a" as a reward model would, with a bad reward for marked responses."""
 
     def __init__(self, bad=None):
         super().__init__()

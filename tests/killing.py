@@ -1,4 +1,4 @@
-"""Training processes that are killed, and what must come out all the same: pieces of test_resume_killed.py and
+"""Training processes that are killed, and comparisons of their results, for test_resume_killed.py and
 test_resume_processes.py."""
 
 import json
@@ -31,13 +31,13 @@ TIMES = ("runtime", "per_second", "step_time")
 
 
 def even_letters(completions, **kwargs):
-    """Reward: the share of letters with an even code, which varies as training needs it, however little is learned."""
+    """Reward the share of letters with an even code, which varies even if little is learned."""
     texts = [completion[0]["content"] for completion in completions]
     return [sum(ord(letter) % 2 == 0 for letter in text) / max(len(text), 1) for text in texts]
 
 
 def draw(chance: random.Random, steps: int, save_steps: int, counts: dict[str, int]) -> list["Moment"]:
-    """So many random moments of every kind, in the order of a run of `steps` steps."""
+    """Draw `counts` random moments of every kind, in the order in which a run of `steps` steps meets them."""
     of_kind = {
         "start": range(steps - 1),
         "step": range(steps - 1),
@@ -57,20 +57,20 @@ def is_kind(phase: str, kind: str) -> bool:
 
 @dataclass
 class Moment:
-    """When to kill: `share` of the time that a phase takes after it begins, the first one of that name from when `step`
-    steps are over. `step` is a whole step, with all that comes until the next one, `start` the way to the first."""
+    """Kill a run when `share` of a phase's time is over: of the first phase of that name after `step` steps. The phase
+    `step` is a whole step until the next one, `start` is all before the first."""
 
     step: int
     phase: str
     share: float
 
     def has_come(self, step: int, phase: str) -> bool:
-        """Whether the phase has begun, or a later one of that name."""
+        """Check whether the phase has begun, or a later one of that name."""
         named = is_kind(phase, self.phase) or (self.phase == "step" and phase not in BEFORE_STEPS)
         return self.phase == "start" or (step >= self.step and named)
 
     def delay(self, times: list[tuple[int, str, float]]) -> float:
-        """Seconds until the kill, where a whole run noted when it entered which phase."""
+        """Return the seconds until the kill, given when a whole run entered which phase."""
         if self.phase in ("start", "step"):
             first = {}
             for step, phase, at in times:
@@ -83,7 +83,7 @@ class Moment:
 
 
 class Job:
-    """A run of the example script in one or more forked processes."""
+    """A run of the training script in one or more forked processes."""
 
     def __init__(self, folder: Path, flags: list, processes: int, environment: dict[str, str]):
         self.folder, self.ranks = folder, range(processes)
@@ -103,7 +103,7 @@ class Job:
         return text
 
     def phase(self) -> tuple[int, str]:
-        """Steps that are over, and what the first process does now or did last."""
+        """Return the number of finished steps, and the first process's current or last phase."""
         step, name = self._read("phase", 0).split()
         return int(step), name
 
@@ -118,10 +118,10 @@ class Job:
         return [int(self._read("status", rank)) for rank in self.ranks]
 
     def kill(self, moment: Moment, times: list) -> str | None:
-        """Kill all processes at a moment, given what a whole run noted of its times.
+        """Kill all processes at a moment, given the times of a whole run.
 
         Returns:
-            What the first one was doing, or `None` if they had come to their end before.
+            The phase of the first one, or `None` if they had ended before.
         """
         latest = time.monotonic() + PATIENCE
         while self.running() and not moment.has_come(*self.phase()):
@@ -152,31 +152,27 @@ class Launched:
         return job
 
     def run(self, *flags) -> dict:
-        """Run a job to its end: what its first process noted then."""
+        """Run a job to its end, and return what its first process noted."""
         job = self.start(*flags)
         assert job.wait() == [0] * self.processes, job.log()[-5000:]
         return json.loads((job.folder / "ended.json").read_text())
 
 
 def resuming(folder: Path, *flags) -> list:
-    """Flags of a run in a folder that goes on where there is a checkpoint, as a user would start it again."""
+    """Return the flags of a run in a folder, which resumes if there is a checkpoint."""
     resume = ["--resume_from_checkpoint", "true"] if list(folder.glob("checkpoint-*")) else []
     return [*flags, "--output_dir", folder, *resume]
 
 
 def fresh_chance() -> random.Random:
-    """Of a seed that is shown when a test fails, or the one in KILLED_SEED."""
+    """Return a generator with a seed that a failed test shows, or with the one in KILLED_SEED."""
     seed = int(os.environ.get("KILLED_SEED", time.time_ns() % 10**6))
     print(f"KILLED_SEED={seed}")
     return random.Random(seed)
 
 
 def kill_again_and_again(jobs: Launched, folder: Path, flags: list, moments: list[Moment], times: list) -> Counter:
-    """Start a run in `folder`, kill it, start it again and so on, once for every moment.
-
-    Returns:
-        How many kills fell into which phase.
-    """
+    """Start and kill a run in `folder` once for every moment, and count the kills in each phase."""
     kills: Counter = Counter()
     for moment in moments:
         job = jobs.start(*resuming(folder, *flags))
@@ -202,7 +198,7 @@ def launched(folder: Path, config: Path, processes: int = 1, flags=()):
 
 
 def without_times(value):
-    """A log, or what else came from JSON, without measured times."""
+    """Return a log, or other content of a JSON file, without measured times."""
     if isinstance(value, dict):
         kept = {key: item for key, item in value.items() if not any(name in str(key) for name in TIMES)}
         return {key: without_times(item) for key, item in kept.items()}
@@ -210,7 +206,7 @@ def without_times(value):
 
 
 def content(path: Path, run: Path):
-    """What a file of a run says, in a form that can be compared with another run's."""
+    """Return the content of a run's file in a form that can be compared with another run's."""
     match path.suffix:
         case ".safetensors":
             return load_file(path)
@@ -224,8 +220,8 @@ def content(path: Path, run: Path):
 
 
 def assert_same_run(run: Path, expected: Path):
-    """The same files, and all that they say bit for bit: weights, optimizers, random states, logs and completions of
-    the end and of every checkpoint."""
+    """Check that two runs have the same files with the same content, bit for bit: weights, optimizers, random states,
+    logs and completions, of the end and of every checkpoint."""
     names, wanted = (sorted(p.relative_to(f) for p in f.rglob("*") if p.is_file()) for f in (run, expected))
     assert names == wanted
     found = []
@@ -237,7 +233,7 @@ def assert_same_run(run: Path, expected: Path):
 
 
 def differences(value, expected, place: str) -> list[str]:
-    """Where two values differ in any bit or type; a list may be a tuple, which FSDP makes of it."""
+    """List where two values differ in any bit or type; tuples count as lists, because FSDP turns lists into tuples."""
     value, expected = (list(one) if isinstance(one, tuple) else one for one in (value, expected))
     if type(value) is not type(expected):
         return [f"{place}: {type(value).__name__}, not {type(expected).__name__}"]

@@ -1,7 +1,7 @@
-"""The example script in processes that SIGKILL ends at random moments, and that go on from their checkpoints: what
-comes out is that of a run which nobody disturbed, bit for bit.
+"""The training script, killed by SIGKILL at random moments and resumed from its checkpoints, ends like an undisturbed
+run, bit for bit.
 
-The moments are drawn anew every time; KILLED_SEED=<number> repeats those of a run that failed."""
+The moments differ every time; KILLED_SEED=<number> repeats those of a failed test."""
 
 import functools
 import json
@@ -46,7 +46,7 @@ def jobs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(jobs, tmp_path_factory):
-    """The folder of a case's undisturbed run, and when it entered which phase."""
+    """Return the folder of a case's undisturbed run, and when it entered which phase."""
 
     @functools.cache
     def run(case):
@@ -60,7 +60,7 @@ def whole(jobs, tmp_path_factory):
 
 
 def kill_the_launched_script(folder, flags):
-    """As a user starts it: the launcher and the script are gone at once, around the first checkpoint."""
+    """Start the script as a user does, and kill launcher and script around the first checkpoint."""
     script = [*launch_command(CONFIGS / "cpu.yaml"), "-m", "tic_grpo_trl.scripts.train", *resuming(folder, *flags)]
     log = folder.parent / "log.txt"
     with started(script, log) as process:
@@ -80,7 +80,7 @@ def finish_the_launched_script(folder, flags):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_killed_again_and_again_ends_as_if_undisturbed(jobs, whole, tmp_path, case):
-    """Ten times at random moments, 20 with both cases."""
+    """Kill it ten times at random moments."""
     (expected, times), folder, flags = whole(case), tmp_path / "run", flags_of(case)
     if case == "full":
         kill_the_launched_script(folder, flags)
@@ -96,7 +96,7 @@ def test_a_run_killed_again_and_again_ends_as_if_undisturbed(jobs, whole, tmp_pa
 
 
 def test_a_save_killed_before_each_of_its_renames(jobs, whole, tmp_path):
-    """Between two of them a complete checkpoint has no name, an old one has lost its own, or two are too many."""
+    """Between two renames a complete checkpoint has no name, an old one has lost its name, or there are too many."""
     (expected, _), folder = whole("lora"), tmp_path / "run"
 
     def left_by_death(at):
@@ -108,13 +108,13 @@ def test_a_save_killed_before_each_of_its_renames(jobs, whole, tmp_path):
     assert left_by_death(1) == (1, [".saving/checkpoint-1"])
     assert left_by_death(2) == (1, [".saving/checkpoint-1.done"])
     assert left_by_death(4) == (2, [".saving/checkpoint-2.done", "checkpoint-1"])
-    # goes on from the second, which is complete, and dies when it would delete the first
+    # resumes from the second, which is complete, and is killed when it would delete the first
     assert left_by_death(3) == (3, ["checkpoint-1", "checkpoint-2", "checkpoint-3"])
     jobs.run(*resuming(folder, *flags_of("lora")))
     assert_same_run(folder, expected)
 
 
-def test_a_process_killed_while_it_draws_a_bar_takes_no_lock_along(jobs, whole, tmp_path):
+def test_a_process_killed_while_it_draws_a_progress_bar_leaves_no_lock(jobs, whole, tmp_path):
     expected, _ = whole("full")
     killed = jobs.start(*resuming(tmp_path / "run", *flags_of("full")), DIE_WITH_LOCK="1")
     assert killed.wait() == [signal.SIGKILL]
@@ -123,8 +123,8 @@ def test_a_process_killed_while_it_draws_a_bar_takes_no_lock_along(jobs, whole, 
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "tic_grpo_state_0.pt"])
-def test_a_checkpoint_that_was_cut_is_refused(jobs, whole, tmp_path, name):
-    """By its name, with the one to take instead; with `true` it is skipped."""
+def test_a_truncated_checkpoint_is_refused(jobs, whole, tmp_path, name):
+    """The error names it and the one to use instead; with `true` it is skipped."""
     expected, _ = whole("full")
     shutil.copytree(expected, tmp_path / "run")
     cut = tmp_path / "run/checkpoint-16" / name

@@ -1,7 +1,7 @@
-"""A run of two processes that lose their power at random moments, and that go on from their checkpoints, ends as one
-which nobody disturbed, bit for bit: DDP, ZeRO-3 (also with LoRA) and FSDP2.
+"""A run of two processes, killed at random moments and resumed from its checkpoints, ends like an undisturbed run, bit
+for bit: DDP, ZeRO-3 (also with LoRA) and FSDP2.
 
-The moments are drawn anew every time; KILLED_SEED=<number> repeats those of a run that failed."""
+The moments differ every time; KILLED_SEED=<number> repeats those of a failed test."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ COMMON = f"""--config {ROOT}/examples/recipes/starter.yaml --reward_funcs killin
 CASES = {
     # two epochs of one rollout, with two passes of K = 2; a save after every update
     "full": "--steps_per_generation 2 --num_iterations 2 --num_generations 4 --save_steps 1",
-    # K = 4; a group of eight is on both processes; saves amid a rollout
+    # K = 4; a group of eight is on both processes; saves inside a rollout
     "lora": """--steps_per_generation 4 --num_generations 8 --save_steps 3
         --use_peft --lora_r 4 --lora_target_modules all-linear""",
 }
@@ -33,7 +33,7 @@ KINDS = {"update": 1, "saving": 1}  # how many moments of each
 
 @pytest.fixture(scope="module")
 def topology(request, tmp_path_factory):
-    """The name of an accelerate file, and two processes that were started with it."""
+    """Return the name of an accelerate file and two processes started with it."""
     if request.param.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed (extra [deepspeed]).")
     folder = tmp_path_factory.mktemp(request.param)
@@ -42,7 +42,7 @@ def topology(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("topology", "case"), RUNS, indirect=["topology"])
-def test_processes_that_lose_their_power_end_as_if_undisturbed(topology, tmp_path, case):
+def test_killed_processes_end_as_if_undisturbed(topology, tmp_path, case):
     name, jobs = topology
     flags, whole, run = [*COMMON, *CASES[case].split()], tmp_path / "whole", tmp_path / "run"
     ended = jobs.run(*resuming(whole, *flags))

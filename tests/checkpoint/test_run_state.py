@@ -1,4 +1,4 @@
-"""resume.py: a run that goes on from any of its checkpoints ends as the one that was never stopped, bit for bit."""
+"""A run that resumes from any of its checkpoints ends like one that was never stopped, bit for bit."""
 
 import inspect
 import shutil
@@ -16,7 +16,7 @@ from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
 
 pytestmark = pytest.mark.usefixtures("cheap_garbage_collection")
 
-# Four prompts a rollout, so an epoch: its mini-batches are the next four or eight updates.
+# Four prompts per rollout and epoch. Its mini-batches are the next four or eight updates.
 SETTINGS = {
     "num_generations": 4,
     "logging_steps": 1,
@@ -44,7 +44,7 @@ def varied(completions, **kwargs):
 
 
 def train(folder, resume=None, prompts=4, model=None, prepare=None, **config):
-    """A trainer after `train()`."""
+    """Return a trainer after `train()`."""
     torch.manual_seed(5)  # for a new adapter
     peft_config, rollout_func = config.pop("peft_config", None), config.pop("rollout_func", None)
     trainer = TICGRPOTrainer(
@@ -64,7 +64,7 @@ def train(folder, resume=None, prompts=4, model=None, prepare=None, **config):
 
 
 def history(trainer):
-    """All entries of the log, without measured times."""
+    """Return all log entries without measured times."""
     return [
         {name: value for name, value in entry.items() if not any(time in name for time in TIMES)}
         for entry in trainer.state.log_history
@@ -72,7 +72,7 @@ def history(trainer):
 
 
 def same(first, second) -> bool:
-    """Equal bit for bit; NaN is itself."""
+    """Compare bit for bit; NaN equals NaN."""
     if torch.is_tensor(first):
         return torch.is_tensor(second) and first.dtype == second.dtype and torch.equal(first, second)
     if isinstance(first, dict):
@@ -83,7 +83,7 @@ def same(first, second) -> bool:
 
 
 def assert_same_end(resumed, whole, folder, step):
-    """Weights, optimizer, schedule, log, and the tables of completions that were written since."""
+    """Compare weights, optimizer, schedule, log, and the tables of completions written since the checkpoint."""
     assert resumed.state.global_step == whole.state.global_step
     assert same(dict(resumed.model.named_parameters()), dict(whole.model.named_parameters()))
     assert same(resumed.optimizer.state_dict(), whole.optimizer.state_dict())
@@ -97,14 +97,14 @@ def assert_same_end(resumed, whole, folder, step):
 
 
 def resumed_from(folder, step, **kwargs):
-    """A run that finds nothing but one checkpoint of the whole run, and saves no other but its last."""
+    """Resume from one checkpoint of the whole run, without the others."""
     own = folder / f"from-{step}"
     shutil.copytree(folder / f"whole/checkpoint-{step}", own / f"checkpoint-{step}")
     return train(own, resume=True, **kwargs | {"save_steps": 100})
 
 
 def assert_exact(folder, steps, **kwargs):
-    """A whole run, and others that go on from its checkpoints of some steps."""
+    """Compare a whole run with runs that resume from some of its checkpoints."""
     whole = train(folder / "whole", **kwargs)
     moved = [entry["grad_norm"] > 0 for entry in whole.state.log_history if "grad_norm" in entry]
     assert sum(moved) >= len(moved) / 2
@@ -134,7 +134,7 @@ def test_within_a_rollout_between_entries_of_the_log_and_in_later_epochs(tmp_pat
 
 
 def test_every_iteration_over_a_rollout_with_accumulation_and_an_adapter(tmp_path):
-    """Half of it over, and within the second pass, whose old log-probabilities come from the first."""
+    """Resume in the first and in the second iteration, whose old log-probabilities come from the first."""
     assert_exact(
         tmp_path,
         (1, 3),
@@ -147,7 +147,7 @@ def test_every_iteration_over_a_rollout_with_accumulation_and_an_adapter(tmp_pat
     )
 
 
-def test_dead_rows_and_micro_batches_with_nothing_to_compute(tmp_path):
+def test_zero_advantage_responses_and_micro_batches_with_nothing_to_compute(tmp_path):
     saved = []
 
     class Keep(TrainerCallback):
@@ -161,7 +161,7 @@ def test_dead_rows_and_micro_batches_with_nothing_to_compute(tmp_path):
 
     assert_exact(tmp_path, (1,), max_steps=4, gradient_accumulation_steps=2, algorithm="grpo", prepare=prepare)
     assert any(None in buffered for buffered in saved if buffered)
-    assert saved[1] is None  # the rollout's last update: nothing is left of it
+    assert saved[1] is None  # after the rollout's last update
 
 
 def test_log_probabilities_of_the_sampler(tmp_path, monkeypatch):
@@ -169,7 +169,7 @@ def test_log_probabilities_of_the_sampler(tmp_path, monkeypatch):
     sampler = own_logprobs(0.1)
 
     def rollout(prompts, trainer):
-        """Random only by torch's random numbers, which a checkpoint keeps: a state of its own would not be saved."""
+        """Draw from torch's random numbers, which a checkpoint keeps; a state of its own would not be saved."""
         seed = int(torch.randint(1 << 30, ()))
         return random_rollouts(seed=seed, longest=4, sampler=sampler)[0](prompts, trainer)
 
@@ -231,7 +231,7 @@ def test_a_stream_of_data_that_starts_again(tmp_path):
 
 
 def test_what_is_relied_on_in_transformers():
-    """Its loop calls these by name; without them a resumed run would silently be another one."""
+    """Its loop calls these by name; without them a resumed run would silently differ."""
     loop = {"epoch", "steps_in_epoch", "resume_from_checkpoint", "epochs_trained", "steps_trained_in_current_epoch"}
     assert loop < inspect.signature(Trainer._run_epoch).parameters.keys()
     overridden = ("_init_training_state", "_evaluate", "_maybe_log_save_evaluate", "_finalize_training")

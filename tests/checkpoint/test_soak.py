@@ -1,4 +1,4 @@
-"""A long run: memory and step time stay flat, nothing piles up, and the disk holds what was asked for."""
+"""In a long run memory and step time stay flat, nothing accumulates, and the disk holds the requested checkpoints."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def by(name):
 
 
 def slope(samples, value) -> tuple[float, float]:
-    """By least squares: change of a value per step, and the standard error of that."""
+    """Fit a value's change per step by least squares, with its standard error."""
     steps, values = [sample["step"] for sample in samples], [value(sample) for sample in samples]
     mean_step, mean = fmean(steps), fmean(values)
     spread = sum((step - mean_step) ** 2 for step in steps)
@@ -79,7 +79,7 @@ def test_peak_memory_is_flat(soak):
 
 
 def test_nothing_is_kept(second_half):
-    """What memory cannot show, such as one small tensor per step: the objects that are alive are counted."""
+    """Count the living objects, which shows leaks such as one small tensor per step better than memory does."""
     counted = [sample for sample in second_half if "objects" in sample]
     assert len(counted) >= 5
     for kind in ("tensors", "objects"):

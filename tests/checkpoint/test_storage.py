@@ -1,5 +1,4 @@
-"""checkpoints.py and saving.py: a checkpoint is there entirely or not at all; one that is damaged or foreign is refused
-by name."""
+"""A checkpoint exists completely or not at all; a damaged one, or one of another model, is refused by name."""
 
 import json
 import logging
@@ -108,7 +107,7 @@ def test_size_is_reported_at_debug_level(tmp_path, caplog):
 
 
 class Died(BaseException):
-    """The moment at which a process is killed."""
+    """Raised at the moment at which a process would be killed."""
 
 
 POINTS = {
@@ -122,7 +121,7 @@ POINTS = {
 
 @pytest.mark.parametrize("point", POINTS)
 def test_kill_during_a_save_leaves_no_checkpoint_that_can_be_seen(run_dir, monkeypatch, point):
-    """Nothing is cleaned up then, as in a process that is killed."""
+    """Nothing is cleaned up, as in a process that is killed."""
     shutil.rmtree(run_dir / "checkpoint-3")
     trainer = trainer_in(run_dir)
     where, name = POINTS[point]
@@ -146,7 +145,7 @@ def test_kill_during_a_save_leaves_no_checkpoint_that_can_be_seen(run_dir, monke
 
 @pytest.mark.parametrize("left", [".done", ".old"])
 def test_kill_between_the_two_renames_loses_nothing(run_dir, left):
-    """A checkpoint that replaces one of the same step is complete under `.saving`, as is the old one."""
+    """Both the new checkpoint of a step and the old one that it replaces are complete in `.saving`."""
     for step in (1, 2):
         shutil.rmtree(run_dir / f"checkpoint-{step}")
     (run_dir / STAGING).mkdir()
@@ -177,7 +176,7 @@ def test_two_nodes_may_publish_the_same_folder(tmp_path):
 
 
 class Notes(TrainerCallback):
-    """What checkpoints there are after each save."""
+    """Note which checkpoints exist after each save."""
 
     def __init__(self):
         self.seen = []
@@ -186,7 +185,7 @@ class Notes(TrainerCallback):
         self.seen.append(names(Path(args.output_dir)))
 
 
-def test_only_so_many_checkpoints_and_the_best_one(tmp_path, monkeypatch):
+def test_save_total_limit_and_the_best_checkpoint(tmp_path, monkeypatch):
     """The first evaluation is the best one; its path is the final one, in the saved state too."""
     notes, deleted = Notes(), []
     rmtree = shutil.rmtree
@@ -242,7 +241,7 @@ def cut(name, size=100):
 
 
 def garbled(name):
-    """Other bytes, as many as before: only what reads the file can tell."""
+    """Replace all bytes: only reading the file reveals it."""
     return lambda checkpoint: (checkpoint / name).write_bytes(b"\x00" * (checkpoint / name).stat().st_size)
 
 
@@ -274,7 +273,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_damaged_checkpoint_is_refused_by_name_and_passed_over(run_dir, messages, kind):
+def test_damaged_checkpoint_is_refused_by_name_and_skipped(run_dir, messages, kind):
     harm, said = DAMAGES[kind]
     last, before = run_dir / "checkpoint-3", run_dir / "checkpoint-2"
     harm(last)
@@ -289,7 +288,7 @@ def test_damaged_checkpoint_is_refused_by_name_and_passed_over(run_dir, messages
     assert str(last) in warning
 
 
-def test_no_complete_checkpoint_says_what_was_found(run_dir, tmp_path):
+def test_error_without_a_complete_checkpoint_says_what_was_found(run_dir, tmp_path):
     with pytest.raises(ValueError, match=r"No valid checkpoint found in output directory \(.*empty\), none at all"):
         trainer_in(tmp_path / "empty").train(resume_from_checkpoint=True)
     for step in (1, 2, 3):
@@ -322,7 +321,7 @@ def test_checkpoint_of_another_model_is_refused(run_dir, kind):
 
 
 def test_weights_that_fit(whole, tmp_path):
-    """Also where names differ on disk, are shared, or belong to an adapter."""
+    """They also fit if names differ on disk, are shared, or belong to an adapter."""
     assert find_mismatch(whole / "checkpoint-1", small_model()) is None
     for number, model in enumerate((tiny_moe_model(), small_model(tie_word_embeddings=True))):
         model.save_pretrained(tmp_path / f"{number}", max_shard_size="1KB")  # several files
@@ -340,7 +339,7 @@ def test_weights_that_fit(whole, tmp_path):
 
 
 def test_weights_that_have_other_names_on_disk_are_loaded(tmp_path):
-    """Those of a mixture of experts; transformers would go on with the ones it has."""
+    """A mixture of experts has them; transformers would keep the initial weights."""
     whole = trainer_in(tmp_path, tiny_moe_model())
     initial = weights(whole)
     whole.train()
@@ -350,7 +349,7 @@ def test_weights_that_have_other_names_on_disk_are_loaded(tmp_path):
     assert same(weights(resumed), weights(whole))
 
 
-# What may differ
+# What may change
 
 
 @pytest.mark.parametrize("text", ["true", "True"])
@@ -360,7 +359,7 @@ def test_flag_means_the_newest_checkpoint(run_dir, text):
     assert (trainer._initial_global_step, trainer.state.global_step) == (3, 3)
 
 
-def test_the_same_command_starts_a_run_and_goes_on_with_it(whole, tmp_path):
+def test_the_same_command_starts_and_resumes_a_run(whole, tmp_path):
     for flag in (True, "true", "True"):
         assert newest_if_any(flag, tmp_path / "new") is None
         assert newest_if_any(flag, whole) is True
@@ -380,7 +379,7 @@ def test_no_resume(run_dir, nothing):
 
 
 def generations(trainer) -> list[int]:
-    """The steps before which a rollout was generated."""
+    """Note the steps before which a rollout is generated."""
     generate, steps = trainer._generate_and_score_completions, []
 
     def noted(inputs):
@@ -392,7 +391,7 @@ def generations(trainer) -> list[int]:
 
 
 def test_checkpoint_of_trl_is_loaded_with_a_warning(tmp_path, messages):
-    """From within a rollout: a new one, of which all updates follow."""
+    """Inside a rollout, a new one is generated and used for all its updates."""
     make_trainer(tmp_path, small_model(), trl=True, **SETTINGS).train()
     trainer = trainer_in(tmp_path, max_steps=5)
     steps = generations(trainer)
@@ -406,7 +405,7 @@ def test_checkpoint_of_trl_is_loaded_with_a_warning(tmp_path, messages):
 
 
 def resumed(run_dir, step, **config):
-    """A run of five steps that goes on from a checkpoint, and the steps before which it generated a rollout."""
+    """Resume a run of five steps; return it and the steps before which it generated a rollout."""
     trainer = trainer_in(run_dir, max_steps=5, save_strategy="no", **config)
     steps = generations(trainer)
     trainer.train(resume_from_checkpoint=str(run_dir / f"checkpoint-{step}"))
@@ -423,7 +422,7 @@ def test_settings_that_shape_a_rollout(run_dir, messages):
 
 
 def test_another_algorithm_inside_a_rollout(run_dir, messages):
-    """Refused before anything is generated; with the rollout given up, or between two rollouts, only named."""
+    """An error before anything is generated; only a warning if the rollout is discarded, or between two rollouts."""
     with pytest.raises(ValueError, match=r"is inside a rollout of another .*clip_mode = two_sided \(was up_only\)"):
         resumed(run_dir, 1, algorithm="grpo")
     with pytest.raises(ValueError, match=r"epsilon_high = 0.5 \(was 0.28\)"):
@@ -438,7 +437,7 @@ def test_another_algorithm_inside_a_rollout(run_dir, messages):
 
 
 def test_settings_that_a_rollout_was_scored_with(run_dir, messages):
-    """Its log-probabilities are those at the old temperature: ratios to them would not start at 1."""
+    """Its log-probabilities belong to the old temperature, so ratios to them would not start at 1."""
     assert resumed(run_dir, 1, temperature=0.5)[1] == [1, 3]
     named, discarded = (text for text in messages() if "checkpoint-1" in text)
     assert "take effect from here on: temperature = 0.5 (was 1.0)" in named
@@ -452,7 +451,7 @@ def test_a_new_rollout_for_other_batches_may_be_one_of_another_algorithm(run_dir
 
 
 def test_changed_settings_of_updates_are_named(run_dir, messages):
-    """transformers restores the learning rate with the optimizer, whatever the new settings say."""
+    """transformers restores the learning rate with the optimizer and ignores the new one."""
     trainer, steps = resumed(run_dir, 1, learning_rate=0.5, max_grad_norm=0.9, warmup_steps=1)
     assert steps == [2, 4]
     acting, ignored = (text for text in messages() if "Settings changed" in text)
@@ -480,7 +479,7 @@ def test_checkpoint_with_weights_only(tmp_path, messages):
 # Plain values
 
 
-def test_plain_values_survive_and_nothing_else_is_read(tmp_path):
+def test_plain_values_survive_and_others_are_not_read(tmp_path):
     class Odd:
         def __repr__(self):
             return "odd"
@@ -506,15 +505,15 @@ def test_plain_values_survive_and_nothing_else_is_read(tmp_path):
         load_state(tmp_path / "code.pt", torch.device("cpu"))
 
 
-def test_containers_stay_what_they_were():
-    current = {"rows": defaultdict(lambda: deque(maxlen=2)), "lists": defaultdict(list), "last": deque([7], maxlen=3)}
-    saved = {"rows": {"a": [1, 2]}, "lists": {"b": [3]}, "last": [4]}
+def test_containers_keep_their_kind():
+    current = {"table": defaultdict(lambda: deque(maxlen=2)), "lists": defaultdict(list), "last": deque([7], maxlen=3)}
+    saved = {"table": {"a": [1, 2]}, "lists": {"b": [3]}, "last": [4]}
     filled = restore_containers(current, saved)
-    filled["rows"]["a"].append(3)
-    filled["rows"]["new"].extend("xyz")
+    filled["table"]["a"].append(3)
+    filled["table"]["new"].extend("xyz")
     filled["lists"]["c"].append(1)
     filled["last"].extend([5, 6, 7])
-    assert [*filled["rows"]["a"]] == [2, 3]
-    assert [*filled["rows"]["new"]] == ["y", "z"]
+    assert [*filled["table"]["a"]] == [2, 3]
+    assert [*filled["table"]["new"]] == ["y", "z"]
     assert filled["lists"] == {"b": [3], "c": [1]}
     assert [*filled["last"]] == [5, 6, 7]

@@ -1,4 +1,4 @@
-"""Where bad numbers stand, what a blanked response looks like, and which groups lose their rewards."""
+"""Which numbers count as bad, what a blanked response looks like, and which groups lose their rewards."""
 
 import math
 
@@ -21,21 +21,21 @@ NAN, INF = math.nan, math.inf
 BAD = [NAN, INF, -INF]
 
 
-def rollout(rows=4, width=3, **more):
+def rollout(responses=4, width=3, **more):
     """Every prompt `a b`, every completion `c d <eos>`."""
-    ids = torch.tensor([WORDS.index(word) for word in ("c", "d", "<eos>")])[:width].expand(rows, -1)
-    prompts = torch.tensor([1, 2]).expand(rows, -1)
+    ids = torch.tensor([WORDS.index(word) for word in ("c", "d", "<eos>")])[:width].expand(responses, -1)
+    prompts = torch.tensor([1, 2]).expand(responses, -1)
     inputs = {
         "prompt_ids": prompts.clone(),
-        "prompt_mask": torch.ones(rows, 2, dtype=torch.long),
+        "prompt_mask": torch.ones(responses, 2, dtype=torch.long),
         "completion_ids": ids.clone(),
-        "completion_mask": torch.ones(rows, width, dtype=torch.long),
-        "advantages": torch.linspace(-1, 1, rows),
-        "old_per_token_logps": -torch.ones(rows, width),
-        "ref_per_token_logps": -torch.ones(rows, width),
-        "sampling_per_token_logps": -torch.ones(rows, width),
-        "importance_sampling_ratio": torch.ones(rows, 1),
-        "num_items_in_batch": torch.tensor(rows * width),
+        "completion_mask": torch.ones(responses, width, dtype=torch.long),
+        "advantages": torch.linspace(-1, 1, responses),
+        "old_per_token_logps": -torch.ones(responses, width),
+        "ref_per_token_logps": -torch.ones(responses, width),
+        "sampling_per_token_logps": -torch.ones(responses, width),
+        "importance_sampling_ratio": torch.ones(responses, 1),
+        "num_items_in_batch": torch.tensor(responses * width),
     }
     return inputs | more
 
@@ -44,7 +44,7 @@ def rollout(rows=4, width=3, **more):
 @pytest.mark.parametrize(
     "name", ["advantages", "old_per_token_logps", "ref_per_token_logps", "importance_sampling_ratio"]
 )
-def test_a_bad_number_of_a_rollout_marks_its_row(name, bad):
+def test_a_bad_number_of_a_rollout_marks_its_response(name, bad):
     inputs = rollout()
     assert not bad_responses(numbers_of_rollout(inputs)).any()
     inputs[name][2, ...] = bad
@@ -99,26 +99,26 @@ def test_a_ratio_that_overflows(drift, overflows):
     assert bad_responses(numbers_of_forward(logps, inputs, "token", 0.1)).tolist() == [False, overflows]
 
 
-def test_a_blanked_row_holds_one_harmless_token_and_nothing_else():
+def test_a_blanked_response_holds_one_harmless_token_and_nothing_else():
     inputs = rollout(tool_mask=torch.ones(4, 3, dtype=torch.long))
     inputs["prompt_ids"][:, -1] = torch.tensor([5, 3, 4, 1])
     inputs["advantages"][0] = NAN
     before = {name: value.clone() for name, value in inputs.items()}
-    rows = torch.tensor([True, False, True, False])
-    blanked = blank_responses(inputs, rows, pad_token_id=0)
+    bad = torch.tensor([True, False, True, False])
+    blanked = blank_responses(inputs, bad, pad_token_id=0)
     for name, value in inputs.items():
-        assert torch.equal(value.nan_to_num(7.0), before[name].nan_to_num(7.0)), name  # left as it was
+        assert torch.equal(value.nan_to_num(7.0), before[name].nan_to_num(7.0)), name  # the input is unchanged
         if value.dim():
-            assert torch.equal(blanked[name][~rows], value[~rows]), name
-    assert set(blanked["prompt_ids"][rows].flatten().tolist()) == {3}  # a response that stays has it
-    assert set(blanked["completion_ids"][rows].flatten().tolist()) == {3}
-    assert blanked["prompt_mask"][rows].tolist() == [[0, 1], [0, 1]]
+            assert torch.equal(blanked[name][~bad], value[~bad]), name
+    assert set(blanked["prompt_ids"][bad].flatten().tolist()) == {3}  # a response that stays has it
+    assert set(blanked["completion_ids"][bad].flatten().tolist()) == {3}
+    assert blanked["prompt_mask"][bad].tolist() == [[0, 1], [0, 1]]
     rest = set(inputs) - {"prompt_ids", "prompt_mask", "completion_ids", "num_items_in_batch"}
-    assert all(blanked[name][rows].eq(0).all() for name in rest)
+    assert all(blanked[name][bad].eq(0).all() for name in rest)
     assert blanked["num_items_in_batch"] == 12
 
 
-def test_without_any_row_left_the_pad_token_stands_in():
+def test_without_any_response_left_the_pad_token_is_used():
     blanked = blank_responses(rollout(), torch.ones(4, dtype=torch.bool), pad_token_id=4)
     assert set(blanked["prompt_ids"].flatten().tolist()) == {4}
     assert blanked["prompt_mask"].sum() == 4
@@ -133,7 +133,7 @@ def test_prompts_with_images_keep_their_tokens():
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_a_reward_models_bad_reward_takes_its_group(bad):
+def test_a_reward_models_bad_reward_drops_its_group(bad):
     rewards = torch.tensor([[0.0, 1.0], [1.0, 2.0], [NAN, 3.0], [1.0, 4.0]])  # NaN: the function's None
     weights = torch.ones(2)
     groups, own = groups_without_rewards(rewards, weights, [1], num_generations=2)
@@ -146,7 +146,7 @@ def test_a_reward_models_bad_reward_takes_its_group(bad):
 
 
 @pytest.mark.parametrize(
-    ("rewards", "weight", "taken"),
+    ("rewards", "weight", "dropped"),
     [
         ([1e18, 0.0], 1.0, False),
         ([1e20, 0.0], 1.0, True),  # its square overflows, so the deviation would
@@ -155,13 +155,13 @@ def test_a_reward_models_bad_reward_takes_its_group(bad):
         ([1.5e19, 1.5e19], 1.0, True),  # only the sum of the squares does
     ],
 )
-def test_rewards_that_overflow_take_their_group(rewards, weight, taken):
+def test_rewards_that_overflow_drop_their_group(rewards, weight, dropped):
     rewards = torch.tensor([[1.0], [0.0], *[[reward] for reward in rewards]])
     groups, _ = groups_without_rewards(rewards, torch.tensor([weight]), [], num_generations=2)
-    assert groups.tolist() == [False, False, taken, taken]
+    assert groups.tolist() == [False, False, dropped, dropped]
 
 
-def test_a_report_names_numbers_tokens_and_texts_and_counts_the_rest():
+def test_a_report_names_numbers_tokens_and_completions_and_counts_the_rest():
     inputs = rollout(6)
     inputs["old_per_token_logps"][1:, 1] = -INF
     inputs["advantages"][1] = NAN
@@ -174,7 +174,7 @@ def test_a_report_names_numbers_tokens_and_texts_and_counts_the_rest():
     assert texts[3] == "and 2 more of 6 responses"
 
 
-def test_a_deepspeed_that_takes_nan_is_refused(monkeypatch):
+def test_a_deepspeed_that_steps_with_nan_is_refused(monkeypatch):
     for installed, stage, message in [("0.19.7", 3, "deepspeed>=0.19.8"), ("0.19.8", 0, "zero_stage")]:
         monkeypatch.setattr("tic_grpo_trl.safety.non_finite.version", lambda name, installed=installed: installed)
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""guards.py: one warning per cause, with a figure that the test computes in another way, and no trace in the run."""
+"""One warning per cause, with a figure that the test computes in another way, and no effect on the run."""
 
 import math
 import re
@@ -18,13 +18,13 @@ from tic_grpo_trl.safety.ratio_probe import RatioProbe, root_mean_square, sample
 pytestmark = pytest.mark.usefixtures("cheap_garbage_collection")
 
 NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
-# Two mini-batches a rollout, so that there are ratios
+# Two mini-batches per rollout, so that there are ratios
 INNER = {"steps_per_generation": 2, "max_steps": 2}
 
 
 @pytest.fixture
 def warned(caplog):
-    """A function that returns the warnings of this module so far, without the rank before them."""
+    """Return a function for the warnings of this module so far, without the prefix for the rank."""
 
     def so_far():
         logged = [record.getMessage() for record in caplog.records if record.name == "tic_grpo_trl.safety.ratio_probe"]
@@ -73,8 +73,8 @@ def test_sampler_log_ratio_by_hand():
         {"generation_kwargs": {"top_k": 2}},
     ],
 )
-def test_the_figure_is_that_of_what_generate_draws_from(tmp_path, warned, settings):
-    """`generate` itself says which distribution it drew each token from."""
+def test_the_figure_is_that_of_the_distributions_generate_draws_from(tmp_path, warned, settings):
+    """`generate` itself returns the distribution from which it drew each token."""
     trainer = make_trainer(tmp_path, **INNER, **settings)
     seen = []
     generate = trainer._generate_and_score_completions
@@ -89,16 +89,16 @@ def test_the_figure_is_that_of_what_generate_draws_from(tmp_path, warned, settin
     asked |= asked.pop("generation_kwargs", {})
     rollout, model = seen[0], tiny_model()
     total = count = 0.0
-    for row in range(0, 16, 2):
-        prompt = rollout["prompt_ids"][row][None]
-        mask = rollout["prompt_mask"][row][None]
-        for t in range(int(rollout["completion_mask"][row].sum())):
-            seen_ids = torch.cat([prompt, rollout["completion_ids"][row][None, :t]], 1)
+    for response in range(0, 16, 2):
+        prompt = rollout["prompt_ids"][response][None]
+        mask = rollout["prompt_mask"][response][None]
+        for t in range(int(rollout["completion_mask"][response].sum())):
+            seen_ids = torch.cat([prompt, rollout["completion_ids"][response][None, :t]], 1)
             seen_mask = torch.cat([mask, torch.ones(1, t, dtype=mask.dtype)], 1)
             config = GenerationConfig(do_sample=True, max_new_tokens=1, pad_token_id=0, eos_token_id=0, **asked)
             kwargs = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
             out = model.generate(seen_ids, attention_mask=seen_mask, generation_config=config, **kwargs)
-            token = rollout["completion_ids"][row, t]
+            token = rollout["completion_ids"][response, t]
             policy = (out.logits[0][0] / asked["temperature"]).log_softmax(-1)[token]
             total += (out.scores[0][0].log_softmax(-1)[token] - policy).item()
             count += 1
@@ -112,14 +112,13 @@ def test_the_figure_is_that_of_what_generate_draws_from(tmp_path, warned, settin
     assert float(found[3]) == pytest.approx(per_token * length, rel=0.06)
 
 
-def test_a_sampler_that_is_the_policy_or_another_level_is_not_warned_of(tmp_path, warned):
+def test_no_warning_if_the_sampler_is_the_policy_or_at_another_level(tmp_path, warned):
     run(tmp_path)
     run(tmp_path, algorithm="grpo", top_p=0.5)
     assert warned() == []
 
 
-def test_logits_that_are_not_the_head_s_give_no_figure(tmp_path, warned):
-    """As where a model bends them."""
+def test_logits_that_the_model_caps_give_no_figure(tmp_path, warned):
     model = tiny_model()
     model.config.final_logit_softcapping = 0.1
     run(tmp_path, model, top_p=0.8)
@@ -139,16 +138,16 @@ def test_the_sampler_as_behaviour_policy_has_a_meaning_of_its_own(tmp_path, warn
 # Dropout
 
 
-def test_dropout_is_measured_where_it_is_allowed(tmp_path, warned):
-    """Against the spread of R that the run itself logs between two passes over the same weights."""
+def test_dropout_is_measured_if_it_is_allowed(tmp_path, warned):
+    """Compare with the spread of R that the run itself logs between two passes with the same weights."""
     config = {"disable_dropout": False, "algorithm": "grpo", "num_iterations": 2, "skip_on_policy_logps": False}
     config |= {"learning_rate": 0.0, "max_steps": 4, "skip_zero_advantage": False}
     trainer = run(tmp_path, tiny_model(attention_dropout=0.2), **config)
     (message,) = warned()
     assert message.startswith("Dropout is active in 2 modules (first: model.layers.0.self_attn.attention_dropout)")
     noise = float(re.search(r"is (\S+) nats \(rms\) over 16 responses", message)[1])
-    rows = [entry for entry in trainer.state.log_history if "trajectory_ratio/log_std" in entry]
-    logged = [math.hypot(e["trajectory_ratio/log_std"], e["trajectory_ratio/log_mean"]) for e in rows]
+    entries = [entry for entry in trainer.state.log_history if "trajectory_ratio/log_std" in entry]
+    logged = [math.hypot(e["trajectory_ratio/log_std"], e["trajectory_ratio/log_mean"]) for e in entries]
     assert noise == pytest.approx(math.sqrt(sum(value**2 for value in logged) / len(logged)), rel=0.6)
     assert noise > 0.05
 
@@ -161,7 +160,7 @@ def test_dropout_of_an_adapter_is_measured(tmp_path, warned):
     assert float(re.search(r"is (\S+) nats", message)[1]) > 0
 
 
-def test_where_no_ratio_is_taken_dropout_is_no_matter(tmp_path, warned):
+def test_dropout_does_not_matter_without_a_ratio(tmp_path, warned):
     dropout = {"disable_dropout": False, "max_steps": 1}
     run(tmp_path, tiny_model(attention_dropout=0.2), algorithm="grpo", **dropout | {"steps_per_generation": 1})
     run(tmp_path, tiny_model(attention_dropout=0.2), algorithm="grpo_no_is", **dropout)
@@ -177,7 +176,7 @@ LONG = {"max_completion_length": 48, "generation_kwargs": {"min_new_tokens": 47}
 
 @pytest.mark.parametrize("autocast", [True, False])
 def test_low_precision_is_measured_and_warned_of(tmp_path, warned, autocast):
-    """The figure is of the size of the error that the precision makes, against float32 log-probabilities."""
+    """The figure is as large as the error of the log-probabilities, compared with those in float32."""
     model = tiny_model(initializer_range=0.5)
     model = model if autocast else model.to(torch.bfloat16)
     exact = tiny_model()
@@ -207,7 +206,7 @@ def test_a_noise_that_is_small_is_logged_without_a_warning(tmp_path, warned):
 
 
 def test_float32_measures_nothing(tmp_path, warned, monkeypatch):
-    """No pass, no metric; nor where no ratio is taken, or one per token."""
+    """No pass and no metric; neither without a ratio or with one per token."""
     monkeypatch.setattr(RatioProbe, "_noise", lambda *args: pytest.fail("measured"))
     assert not any("noise_floor" in name for entry in run(tmp_path).state.log_history for name in entry)
     run(tmp_path, bf16=True, algorithm="grpo")
@@ -215,8 +214,8 @@ def test_float32_measures_nothing(tmp_path, warned, monkeypatch):
     assert [message for message in warned() if not message.startswith("K = 1")] == []
 
 
-def test_a_model_that_padding_changes_has_no_noise_of_more_padding(tmp_path, messages):
-    """Its state takes in what stands before the prompt: no rounding, whatever the precision."""
+def test_no_noise_is_measured_for_a_model_that_padding_changes(tmp_path, messages):
+    """Its state depends on the padding before the prompt, whatever the precision."""
     model = zoo.tiny_model("rwkv", "eager")
     trainer = build(tmp_path, random_rollouts(), model=model, bf16=True)
     trainer.train()
@@ -225,7 +224,7 @@ def test_a_model_that_padding_changes_has_no_noise_of_more_padding(tmp_path, mes
     assert not any("trajectory_ratio/noise_floor" in entry for entry in trainer.state.log_history)
 
 
-# All
+# All causes
 
 
 @pytest.mark.parametrize(
@@ -233,7 +232,7 @@ def test_a_model_that_padding_changes_has_no_noise_of_more_padding(tmp_path, mes
     [{"top_p": 0.7}, {"bf16": True}, {"disable_dropout": False, "algorithm": "grpo"}],
 )
 def test_measuring_leaves_no_trace(tmp_path, monkeypatch, config):
-    """The same run without it: weights, logs, work counted; and it happens once, at the first rollout."""
+    """The same run without it has the same weights and logs. It happens once, at the first rollout."""
     model = {"attention_dropout": 0.2} if "disable_dropout" in config else {}
     passes = []
     measured = make_trainer(tmp_path, tiny_model(**model), max_steps=4, steps_per_generation=2, **config)
@@ -263,12 +262,12 @@ def test_a_resumed_run_has_the_noise_floor_in_its_history(tmp_path):
 
 
 def probe_of(args):
-    """A probe that makes no pass."""
+    """Return a probe that makes no pass."""
     model = tiny_model()
     return RatioProbe(args, None, lambda: model, None, pad_token_id=0, temperature=1.0, compares=True)
 
 
-def test_rollouts_with_images_are_warned_of_without_a_figure(warned):
+def test_rollouts_with_images_give_a_warning_without_a_figure(warned):
     args = SimpleNamespace(
         importance_sampling_level="trajectory",
         behaviour_policy="trainer",
@@ -283,10 +282,8 @@ def test_rollouts_with_images_are_warned_of_without_a_figure(warned):
     assert "tokens of the first rollout" not in message
 
 
-def test_stale_weights_are_warned_of_once_until_they_are_well(warned):
-    probe = probe_of(
-        SimpleNamespace(changed_sampling={}, disable_dropout=True, importance_sampling_level="trajectory")
-    )
+def test_stale_weights_give_one_warning_until_they_are_current_again(warned):
+    probe = probe_of(SimpleNamespace(changed_sampling={}, disable_dropout=True, importance_sampling_level="trajectory"))
     for ratio in (1.0, 0.98, 0.97, 0.98):
         probe.check_sampler(ratio)
     assert len(warned()) == 1
@@ -297,6 +294,6 @@ def test_stale_weights_are_warned_of_once_until_they_are_well(warned):
     assert "1.020 times the probability" in warned()[1]
 
 
-def test_root_mean_square_leaves_out_what_is_not_finite():
+def test_root_mean_square_ignores_non_finite_values():
     assert root_mean_square(torch.tensor([3.0, -4.0, math.nan, math.inf])) == pytest.approx(math.sqrt(12.5))
     assert math.isnan(root_mean_square(torch.tensor([math.nan])))

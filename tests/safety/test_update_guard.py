@@ -1,4 +1,4 @@
-"""Bad numbers injected at every place of an update, in one process: nothing of them reaches weights or optimizer."""
+"""Bad numbers injected at every point of an update, in one process: none reaches weights or optimizer."""
 
 import dataclasses
 import math
@@ -32,10 +32,10 @@ from tic_grpo_trl.safety.non_finite import NonFiniteError
 
 pytestmark = pytest.mark.usefixtures("cheap_garbage_collection")
 
-PARTS = 8  # rows of a mini-batch
+PER_UPDATE = 8  # responses of a mini-batch
 
 
-def set_rows(name, value):
+def set_marked(name, value):
     def edit(rollout, marked):
         rollout[name] = rollout[name].clone()
         rollout[name][marked] = value
@@ -44,7 +44,7 @@ def set_rows(name, value):
 
 
 def add_ratio(value):
-    """As if vLLM had sampled and TRL corrected for it."""
+    """Add a ratio, as if vLLM had sampled and TRL corrected for it."""
 
     def edit(rollout, marked):
         rollout["importance_sampling_ratio"] = torch.ones(len(marked), 1)
@@ -72,12 +72,12 @@ def scored(value):
     return lambda trainer: poison_embedding(trainer.model, value, in_scoring)
 
 
-# Where a number is made bad, and the settings under which it would be read
+# Where a number is made bad, and settings with which it would be read
 FAULTS = {
     "policy nan": (policy(NAN), {}),
     "policy inf, padded": (policy(INF), {"padding_free": False}),
     "policy, zero-advantage responses kept": (policy(NAN), {"skip_zero_advantage": False}),
-    "policy, mean over rows": (policy(NAN), {"loss_type": "grpo"}),
+    "policy, mean over responses": (policy(NAN), {"loss_type": "grpo"}),
     "policy, tokens of the batch": (policy(NAN), {"algorithm": "grpo", "loss_type": "dapo"}),
     "policy, checkpointing": (policy(NAN), {"gradient_checkpointing": True}),
     "old, scored": (scored(NAN), {"skip_on_policy_logps": False}),
@@ -88,8 +88,8 @@ FAULTS = {
     "reference": (reference(NAN), {"beta": 0.1}),
     "reference -inf": (one_token_of_reference(-INF), {"beta": 0.1}),
     "reference, exp overflows": (one_token_of_reference(100.0), {"beta": 0.1}),
-    "advantage nan": (set_rows("advantages", NAN), {}),
-    "advantage -inf, padded": (set_rows("advantages", -INF), {"padding_free": False}),
+    "advantage nan": (set_marked("advantages", NAN), {}),
+    "advantage -inf, padded": (set_marked("advantages", -INF), {"padding_free": False}),
     "ratio inf": (add_ratio(INF), {}),
     "ratio nan": (add_ratio(NAN), {}),
 }
@@ -121,13 +121,13 @@ def test_a_dropped_response_contributes_exactly_nothing(tmp_path, fault, message
     moments = [torch.cat([v["exp_avg"].flatten() for v in t.optimizer.state.values()]) for t in (faulty, clean)]
     assert torch.allclose(*moments, atol=1e-7)
 
-    assert sum(logged(faulty, "frac_non_finite")) * PARTS == len(MARKED)
+    assert sum(logged(faulty, "frac_non_finite")) * PER_UPDATE == len(MARKED)
     assert logged(faulty, "update/skipped") == [0] * 2
     assert any("Non-finite numbers" in message and " e " in message for message in messages())
 
 
 def test_a_run_without_faults_counts_nothing_and_is_trls(tmp_path):
-    """Also that the guard leaves every number as it is."""
+    """So the guard changes no number."""
     guarded = run(tmp_path / "a", lambda trainer: None)
     unguarded = build(tmp_path / "b", max_steps=2)
     unguarded.compute_loss = lambda *args, **kwargs: GRPOTrainer.compute_loss(unguarded, *args, **kwargs)
@@ -138,7 +138,7 @@ def test_a_run_without_faults_counts_nothing_and_is_trls(tmp_path):
 
 
 def test_without_the_guard_the_weights_would_be_lost(tmp_path):
-    """The control: the same fault in TRL's own loop."""
+    """This is the control: the same fault in TRL's own loop."""
     trainer = build(tmp_path, max_steps=1)
     poison_embedding(trainer.model, NAN, in_training)
     trainer.guard.check_forward = lambda *args: None
@@ -152,7 +152,7 @@ def test_without_the_guard_the_weights_would_be_lost(tmp_path):
     ("value", "behaviour_policy"), [(-INF, "sampler"), (INF, "sampler"), (NAN, "sampler"), (-INF, "trainer")]
 )
 def test_log_probabilities_of_a_sampler(tmp_path, value, behaviour_policy):
-    """An infinite one drops its response; NaN stands for none and is replaced, as before."""
+    """An infinite one drops its response. NaN means that there is none, and is replaced."""
 
     def rollouts(bad):
         return marked_rollouts(sampler=lambda ids: [bad if i == 5 else -1.6 for i in ids])
@@ -163,7 +163,7 @@ def test_log_probabilities_of_a_sampler(tmp_path, value, behaviour_policy):
     if math.isnan(value):
         assert logged(faulty, "frac_non_finite") == [0, 0]
         return
-    assert sum(logged(faulty, "frac_non_finite")) * PARTS == len(MARKED)
+    assert sum(logged(faulty, "frac_non_finite")) * PER_UPDATE == len(MARKED)
     clean = build(tmp_path / "clean", rollouts(-1.6), **settings)
     without_marked(clean)
     clean.train()
@@ -173,23 +173,23 @@ def test_log_probabilities_of_a_sampler(tmp_path, value, behaviour_policy):
 
 @pytest.mark.parametrize("settings", [{"algorithm": "grpo"}, {"algorithm": "gspo"}])
 def test_a_token_ratio_that_overflows_drops_its_response(tmp_path, settings):
-    """For the algorithms whose ratio TRL computes; ours are bounded in log space."""
+    """This concerns the algorithms whose ratio TRL computes; ours are bounded in log space."""
     rollouts = marked_rollouts(sampler=lambda ids: [-500.0 if 5 in ids else -1.6 for _ in ids])
     trainer = build(tmp_path, rollouts, behaviour_policy="sampler", max_steps=2, **settings)
     trainer.train()
-    assert sum(logged(trainer, "frac_non_finite")) * PARTS == len(MARKED)
+    assert sum(logged(trainer, "frac_non_finite")) * PER_UPDATE == len(MARKED)
     assert trainer.states.moved == [True, True]
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 
 def test_a_response_stays_dropped_when_the_rollout_is_used_again(tmp_path):
-    """Also where the second pass over it would have found nothing: its old log-probabilities are gone."""
+    """It stays dropped even if the second pass finds nothing bad, because its old log-probabilities are gone."""
     trainer = build(tmp_path, max_steps=4, num_iterations=2)
     poison_embedding(trainer.model, NAN, lambda: in_training() and trainer.state.global_step < 2)
     trainer.train()
     shares = logged(trainer, "frac_non_finite")
     assert shares[:2] == shares[2:]
-    assert sum(shares[:2]) * PARTS == len(MARKED)
+    assert sum(shares[:2]) * PER_UPDATE == len(MARKED)
     clean = build(tmp_path / "clean", max_steps=4, num_iterations=2)
     without_marked(clean)
     clean.train()
@@ -212,7 +212,7 @@ SPOILED = {
     [*[(fault, "adamw_torch") for fault in SPOILED], ("gradient inf", "adafactor"), ("loss nan", "rmsprop")],
 )
 def test_a_spoiled_update_is_skipped(tmp_path, fault, optim, messages):
-    """Weights, both moments and step counters stay; the learning rate goes on; the loss in the log is a number."""
+    """Weights, moments and step counters stay; the learning rate advances; the logged loss is finite."""
     trainer = build(tmp_path, max_steps=4, optim=optim, lr_scheduler_type="linear")
     SPOILED[fault](trainer)
     trainer.train()
@@ -241,7 +241,7 @@ def test_an_update_without_any_response_left_is_skipped(tmp_path):
     assert (logged(trainer, "loss")[1], logged(trainer, "grad_norm")[1]) == (0, 0)
 
 
-def test_an_update_of_dead_responses_alone_is_none_of_this(tmp_path):
+def test_an_update_with_only_zero_advantage_responses_is_made(tmp_path):
     trainer = build(tmp_path, reward=lambda completions, **kwargs: [1.0] * len(completions), max_steps=2)
     trainer.train()
     assert logged(trainer, "update/skipped") == [0, 0]
@@ -249,7 +249,7 @@ def test_an_update_of_dead_responses_alone_is_none_of_this(tmp_path):
 
 
 def test_a_response_that_stays_bad_without_its_tokens_skips_the_update(tmp_path):
-    """What is broken is the model: nothing can be left out."""
+    """The model itself is broken, so dropping responses does not help."""
     trainer = build(tmp_path, max_steps=3, max_non_finite_steps=9)
     forward = trainer.packed_forward._pass
 
@@ -263,12 +263,12 @@ def test_a_response_that_stays_bad_without_its_tokens_skips_the_update(tmp_path)
     assert logged(trainer, "update/skipped") == [0, 1, 0]
 
 
-def test_after_so_many_in_a_row_the_run_ends_with_a_report(tmp_path):
+def test_after_max_non_finite_steps_the_run_ends_with_a_report(tmp_path):
     trainer = build(tmp_path, max_steps=8, max_non_finite_steps=2)
     spoil_losses(trainer, {2, 4, 5, 6}, INF)
     with pytest.raises(NonFiniteError) as error:
         trainer.train()
-    assert trainer.state.global_step == 4  # 2 alone is forgiven; 4 and 5 are two in a row
+    assert trainer.state.global_step == 4  # update 2 alone is tolerated; 4 and 5 are two in a row
     assert trainer.states.moved == [True, False, True, False]
     text = str(error.value)
     assert "2 updates in a row were skipped" in text
@@ -279,7 +279,7 @@ def test_after_so_many_in_a_row_the_run_ends_with_a_report(tmp_path):
     assert "max_non_finite_steps" in text
 
 
-def test_the_report_names_rows_values_and_texts_of_what_was_dropped(tmp_path):
+def test_the_report_names_the_dropped_responses_and_their_values(tmp_path):
     trainer = build(tmp_path, marked_rollouts(marked=range(ROWS)), max_steps=8)
     poison_embedding(trainer.model, NAN, in_training)
     with pytest.raises(NonFiniteError, match="3 updates in a row") as error:
@@ -338,7 +338,7 @@ def test_a_reward_models_bad_reward_drops_its_group_alone(tmp_path, bad, setting
         expected = (scaled - scaled.mean()) / (scaled.std() + 1e-4)
     assert torch.allclose(advantages.view(-1, 4)[~hit], expected, atol=1e-5)
     shares = logged(trainer, "frac_non_finite")
-    assert sum(shares) * PARTS == 8
+    assert sum(shares) * PER_UPDATE == 8
     assert trainer.states.moved == [share < 1 for share in shares]  # the groups may be those of one mini-batch
     assert all(map(math.isfinite, logged(trainer, "reward")))
     assert any(f"reward of 'judge' {bad:g}: its group is dropped" in message for message in messages())
@@ -349,12 +349,12 @@ def test_rewards_whose_weighted_sum_overflows_drop_their_groups(tmp_path):
     settings = {"reward_weights": [10.0], "scale_rewards": "batch", "max_steps": 2}
     trainer = build(tmp_path, reward=lambda completions, **kwargs: rewards, **settings)
     trainer.train()
-    assert sum(logged(trainer, "frac_non_finite")) * PARTS == 4
+    assert sum(logged(trainer, "frac_non_finite")) * PER_UPDATE == 4
     assert trainer.states.moved == [True, True]
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 
-def test_an_evaluation_takes_a_bad_reward_too(tmp_path):
+def test_an_evaluation_tolerates_a_bad_reward(tmp_path):
     trainer = with_judge(tmp_path, NAN)
     metrics = trainer.evaluate()
     assert math.isfinite(metrics["eval_loss"])
@@ -367,7 +367,7 @@ K4 = {"gradient_accumulation_steps": 1, "num_generations": 4, "learning_rate": 0
 
 @pytest.mark.parametrize("padding_free", [True, False])
 def test_min_ess_skips_the_rest_of_a_rollout(tmp_path, padding_free, messages):
-    """The first update of a rollout has ratios of 1. After it nothing moves, nothing is forwarded, until the next."""
+    """A rollout's first update has ratios of 1. The second one is skipped, and nothing is computed for the rest."""
     trainer = build(tmp_path, min_ess=0.9999, max_steps=12, padding_free=padding_free, **K4)
     forwards, totals = count_forwards(trainer), []
     step = trainer.training_step
@@ -417,14 +417,14 @@ def test_min_ess_acts_on_the_effective_sample_size_that_is_logged(tmp_path):
         assert logged(trainer, "update/skipped") == [0, skipped]
 
 
-def test_min_ess_does_not_count_as_spoiled(tmp_path):
+def test_min_ess_does_not_count_as_non_finite(tmp_path):
     trainer = build(tmp_path, min_ess=0.9999, max_steps=8, max_non_finite_steps=1, **K4)
     trainer.train()
     assert trainer.state.global_step == 8
 
 
 def test_min_ess_goes_on_after_a_resume(tmp_path):
-    """A checkpoint in the middle of the skipped updates, and one of a streak of spoiled ones."""
+    """The checkpoint lies in the middle of the skipped updates."""
     settings = K4 | {"save_strategy": "steps", "save_steps": 3, "max_steps": 8, "min_ess": 0.9999}
     whole = build(tmp_path, **settings)
     whole.train()

@@ -1,4 +1,4 @@
-"""Bad numbers on one of two processes: both act alike, under DDP and where DeepSpeed ZeRO-3 holds the gradients."""
+"""Bad numbers on one of two processes: both act alike, with DDP and with DeepSpeed ZeRO-3."""
 
 import importlib.util
 import json
@@ -10,7 +10,7 @@ from launching import CONFIGS, ON_CPU, launch
 
 pytestmark = pytest.mark.distributed
 
-ROWS = 8  # of a mini-batch, over both processes
+PER_UPDATE = 8  # responses of a mini-batch, over both processes
 BOTH = ["policy", "policy, checkpointing", "all of one", "all of both", "infinite loss", "gradient", "stop", "min_ess"]
 DDP = [*BOTH, "policy, zeroed", "policy, padded", "loss", "infinite gradient", "reward model"]
 
@@ -42,7 +42,7 @@ def zero3(tmp_path_factory):
 
 
 def on_both(cases, case):
-    """What both processes did in a case; whatever is logged is the same for both."""
+    """Return what both processes did in a case; what is logged is the same for both."""
     first, second = cases[case]["ranks"]
     for name in ("moved", "rates", "frac_non_finite", "update/skipped", "error"):
         assert first[name] == second[name], name
@@ -53,7 +53,7 @@ def on_both(cases, case):
 
 
 def of_both(*cases):
-    """The given cases under DDP, and those of them that run under ZeRO-3, too."""
+    """Parametrize over cases with DDP, and over those of them that also run with ZeRO-3."""
     pairs = [("ddp", case) for case in cases] + [("zero3", case) for case in cases if case in BOTH]
     return pytest.mark.parametrize(("topology", "case"), pairs)
 
@@ -63,18 +63,18 @@ DROPPED = {"policy": 3, "policy, padded": 3, "policy, checkpointing": 3, "all of
 
 
 @of_both(*DROPPED)
-def test_rows_of_one_process_are_dropped_and_the_update_is_made(request, topology, case):
+def test_responses_of_one_process_are_dropped_and_the_update_is_made(request, topology, case):
     ran = on_both(request.getfixturevalue(topology), case)
     shares = ran["frac_non_finite"]
-    assert sum(shares[:2]) * ROWS == sum(shares[2:]) * ROWS == DROPPED[case]
+    assert sum(shares[:2]) * PER_UPDATE == sum(shares[2:]) * PER_UPDATE == DROPPED[case]
     assert ran["update/skipped"] == [0] * 4
     assert ran["moved"] == [True] * 4
-    assert sum(norm > 0 for norm in ran["grad_norm"]) >= 3  # the cap may stop every response that is left
+    assert sum(norm > 0 for norm in ran["grad_norm"]) >= 3  # the cap may stop all remaining responses
 
 
 @of_both("all of both", "loss", "infinite loss", "gradient", "infinite gradient")
 def test_a_spoiled_update_is_skipped_on_both(request, topology, case):
-    """Weights and optimizer state are bit-identical before and after it; the learning rate goes on."""
+    """Weights and optimizer state are bit-identical before and after it; the learning rate advances."""
     ran = on_both(request.getfixturevalue(topology), case)
     assert ran["moved"] == [True, False, True, True]
     assert ran["update/skipped"] == [0, 1, 0, 0]
@@ -104,8 +104,8 @@ def test_min_ess_skips_the_rest_of_a_rollout(request, topology, case):
     assert ran["rates"] == pytest.approx([0.3 * (7 - step) / 8 for step in range(8)])
 
 
-def test_dropped_rows_contribute_nothing(ddp):
-    """As with advantages of 0: losses, gradients and weights of four updates."""
+def test_dropped_responses_contribute_nothing(ddp):
+    """Losses, gradients and weights of four updates are those with advantages of 0."""
     dropped, zeroed = on_both(ddp, "policy"), on_both(ddp, "policy, zeroed")
     for name in ("loss", "grad_norm"):
         assert dropped[name] == pytest.approx(zeroed[name], rel=1e-4, abs=1e-6)

@@ -111,7 +111,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def newest_if_any(resume: str | bool | None, run_dir: Path) -> str | bool | None:
-    """Return `resume`, so that a command both starts and resumes a run: `None` for "true" without a checkpoint."""
+    """Return the flag `resume`, or `None` if it asks for the newest checkpoint ("true") and there is none yet."""
     if str(resume).lower() != "true":
         return resume
     # In this order: another process may be moving one from here to there.

@@ -101,7 +101,7 @@ class UpdateGuard:
         return self._drop(rollout).view(self.schedule.steps_per_generation, -1).sum(dim=1).tolist()
 
     def drop_from_micro_batches(self, micro_batches: list[dict[str, Any] | None], dropped: list[int]) -> list[int]:
-        """Do the same with the numbers from scoring; return the counts since `drop_from_rollout`, of all processes."""
+        """Blank responses with bad numbers from scoring in place; add their counts to `dropped`, over all processes."""
         scored = [0 if micro_batch is None else int(self._drop(micro_batch).sum()) for micro_batch in micro_batches]
         local = [before + now for before, now in zip(dropped, scored, strict=True)]
         return [sum(of_processes) for of_processes in zip(*gather_object([local]), strict=True)]
