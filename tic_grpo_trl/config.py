@@ -56,9 +56,8 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
     Configuration class for the [`TICGRPOTrainer`].
 
     It inherits every parameter of [`~trl.GRPOConfig`]. The parameters below are new or have another default. Those of
-    the algorithm default to `None`, which takes the value from `algorithm`. An explicit value always wins over the
-    algorithm's, whether it comes from Python, YAML or the command line. `bf16` defaults to `False` on a machine
-    without an accelerator.
+    the algorithm take their value from `algorithm`, unless they are set, in Python, YAML or on the command line. `bf16`
+    defaults to `False` on a machine without an accelerator.
 
     Some settings depend on which responses share a micro-batch: `loss_type="bnpo"` and `"vespo"`, an entropy bonus,
     `top_entropy_quantile` < 1 and a router loss. They keep TRL's micro-batches, including zero-advantage responses,
@@ -89,8 +88,8 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
     )
     epsilon_high: Annotated[float | None, Range("(0, inf)", 0.28)] = _option(
         None,
-        "Upper bound 1 + epsilon_high of the weight. Most algorithms use 0.28, DAPO's value; the script that the "
-        "papers' authors released uses 0.03. With loss_type='cispo' it is the bound itself, 5.0 by default.",
+        "Upper bound 1 + epsilon_high of the weight. Most algorithms use 0.28, DAPO's value; the authors' released "
+        "script uses 0.03. With loss_type='cispo' it is the bound itself, 5.0 by default.",
     )
     delta: float | None = _option(
         None,
@@ -121,10 +120,9 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
     )
     padding_free: bool = _option(
         True,
-        "Forward real tokens only. Responses share packed rows if a test at the start shows that the model keeps them "
-        "apart; otherwise each has its own row. A mini-batch then takes as few forward passes as fit into the memory "
-        "of per_device_train_batch_size responses of its longest length. Rollouts with images, and models whose "
-        "log-probabilities depend on padding, keep TRL's passes.",
+        "Forward real tokens only, in as few passes as fit into the memory of per_device_train_batch_size responses of "
+        "the longest length. Responses share packed rows if a test at the start shows that the model keeps them apart. "
+        "Rollouts with images, and models whose log-probabilities depend on padding, keep TRL's passes.",
     )
     skip_zero_advantage: bool = _option(
         True,
@@ -133,8 +131,8 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
     )
     skip_on_policy_logps: bool = _option(
         True,
-        "Skip scoring the responses of a rollout's first update. The policy is still the one that sampled them, so "
-        "every ratio is exactly 1. False measures the numerical noise of these ratios.",
+        "Skip scoring the responses of a rollout's first update, where every ratio is 1 because the policy is the one "
+        "that sampled them. False measures the numerical noise of these ratios.",
     )
     behaviour_policy: Annotated[str, ("trainer", "sampler")] = _option(
         "trainer",
@@ -218,13 +216,9 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
     @property
     def clip(self) -> Clip:
         """The clip rule for [`~tic_grpo_trl.objective.clip_log_weight`]."""
-        return Clip(
-            str(self.clip_mode),
-            epsilon_low=1.0 if self.epsilon is None else self.epsilon,
-            epsilon_high=math.inf if self.epsilon_high is None else self.epsilon_high,
-            delta=self.delta,
-            length_scale=self.length_scaled_cap or 0.0,
-        )
+        low = 1.0 if self.epsilon is None else self.epsilon
+        high = math.inf if self.epsilon_high is None else self.epsilon_high
+        return Clip(str(self.clip_mode), low, high, self.delta, length_scale=self.length_scaled_cap or 0.0)
 
     @property
     def is_anchored(self) -> bool:
@@ -249,12 +243,10 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
         for name in ALGORITHM_FIELDS:
             if name not in explicit:
                 setattr(self, name, algorithm.get(name))
-
-        # Level "none" and clip mode "none" go together. If the user set only one of the fields, it decides.
-        if self.importance_sampling_level == "none" and "clip_mode" not in explicit:
-            self.clip_mode = "none"
-        elif self.clip_mode == "none" and "clip_mode" not in explicit:
-            self.clip_mode = "up_only" if self.importance_sampling_level == "trajectory" else "two_sided"
+        # Level and clip mode "none" go together; one of them that was set decides.
+        if "clip_mode" not in explicit and "none" in (self.importance_sampling_level, self.clip_mode):
+            default = {"none": "none", "trajectory": "up_only"}
+            self.clip_mode = default.get(str(self.importance_sampling_level), "two_sided")
         self._resolve_bounds(explicit)
 
     def _follow_loss_type(self, algorithm: dict[str, Any], explicit: set[str]):
@@ -271,9 +263,8 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
         if has_own_weight and not fits:
             algorithm |= BY_TOKEN
             if used := ", ".join(f"{name}={value!r}" for name, value in BY_TOKEN.items() if name not in explicit):
-                self.notes.append(
-                    f"loss_type={self.loss_type!r} defines its own weight: using {used} instead of the algorithm's."
-                )
+                own = f"loss_type={self.loss_type!r} defines its own weight"
+                self.notes.append(f"{own}: using {used} instead of the algorithm's.")
 
     def _resolve_bounds(self, explicit: set[str]):
         """Drop the bounds that the loss does not read, and fill those that it does."""
@@ -297,9 +288,9 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
             setattr(self, "length_scaled_cap" if "epsilon_high" in explicit else "epsilon_high", None)
         if self.importance_sampling_level != "trajectory" and "length_scaled_cap" not in explicit:
             self.length_scaled_cap = None
-        if self.epsilon_high is None and not self.length_scaled_cap and "epsilon_high" in read:
+        if "epsilon_high" in read and self.epsilon_high is None and not self.length_scaled_cap:
             self.epsilon_high = 0.28
-        if self.epsilon is None and "epsilon" in read:
+        if "epsilon" in read and self.epsilon is None:
             self.epsilon = 0.2
         if "epsilon" in explicit & read and "epsilon_high" not in explicit and not self.length_scaled_cap:
             self.notes.append(

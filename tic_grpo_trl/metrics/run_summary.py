@@ -116,7 +116,7 @@ def plot_curves(log_history: LogHistory, path: str | Path, reward_name: str, win
     steps, accuracy = series(log_history, accuracy_name(reward_name))
     if accuracy:
         axes[0, 0].plot(steps, accuracy, "o-", color=ORANGE, linewidth=2, label="held-out accuracy")
-    axes[0, 0].set(ylabel="mean reward per response", ylim=(0, 1) if not accuracy or max(accuracy) <= 1 else None)
+    axes[0, 0].set(ylabel="mean reward per response", ylim=(0, 1) if max([0, *accuracy]) <= 1 else None)
     draw(axes[0, 1], "completions/mean_length", "mean response length", GREEN)
     axes[0, 1].set(ylabel="tokens", ylim=(0, None))
 

@@ -37,13 +37,13 @@ def check_inputs(model: Any, reward_funcs: Any, args: TICGRPOConfig, train_datas
             )
     if others.get("environment_factory") is not None:
         return  # the prompts come from the environment
-    batches, evaluated = RolloutSchedule.of(args, args.world_size), others.get("eval_dataset")
     if isinstance(train_dataset, Dataset | IterableDataset):
+        batches = RolloutSchedule.of(args, args.world_size)
         check_prompts(batches, _check_examples("train_dataset", train_dataset, batches.prompts))
-    if args.eval_strategy != "no":
-        for name, dataset in (evaluated if isinstance(evaluated, dict) else {"eval_dataset": evaluated}).items():
-            if isinstance(dataset, Dataset | IterableDataset):
-                _check_examples(name, dataset, 1)
+    evaluated = others.get("eval_dataset") if args.eval_strategy != "no" else None
+    for name, dataset in (evaluated if isinstance(evaluated, dict) else {"eval_dataset": evaluated}).items():
+        if isinstance(dataset, Dataset | IterableDataset):
+            _check_examples(name, dataset, 1)
 
 
 def _check_model(model: Any, args: TICGRPOConfig, peft_config: Any):
@@ -120,7 +120,7 @@ def check_kinds(name: str, prompts: list):
         if isinstance(prompt, str) != isinstance(prompts[0], str):
             kind = "string" if isinstance(prompt, str) else "conversation"
             raise ValueError(
-                f"Prompt {index} of {name} is a {kind}, unlike those before it: make all prompts the same."
+                f"Prompt {index} of {name} is a {kind}, unlike those before it: use only strings or only conversations."
             )
 
 

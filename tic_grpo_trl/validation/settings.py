@@ -31,29 +31,21 @@ class Range:
 
 # Fields of TRL and transformers. Listed are only those where a bad value would go unnoticed, fail late, or fail with an
 # error that does not name it. The libraries refuse the others themselves.
-_COUNTS = (
-    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps steps_per_generation "
-    "generation_batch_size num_generations_eval num_iterations vllm_tensor_parallel_size ref_model_sync_steps "
-    "save_total_limit pad_to_multiple_of"
-).split()
-_INHERITED: dict[str, Any] = dict.fromkeys(_COUNTS, Range("[1, inf)", 1)) | {
-    "num_generations": Range("[2, inf)", 8),
-    "logging_steps": Range("(0, inf)", 1),
-    "save_steps": Range("(0, inf)", 500),
-    "eval_steps": Range("(0, inf)", 500),
-    "beta": Range("[0, inf)", 0.0),
-    "top_p": Range("(0, 1]", 1.0),
-    "top_entropy_quantile": Range("[0, 1]", 1.0),
-    "sapo_temperature_neg": Range("(0, inf)", 1.05),
-    "sapo_temperature_pos": Range("(0, inf)", 1.0),
-    "weight_decay": Range("[0, inf)", 0.0),
-    "max_grad_norm": Range("[0, inf]", 1.0),
-    "adam_epsilon": Range("(0, inf)", 1e-8),
-    "ref_model_mixup_alpha": Range("[0, 1]", 0.6),
-    "vllm_importance_sampling_mode": CORRECTION_MODES,
-    "vllm_importance_sampling_clip_max": Range("(0, inf)", 3.0),
-    "vllm_importance_sampling_clip_min": Range("[0, inf)", 0.0),
+_RANGES = {
+    Range("[1, inf)", 1): "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
+    "steps_per_generation generation_batch_size num_generations_eval num_iterations vllm_tensor_parallel_size "
+    "ref_model_sync_steps save_total_limit pad_to_multiple_of",
+    Range("[2, inf)", 8): "num_generations",
+    Range("(0, inf)", 1): "logging_steps save_steps eval_steps sapo_temperature_neg sapo_temperature_pos "
+    "vllm_importance_sampling_clip_max",
+    Range("(0, inf)", 1e-8): "adam_epsilon",
+    Range("[0, inf)", 0.0): "beta weight_decay vllm_importance_sampling_clip_min",
+    Range("[0, inf]", 1.0): "max_grad_norm",
+    Range("[0, 1]", 1.0): "top_entropy_quantile ref_model_mixup_alpha",
+    Range("(0, 1]", 1.0): "top_p",
 }
+_INHERITED: dict[str, Any] = {name: limits for limits, names in _RANGES.items() for name in names.split()}
+_INHERITED["vllm_importance_sampling_mode"] = CORRECTION_MODES
 _MAY_BE_NONE = ("top_k", "max_grad_norm")  # None turns them off
 _MAY_BE_INFINITE = ("delta", "max_grad_norm")
 
@@ -128,7 +120,7 @@ def check_ranges(config: Any):
         raise ValueError("top_k=-1 means no limit to vLLM only: set top_k=0.")
     weights = config.reward_weights
     if isinstance(weights, list) and not all(isinstance(w, numbers.Real) and math.isfinite(w) for w in weights):
-        raise ValueError(f"reward_weights={weights} must be a list of finite numbers, one for each reward function.")
+        raise ValueError(f"reward_weights={weights} must be a list of finite numbers, one per reward function.")
 
 
 def check_combinations(config: Any):
@@ -141,8 +133,9 @@ def check_combinations(config: Any):
         )
     if config.is_anchored and config.loss_type in OTHER_LOSS_TYPES:
         raise ValueError(
-            f"loss_type={config.loss_type!r} defines its own importance weight, so level {level!r} and clip_mode="
-            f"{mode!r} don't apply: choose a loss_type of {', '.join(ANCHORED_LOSS_TYPES)}, or remove both."
+            f"loss_type={config.loss_type!r} defines its own importance weight, so it cannot be combined with "
+            f"importance_sampling_level={level!r} and clip_mode={mode!r}: choose a loss_type of "
+            f"{', '.join(ANCHORED_LOSS_TYPES)}, or importance_sampling_level='token' with clip_mode='two_sided'."
         )
     if config.loss_type == "dr_grpo" and config.max_completion_length is None:
         raise ValueError(
@@ -173,6 +166,7 @@ def check_combinations(config: Any):
         )
     if config.use_vllm and corrects and correction.startswith("token_") and level == "trajectory":
         raise ValueError(
-            f"vllm_importance_sampling_mode={correction!r} gives every token its own factor, but a trajectory has one "
-            "weight: choose sequence_mask, sequence_truncate or importance_sampling_level='token'."
+            f"vllm_importance_sampling_mode={correction!r} gives every token its own factor, which cannot be combined "
+            "with one weight per trajectory. Choose 'sequence_mask' or 'sequence_truncate', "
+            "behaviour_policy='sampler', or importance_sampling_level='token'."
         )
