@@ -1,4 +1,4 @@
-"""What the benchmark trains: the model, the rollouts, and the trainers with everything but their class equal."""
+"""The model, rollouts and trainers of the benchmark. The trainers are equal except for their class."""
 
 import copy
 import math
@@ -17,8 +17,8 @@ from trl import GRPOConfig, GRPOTrainer
 from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
 
 
-UPDATES = 4  # K, of one rollout
-MICRO_BATCH = 8  # rows
+UPDATES = 4  # per rollout, K
+MICRO_BATCH = 8  # responses
 GROUP = 8  # responses per prompt
 LEARNING_RATE = 1e-6
 
@@ -29,18 +29,18 @@ class Scale:
 
     Attributes:
         model: fields of `Qwen3Config`.
-        rows: responses of a rollout.
-        mean, longest: tokens of a response, mean and maximum.
-        prompt: fewest and most tokens of a prompt.
-        pairs: runs of either trainer per case; `equal_pairs` where the lengths are equal and a run is short.
-        limit_runs: runs of the strictly necessary work, each beside one of ours.
-        factors: of the growth figure; `trl_factors`: those that TRL's trainer is timed at, too; `growth_runs`: of ours
-            at the factor 1, accordingly fewer above.
-        loss_rows, loss_width, loss_runs: responses, tokens of a response and runs where the loss alone is timed.
+        responses: responses per rollout.
+        mean, longest: mean and maximum tokens per response.
+        prompt: minimum and maximum tokens per prompt.
+        pairs: runs of each trainer per case; `equal_pairs` for the case with equal lengths, whose runs are short.
+        limit_runs: runs of the strictly necessary work, each next to one of ours.
+        factors: factors of the growth figure; `trl_factors` are those at which TRL is also timed; `growth_runs` is the
+            number of our runs at the factor 1, with fewer above.
+        loss_responses, loss_width, loss_runs: responses, tokens per response and runs when timing the loss alone.
     """
 
     model: dict[str, Any]
-    rows: int = 64
+    responses: int = 64
     mean: int = 37
     longest: int = 562
     prompt: tuple[int, int] = (8, 16)
@@ -50,7 +50,7 @@ class Scale:
     factors: tuple[int, ...] = (1, 2, 4, 8)
     trl_factors: tuple[int, ...] = (1,)
     growth_runs: int = 4
-    loss_rows: int = 16
+    loss_responses: int = 16
     loss_width: int = 16_384
     loss_runs: int = 25
 
@@ -90,7 +90,7 @@ QUICK = Scale(
 
 
 def make_model(scale: Scale) -> Qwen3ForCausalLM:
-    """A Qwen3 with random weights in float32, the same for every call."""
+    """Make a Qwen3 with random float32 weights, the same for every call."""
     torch.manual_seed(0)
     config = Qwen3Config(
         **scale.model, max_position_embeddings=32_768, tie_word_embeddings=True, eos_token_id=0, pad_token_id=0
@@ -99,47 +99,47 @@ def make_model(scale: Scale) -> Qwen3ForCausalLM:
 
 
 def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of `vocabulary` made-up words; the rollouts are token ids, so it only decodes."""
+    """Make a tokenizer of `vocabulary` made-up words. It only decodes, because rollouts are token ids."""
     words = {f"w{i}": i for i in range(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w0", pad_token="w0", padding_side="left")
 
 
-def skewed_lengths(rows: int, mean: int, longest: int, seed: int = 0) -> list[int]:
-    """Log-normal lengths with exactly that mean, one of them exactly `longest`.
+def skewed_lengths(count: int, mean: int, longest: int, seed: int = 0) -> list[int]:
+    """Draw log-normal lengths with exactly this mean, one of them exactly `longest`.
 
-    The other rows are drawn with the median 0.6·mean and the spread that belongs to it, cut at 8·mean (but below
-    `longest`), scaled to the sum that `longest` leaves them and rounded; single tokens then make the sum exact.
+    The others are drawn with the median 0.6·mean and the matching spread, limited to 8·mean (and below `longest`),
+    scaled to the remaining sum and rounded. Single tokens then make the sum exact.
 
     Args:
-        rows: how many.
-        mean, longest: tokens.
-        seed: of the draw.
+        count: number of lengths.
+        mean, longest: mean and maximum in tokens.
+        seed: random seed.
 
     Returns:
-        `rows` lengths in tokens; the longest is the fourth.
+        `count` lengths in tokens; the longest is the fourth.
     """
     generator = torch.Generator().manual_seed(seed)
     median, cut = 0.6 * mean, min(8 * mean, longest - 1)
     spread = math.sqrt(2 * math.log(mean / median))
-    draws = (median * (spread * torch.randn(rows - 1, generator=generator)).exp()).clamp(max=cut)
-    total = rows * mean - longest
+    draws = (median * (spread * torch.randn(count - 1, generator=generator)).exp()).clamp(max=cut)
+    total = count * mean - longest
     lengths = (draws * total / draws.sum()).round().clamp(2, cut).int().tolist()
-    row = 0
+    index = 0
     while (missing := total - sum(lengths)) != 0:
-        if 2 < lengths[row] + missing // abs(missing) <= cut:
-            lengths[row] += missing // abs(missing)
-        row = (row + 1) % len(lengths)
+        if 2 < lengths[index] + missing // abs(missing) <= cut:
+            lengths[index] += missing // abs(missing)
+        index = (index + 1) % len(lengths)
     return [*lengths[:3], longest, *lengths[3:]]
 
 
 @dataclass
 class Rollout:
-    """Responses as a generator would return them, and their rewards.
+    """Responses as returned by generation, and their rewards.
 
     Attributes:
-        prompt_ids, completion_ids: token ids, one list per response; `GROUP` responses in a row share their prompt.
+        prompt_ids, completion_ids: token ids, one list per response; `GROUP` consecutive responses share their prompt.
         rewards: one per response.
     """
 
@@ -149,27 +149,27 @@ class Rollout:
 
     @property
     def tokens(self) -> int:
-        """Real tokens, prompts included."""
+        """Number of real tokens, including prompts."""
         return sum(map(len, self.prompt_ids)) + sum(map(len, self.completion_ids))
 
-    def live_minibatches(self, seed: int) -> list[tuple[int, int]]:
-        """Rows and tokens of the responses with an advantage, per mini-batch, in the order TRL shuffles them into."""
+    def active_minibatches(self, seed: int) -> list[tuple[int, int]]:
+        """Count active responses and their tokens per mini-batch, in the order of TRL's shuffle."""
         torch.manual_seed(seed)
         order = torch.randperm(len(self.rewards)).view(UPDATES, -1).tolist()
         groups = [self.rewards[i - i % GROUP : i - i % GROUP + GROUP] for i in range(len(self.rewards))]
-        live = [[i for i in batch if len(set(groups[i])) > 1] for batch in order]
-        return [(len(b), sum(len(self.prompt_ids[i]) + len(self.completion_ids[i]) for i in b)) for b in live]
+        active = [[i for i in batch if len(set(groups[i])) > 1] for batch in order]
+        return [(len(b), sum(len(self.prompt_ids[i]) + len(self.completion_ids[i]) for i in b)) for b in active]
 
 
-def make_rollout(scale: Scale, lengths: Sequence[int], dead_groups: int, seed: int = 0) -> Rollout:
-    """Random tokens of the given completion lengths.
+def make_rollout(scale: Scale, lengths: Sequence[int], zero_advantage_groups: int, seed: int = 0) -> Rollout:
+    """Make a rollout of random tokens with the given completion lengths.
 
     Args:
         scale: sizes.
-        lengths: tokens per response, the end-of-sequence token included.
-        dead_groups: how many groups, from the last, get equal rewards and so advantages of exactly 0; in the others
-            every second response gets 1, the rest 0, so that no advantage is 0.
-        seed: of the tokens.
+        lengths: tokens per response, including the end-of-sequence token.
+        zero_advantage_groups: number of groups, from the last, with equal rewards and so advantages of exactly 0. In
+            the others, every second response gets 1 and the rest 0, so no advantage is 0.
+        seed: random seed of the tokens.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -179,7 +179,7 @@ def make_rollout(scale: Scale, lengths: Sequence[int], dead_groups: int, seed: i
     fewest, most = scale.prompt
     groups = len(lengths) // GROUP
     prompts = [tokens(fewest + i % (most - fewest + 1)) for i in range(groups)]
-    rewards = [0.0 if i // GROUP >= groups - dead_groups else float(i % 2) for i in range(len(lengths))]
+    rewards = [0.0 if i // GROUP >= groups - zero_advantage_groups else float(i % 2) for i in range(len(lengths))]
     return Rollout(
         prompt_ids=[prompts[i // GROUP] for i in range(len(lengths))],
         completion_ids=[[*tokens(length - 1), 0] for length in lengths],
@@ -188,7 +188,7 @@ def make_rollout(scale: Scale, lengths: Sequence[int], dead_groups: int, seed: i
 
 
 class Replay:
-    """The warm-up rollout and then the measured one, in the form that both trainers take for a generator."""
+    """Replay the warm-up rollout and then the measured one to either trainer."""
 
     def __init__(self, rollouts: Sequence[Rollout], seed: int):
         self.rollouts = iter(rollouts)
@@ -196,7 +196,7 @@ class Replay:
         self.served: Rollout
 
     def generate(self, prompts, trainer):
-        """TRL's `rollout_func`. The next random number drawn is the shuffle, which the seed makes equal."""
+        """Return the next rollout (TRL's `rollout_func`), and seed the shuffle that follows."""
         self.served = next(self.rollouts)
         assert len(prompts) == len(self.served.rewards)
         torch.manual_seed(self.seed)
@@ -207,24 +207,23 @@ class Replay:
         }
 
     def reward(self, completions, **kwargs):
-        """TRL's reward function: what the rollout prescribes."""
+        """Return the rewards of the rollout (TRL's reward signature)."""
         return self.served.rewards
 
 
 def make_trainer(kind: str, scale: Scale, model: Qwen3ForCausalLM, rollout: Rollout, seed: int = 0, lora: bool = False):
-    """A trainer of `2·UPDATES` steps: a warm-up rollout of two tokens per response, then `rollout`.
+    """Make a trainer of `2·UPDATES` steps: a warm-up rollout of two tokens per response, then `rollout`.
 
     Args:
-        kind: `"trl"`: TRL's own trainer with DAPO's loss; `"ours"`: this package's with the same loss (algorithm
-            `grpo`) and the same shuffle; any other algorithm's name: this package's with that algorithm and its
-            defaults.
+        kind: `"trl"` for TRL's trainer with DAPO's loss, `"ours"` for this package's trainer with the same loss
+            (algorithm `grpo`) and shuffle, or the name of an algorithm for this package's trainer with its defaults.
         scale: sizes.
-        model: copied, not trained.
-        rollout: the measured one.
-        seed: of the shuffle and of LoRA's weights.
-        lora: train adapters of rank 16 on every linear layer instead of the model.
+        model: model to copy and train.
+        rollout: measured rollout.
+        seed: random seed of the shuffle and of LoRA's weights.
+        lora: whether to train adapters of rank 16 on every linear layer instead of the model.
     """
-    rows = len(rollout.rewards)
+    responses = len(rollout.rewards)
     trainer_class: Any
     args: Any
     settings: dict[str, Any] = {
@@ -243,8 +242,8 @@ def make_trainer(kind: str, scale: Scale, model: Qwen3ForCausalLM, rollout: Roll
         "max_steps": 2 * UPDATES,
         "num_generations": GROUP,
         "per_device_train_batch_size": MICRO_BATCH,
-        "steps_per_generation": rows // MICRO_BATCH,
-        "gradient_accumulation_steps": rows // MICRO_BATCH // UPDATES,
+        "steps_per_generation": responses // MICRO_BATCH,
+        "gradient_accumulation_steps": responses // MICRO_BATCH // UPDATES,
         "max_completion_length": max(map(len, rollout.completion_ids)),
     }
     dapo: dict[str, Any] = {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.28, "scale_rewards": "none"}
@@ -259,7 +258,7 @@ def make_trainer(kind: str, scale: Scale, model: Qwen3ForCausalLM, rollout: Roll
         assert all(getattr(args, name) == value for name, value in dapo.items())
     else:
         trainer_class, args = TICGRPOTrainer, TICGRPOConfig(folder, **settings, algorithm=kind)
-    warm_up = make_rollout(scale, [2] * rows, dead_groups=0)
+    warm_up = make_rollout(scale, [2] * responses, zero_advantage_groups=0)
     warm_up.rewards = rollout.rewards
     replay = Replay([warm_up, rollout], seed)
     torch.manual_seed(seed)
@@ -267,7 +266,7 @@ def make_trainer(kind: str, scale: Scale, model: Qwen3ForCausalLM, rollout: Roll
         model=copy.deepcopy(model),
         reward_funcs=replay.reward,
         args=args,
-        train_dataset=Dataset.from_dict({"prompt": [f"w{i}" for i in range(2 * rows // GROUP)]}),
+        train_dataset=Dataset.from_dict({"prompt": [f"w{i}" for i in range(2 * responses // GROUP)]}),
         processing_class=make_tokenizer(scale.model["vocab_size"]),
         peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
         rollout_func=replay.generate,

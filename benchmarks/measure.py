@@ -1,4 +1,4 @@
-"""Timed and counted runs of the trainers' update phase."""
+"""Time the update phase of a trainer, and count its passes."""
 
 import gc
 import time
@@ -21,10 +21,10 @@ class Run:
 
     Attributes:
         seconds: from the end of the step before it to the end of its last step.
-        parts: seconds per kind of work; what is missing to `seconds` is everything else.
+        parts: seconds per kind of work, without the rest.
         forwards: passes through the model's layers.
-        positions: token positions in those passes, padding included.
-        grad_norms: of the `UPDATES` steps.
+        positions: token positions in these passes, including padding.
+        grad_norms: gradient norms of the `UPDATES` steps.
     """
 
     seconds: float = 0.0
@@ -35,7 +35,7 @@ class Run:
 
 
 class Stopwatch(TrainerCallback):
-    """Times the rollout after the warm-up, and what is done in it."""
+    """Time the rollout after the warm-up, and the kinds of work in it."""
 
     def __init__(self, trainer):
         self.run, self.start, self.part_start = Run(), 0.0, 0.0
@@ -83,7 +83,7 @@ class Stopwatch(TrainerCallback):
 
 
 def train(kind: str, scale: Scale, model, rollout: Rollout, seed: int = 0, lora: bool = False) -> Run:
-    """One run of the trainer `kind` (see [`make_trainer`](cases.py)) over a warm-up rollout and `rollout`."""
+    """Run the trainer `kind` (see [`make_trainer`](cases.py)) over a warm-up rollout and `rollout`."""
     trainer = make_trainer(kind, scale, model, rollout, seed, lora)
     watch = Stopwatch(trainer)
     gc.collect()
@@ -94,17 +94,17 @@ def train(kind: str, scale: Scale, model, rollout: Rollout, seed: int = 0, lora:
 
 
 def disagreement(run: Run, other: Run) -> float:
-    """Largest relative difference of the gradient norms of two runs."""
+    """Return the largest relative difference of the gradient norms of two runs."""
     pairs = zip(run.grad_norms, other.grad_norms, strict=True)
     return max(abs(a - b) / max(a, b) for a, b in pairs)
 
 
 class Limit:
-    """The strictly necessary work of a rollout, without a trainer: per mini-batch one pass forward and back over the
-    tokens of the rows with an advantage, as a plain batch of equally long rows without padding or mask, and for the
-    mini-batches after the first one more pass forward for the old log-probabilities.
+    """The strictly necessary work of a rollout, without a trainer.
 
-    The model is the trainer's, so its head also computes the entropy that the trainers log.
+    For each mini-batch this is one forward and backward pass over the tokens of the active responses, as a batch of
+    equal lengths without padding or mask. Mini-batches after the first need another forward pass for the old
+    log-probabilities. The model is the trainer's, so its head also computes the entropy that the trainers log.
     """
 
     def __init__(self, scale: Scale, model, rollout: Rollout):
@@ -113,8 +113,8 @@ class Limit:
         self.rollout = rollout
 
     def run(self, seed: int) -> tuple[float, float, int]:
-        """Seconds forward and back, seconds of scoring, and tokens forward and back, for the shuffle of that seed."""
-        shapes = [(rows, round(tokens / rows)) for rows, tokens in self.rollout.live_minibatches(seed) if rows]
+        """Return seconds of training passes, seconds of scoring, and trained tokens, for the shuffle of `seed`."""
+        shapes = [(n, round(tokens / n)) for n, tokens in self.rollout.active_minibatches(seed) if n]
         batches = [torch.randint(1, self.vocabulary, shape) for shape in shapes]
         self.model.zero_grad()
         gc.collect()
@@ -129,7 +129,7 @@ class Limit:
 
 
 class FreeModel(nn.Module):
-    """In place of a model: log-probabilities that cost nothing, a slice of one parameter, whatever the input."""
+    """Replace a model by free log-probabilities: slices of one parameter, whatever the input."""
 
     def __init__(self, template, positions: int):
         super().__init__()
@@ -144,19 +144,19 @@ class FreeModel(nn.Module):
 
 
 class LossAlone:
-    """Forward and back through a trainer's loss of one batch, everything but the model.
+    """Time the forward and backward pass of a trainer's loss of one batch, without the model.
 
     Args:
-        kind: of the trainer.
+        kind: kind of trainer.
         scale: sizes.
-        model: what the trainer is built with; it computes nothing here.
+        model: model to build the trainer with; it computes nothing here.
         lengths: tokens per response.
     """
 
     def __init__(self, kind: str, scale: Scale, model, lengths: list[int]):
         rows, width, prompt = len(lengths), max(lengths), scale.prompt[0]
-        # Of this rollout only the longest response matters: it is the T of the constant normaliser.
-        rollout = make_rollout(scale, [width, *[2] * (GROUP * UPDATES - 1)], dead_groups=0)
+        # Only the longest response of this rollout matters: it is the T of the constant normalizer.
+        rollout = make_rollout(scale, [width, *[2] * (GROUP * UPDATES - 1)], zero_advantage_groups=0)
         self.trainer = make_trainer(kind, scale, model, rollout)
         self.trainer.model.train()
         self.trainer.current_gradient_accumulation_steps = self.trainer.args.gradient_accumulation_steps
@@ -173,7 +173,7 @@ class LossAlone:
         }
 
     def run(self) -> float:
-        """Seconds of one pass."""
+        """Return the seconds of one pass."""
         self.model.zero_grad()
         start = time.perf_counter()
         self.trainer._compute_loss(self.model, dict(self.inputs)).backward()
@@ -181,17 +181,17 @@ class LossAlone:
 
 
 def loss_lengths(scale: Scale) -> dict[str, list[int]]:
-    """The two sets of lengths of the loss alone: every row full, and skewed as in the other cases."""
+    """Return the lengths for timing the loss alone: all full, and skewed as in the other cases."""
     mean = scale.loss_width * scale.mean // scale.longest
-    rows = scale.loss_rows
+    count = scale.loss_responses
     return {
-        "full": [scale.loss_width] * rows,
-        "skewed": skewed_lengths(rows, 2 * mean, scale.loss_width),
+        "full": [scale.loss_width] * count,
+        "skewed": skewed_lengths(count, 2 * mean, scale.loss_width),
     }
 
 
 class SavedBytes:
-    """Counts the storages that autograd keeps for backward, weights excluded, each once and as long as it is held."""
+    """Count the bytes of storages, except weights, that autograd keeps for the backward pass."""
 
     def __init__(self, weights):
         self.weights = {weight.untyped_storage().data_ptr() for weight in weights}
@@ -221,7 +221,7 @@ class SavedBytes:
 
 
 class _Held:
-    """A tensor that autograd holds; autograd drops it when its step of backward is done."""
+    """A tensor that autograd holds until its step of the backward pass is done."""
 
     def __init__(self, tensor: torch.Tensor, key: int, owner: SavedBytes):
         self.tensor, self.key, self.owner = tensor, key, owner
@@ -231,7 +231,7 @@ class _Held:
 
 
 def _memory(name: str) -> int:
-    """Bytes of an entry of this process's status: VmRSS (now) or VmHWM (peak)."""
+    """Return resident memory of this process in bytes: VmRSS (now) or VmHWM (peak)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
@@ -239,11 +239,11 @@ def _memory(name: str) -> int:
 
 
 def peak_memory(kind: str, scale: Scale, model, rollout: Rollout) -> tuple[int, int]:
-    """Memory that a trainer's `train()` takes; the first call of a process, because its peak is the process's.
+    """Measure the memory of a trainer's `train()`. Call it once per process, because the peak is that of the process.
 
     Returns:
-        Most bytes that autograd held for backward at once, and bytes by which the peak of the process's resident memory
-        exceeded what it held before.
+        Largest number of bytes that autograd held for the backward pass, and the increase of the peak resident memory
+        of the process in bytes.
     """
     trainer = make_trainer(kind, scale, model, rollout)
     counter = SavedBytes(trainer.model.parameters())

@@ -1,4 +1,4 @@
-"""What was measured, as a Markdown report and a figure."""
+"""Report the measurements as Markdown and a figure."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ from statistics import linear_regression, median
 import matplotlib
 
 
-matplotlib.use("Agg")  # figures go to files, also where there is no display
+matplotlib.use("Agg")  # no display needed
 
 import matplotlib.pyplot as plt
 from measure import Run, disagreement
@@ -18,7 +18,7 @@ from measure import Run, disagreement
 from tic_grpo_trl.metrics.run_summary import BLUE, GREY, ORANGE, table
 
 
-AGREEMENT = 1e-4  # of the gradient norms, so that a case compares equals
+AGREEMENT = 1e-4  # allowed relative difference of gradient norms
 MIB = 2**20
 
 
@@ -27,9 +27,9 @@ class Case:
     """Runs of both trainers on the same rollouts.
 
     Attributes:
-        title: what is trained on what.
-        target: least TRL's time / ours.
-        pairs: a run of TRL's trainer and one of ours with the same seed.
+        title: description of the case.
+        target: smallest accepted ratio of TRL's time to ours.
+        pairs: runs of TRL's trainer and of ours with the same seed.
     """
 
     title: str
@@ -43,18 +43,18 @@ class Case:
 
 @dataclass
 class Results:
-    """Everything measured; what was not selected stays empty.
+    """All measurements. Those that were not selected stay empty.
 
     Attributes:
-        command: as typed.
-        threads: of torch.
-        cases: by name.
-        losses: by kind of trainer and lengths, pairs of seconds, TRL's and ours.
-        limits: our run, a run with the default algorithm, and the limit's seconds forward and back, seconds of scoring
-            and tokens.
-        saved, resident: bytes, TRL's and ours.
-        growth: by panel and kind of trainer, (real tokens or rows, seconds).
-        seconds: that the whole took.
+        command: command line.
+        threads: number of torch threads.
+        cases: cases by name.
+        losses: seconds of TRL and of ours, by kind of trainer and lengths.
+        limits: our run, a run with the default algorithm, and the limit's seconds of training passes, seconds of
+            scoring and tokens.
+        saved, resident: bytes of TRL and of ours.
+        growth: (real tokens or responses, seconds), by panel and kind of trainer.
+        seconds: duration of the benchmark.
     """
 
     command: str
@@ -69,12 +69,12 @@ class Results:
 
     @property
     def comparable(self) -> bool:
-        """Whether both trainers computed the same gradients wherever they are compared."""
+        """Return whether both trainers computed the same gradients in all cases."""
         return all(case.disagreement <= AGREEMENT for case in self.cases.values())
 
 
 def spread(values: list[float], digits: int = 2) -> str:
-    """Median and, of several values, the range."""
+    """Format the median, and the range of several values."""
     text = f"{median(values):.{digits}f}"
     return text if len(values) == 1 else f"{text} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
@@ -113,8 +113,8 @@ def _cases(results: Results) -> str:
 def _memory(results: Results) -> str:
     rows = []
     for title, pair in (
-        ("held by autograd for backward, peak", results.saved),
-        ("resident memory, peak over the state before training", results.resident),
+        ("held by autograd for the backward pass, peak", results.saved),
+        ("resident memory, peak increase during training", results.resident),
     ):
         if pair:
             trl, ours = pair
@@ -132,7 +132,7 @@ def _limit(results: Results) -> str:
     limits = [forward_back + scoring for _, _, (forward_back, scoring, _) in results.limits]
     rows = [
         ["the limit", spread(limits, 3), "", ""],
-        ["of it forward and back", spread(learning, 3), "", ""],
+        ["of it forward and backward passes", spread(learning, 3), "", ""],
     ]
     for label, seconds in {
         "ours, passes through the model": [sum(run.parts[part] for part in PASSES) for run, _, _ in results.limits],
@@ -168,7 +168,7 @@ def _machine() -> str:
 
 
 def growth_figure(results: Results, path: Path) -> None:
-    """Seconds of one rollout's updates against its real tokens and its rows, each with a straight line through ours."""
+    """Plot seconds per rollout against its real tokens and its responses, with a linear fit of ours."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
     for axis, (label, by_kind) in zip(axes, results.growth.items(), strict=True):
         xs, seconds = zip(*by_kind["ours"], strict=True)
@@ -189,43 +189,41 @@ def growth_figure(results: Results, path: Path) -> None:
 
 
 def report(results: Results) -> str:
-    """The Markdown report."""
+    """Write the Markdown report."""
     packages = ("tic-grpo-trl", "trl", "transformers", "torch", "peft")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     blocks = [
-        "# The update phase against TRL's",
+        "# Update phase compared with TRL",
         f"`{results.command}`, {results.seconds:.0f} s on {_machine()}, {results.threads} threads; "
         f"Python {platform.python_version()}, {versions}.",
-        "Time is that of all updates of one rollout (K = 4), scoring included and generation left out, in one process "
-        "with both trainers in turns on the same weights, rollouts and mini-batches: median (range). Responses are "
-        "replayed and their rewards prescribed. Skewed lengths are log-normal draws with a median of 0.6 of the mean, "
-        "cut at 8 times the mean and scaled so that with the one longest response, whose group is never dead, the mean "
-        "is exact. In a dead group all rewards are equal, so that its advantages are exactly 0.",
+        "Times are for all updates of one rollout (K = 4), with scoring but without generation: median (range). Both "
+        "trainers run alternately in one process on the same weights, rollouts and mini-batches. Responses and rewards "
+        "are replayed. Skewed lengths are log-normal with a median of 0.6 of the mean, limited to 8 times the mean, "
+        "and scaled so that the mean is exact with the one longest response. In a zero-advantage group all rewards are "
+        "equal, so its advantages are exactly 0; the group of the longest response is never one.",
     ]
     if results.cases or results.losses:
         blocks.append(_cases(results))
     if results.cases:
         worst = max(case.disagreement for case in results.cases.values())
-        verdict = "the trainers did the same updates" if results.comparable else "**THE TRAINERS DID NOT DO THE SAME**"
+        verdict = "the trainers made the same updates" if results.comparable else "**THE UPDATES DIFFER**"
         blocks.append(
             f"Largest relative difference between the two trainers' gradient norms of the same update: {worst:.1e} "
-            f"(allowed: {AGREEMENT:.0e}): {verdict}. A forward is one pass through the model's layers, a position one "
-            "token of it, padding included."
+            f"(allowed: {AGREEMENT:.0e}): {verdict}. A forward is one pass through the model's layers. A position is "
+            "one token in it, including padding."
         )
     if results.saved or results.resident:
-        note = (
-            "Either trainer in a process of its own, with one thread. Resident memory holds the optimizer's state, too."
-        )
+        note = "Each trainer runs in its own process with one thread. Resident memory includes the optimizer state."
         blocks += ["## Memory, first case", _memory(results), note]
     if results.limits:
         tokens = [tokens for _, _, (_, _, tokens) in results.limits]
         blocks += [
-            "## The limit, first case",
-            "What no trainer could leave out: per mini-batch one pass forward and back over the tokens of the rows "
-            f"with an advantage ({median(tokens):,.0f} per rollout), as one batch of equally long rows without padding "
-            "and without a mask, and for all mini-batches but the first a pass forward for the old log-probabilities. "
-            "Measured in turns with ours. No trainer reaches it: it has no loss, no optimizer and no loop, and its "
-            "equal rows are spared the attention over the long response.",
+            "## Lower limit, first case",
+            "The work that no trainer can avoid: for each mini-batch one forward and backward pass over the tokens of "
+            f"the active responses ({median(tokens):,.0f} per rollout), as one batch of equal lengths without padding "
+            "or mask, and for all mini-batches except the first a forward pass for the old log-probabilities. It is "
+            "measured alternately with our trainer. No trainer can reach it: it has no loss, optimizer or training "
+            "loop, and its equal lengths avoid the attention over the long response.",
             _limit(results),
         ]
     if "authors" in results.cases:
@@ -233,10 +231,10 @@ def report(results: Results) -> str:
     if results.growth:
         blocks += [
             "## Growth, first case",
-            "![Seconds against tokens and rows](growth.png)",
-            "Left all responses grow by the same factor, right there are more of them in four larger mini-batches. The "
-            "attention of one response costs the square of its length, which bends the left curve upwards once the "
-            "longest response is thousands of tokens long.",
+            "![Seconds against tokens and responses](growth.png)",
+            "On the left, all responses grow by the same factor. On the right, there are more responses in four larger "
+            "mini-batches. The cost of attention grows with the square of a response's length, which bends the left "
+            "curve upwards once the longest response has thousands of tokens.",
         ]
         rows = [
             [label, kind, ", ".join(f"{x:,}: {seconds:.2f} s" for x, seconds in points)]

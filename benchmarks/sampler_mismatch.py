@@ -1,5 +1,4 @@
-"""What an engine of another precision does to the ratios: a real vLLM engine, float32 and bfloat16, and the trainer in
-float32, on the embedded starter.
+"""Measure how the precision of a vLLM engine (float32 or bfloat16) affects the ratios of a float32 trainer.
 
 python benchmarks/sampler_mismatch.py --output_dir runs/bench   # in .venv-vllm
 """
@@ -28,39 +27,39 @@ RULES = {
     '`behaviour_policy="sampler"`': {"behaviour_policy": "sampler"},
 }
 FIRST = next(iter(RULES))
-CAP = 3.0  # TRL's default for the ratio of policy and sampler
-ANSWER, LENGTHS = 48, (9, 36, 144)  # tokens that an answer has at most, and tokens behind it
-PROMPTS = 128  # of the long responses
+CAP = 3.0  # TRL's default bound of P_old/P_sampler
+ANSWER, LENGTHS = 48, (9, 36, 144)  # maximum tokens per answer, and numbers of tokens after it
+PROMPTS = 128  # for the long responses
 MISMATCH = ["engine", "tokens of a response", "mean abs. d", "largest abs. d", "geometric mean of exp d", "std of Σd"]
 MISMATCH += ["ESS of exp Σd"]
 RATIOS = ["engine", "rule", "log_std, k = 1", "ESS, k = 1", "log_std, k = 4", "ESS, k = 4", "bounded", "scored"]
 EXPLANATION = """## What it means
 
-- **The ratio does not see the engine unless it is asked to.** With the trainer's own old log-probabilities the first
-  update has ratios of exactly 1, whatever the engine did. The engine's share, P_old/P_sampler, is a second factor: left
-  out without correction, bounded and multiplied to the weight by TRL's sequence modes, and part of the one ratio with
-  `behaviour_policy="sampler"`.
-- **It multiplies up with length.** The differences of single tokens add up over a response like the steps of a random
-  walk: four times the length, twice the spread. A mismatch that is nothing over a short answer can be all that is left
-  of the ratio over thousands of tokens. How large it is per token depends on the model: look at yours, in
+- **The default ratio does not include the engine's mismatch.** With the trainer's own old log-probabilities, the
+  ratios of the first update are exactly 1, whatever the engine did. The mismatch P_old/P_sampler is a second factor.
+  Without correction it is ignored. TRL's sequence modes bound it and multiply it to the weight. With
+  `behaviour_policy="sampler"` it is part of the ratio.
+- **The mismatch grows with length.** The differences of single tokens add up over a response like a random walk: four
+  times the length gives twice the standard deviation. A mismatch that is negligible for a short answer can dominate
+  the ratio over thousands of tokens. Its size per token depends on the model. Check yours in
   `trajectory_ratio/inner_1/log_std` with `behaviour_policy="sampler"`, or in TRL's `sampling/…` metrics with its
   correction.
-- **Which to choose.** With an engine in the trainer's precision `behaviour_policy="sampler"`: the same ratios, and no
-  scoring pass. With an engine in bfloat16 also, as long as `trajectory_ratio/inner_1/log_std` stays well below 0.25,
-  the logarithm of the default cap 1.28: above it the cap would stop responses because of the engine's rounding. Then
-  TRL's correction is the better choice, because it bounds the engine's share by itself and leaves the cap to the
-  policy's drift: `sequence_truncate` keeps all responses, `sequence_mask` drops those beyond the bound. When much of a
-  rollout is beyond it, no rule helps but a smaller mismatch, that is an engine in a higher precision: `--dtype float32`
-  of a server. (TRL's colocate mode leaves the precision to vLLM, which loads a float32 checkpoint in bfloat16.) Without
-  any correction every response lacks its own value of this factor in the gradient. All this follows from the numbers
-  above; what it does to a training run was not measured.
-- `sampling/mean_ratio`, the geometric mean over tokens, hardly moves with rounding (above: the fourth decimal). It
-  falls when the engine's weights are old.
+- **Which to choose.** If the engine has the trainer's precision, use `behaviour_policy="sampler"`: the ratios are the
+  same, without a scoring pass. Use it for a bfloat16 engine too, as long as `trajectory_ratio/inner_1/log_std` stays
+  well below 0.25, the logarithm of the default cap 1.28. Above that, the cap would stop responses because of the
+  engine's rounding. Then use TRL's correction, which bounds the mismatch separately and leaves the cap for the
+  policy's drift: `sequence_truncate` keeps all responses, `sequence_mask` drops those beyond the bound. If much of a
+  rollout is beyond the bound, only a higher precision of the engine helps: `--dtype float32` of a server. (In TRL's
+  colocate mode vLLM chooses the precision, and loads a float32 checkpoint in bfloat16.) Without any correction, the
+  gradient of every response lacks this factor. These recommendations follow from the numbers above; the effect on
+  training was not measured.
+- `sampling/mean_ratio`, the geometric mean over tokens, hardly changes with rounding (above: in the fourth decimal).
+  It falls if the engine's weights are outdated.
 """
 
 
 def long_responses(trainer) -> list[dict[str, float]]:
-    """Let the engine write on after its answers, and compare the first n tokens behind them, n from `LENGTHS`."""
+    """Let the engine continue after its answers, and compare the next n tokens for each n of `LENGTHS`."""
     import torch
     from conftest import logps
 
@@ -85,7 +84,7 @@ def long_responses(trainer) -> list[dict[str, float]]:
 
 
 def spread(log_ratio) -> dict[str, float]:
-    """Of the sequence ratios: their logarithm's standard deviation, effective sample size, and share above `CAP`."""
+    """Return standard deviation of the log ratio, effective sample size, and share of ratios above `CAP`."""
     from tic_grpo_trl.metrics.ratios import effective_sample_size
 
     log_ratio = log_ratio.double()
@@ -97,7 +96,7 @@ def spread(log_ratio) -> dict[str, float]:
 
 
 def measure(engine: str, seeds: int, folder: Path):
-    """All rules on one engine, in this process; the results go to `folder`."""
+    """Measure all rules with one engine in this process, and write the results to `folder`."""
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/workers")]
     from vllm_engine import one_engine_on_cpu, train  # isort: skip (first, because of its settings)
     from workers.vllm_records import mismatch
@@ -145,7 +144,7 @@ def measure(engine: str, seeds: int, folder: Path):
 
 
 def run(engine: str, seeds: int, folder: Path) -> dict:
-    """An engine's precision belongs to a process."""
+    """Measure an engine in its own process, because its precision is fixed per process."""
     command = [sys.executable, __file__, "--engine", engine, "--seeds", str(seeds), "--output_dir", str(folder)]
     quiet = os.environ | {"PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, env=quiet, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -155,7 +154,7 @@ def run(engine: str, seeds: int, folder: Path) -> dict:
 
 
 def show(values: list[float], digits: int = 2) -> str:
-    """Mean (smallest to largest), with significant digits."""
+    """Format the mean (minimum–maximum) with significant digits."""
     mean, low, high = (f"{value:.{digits}g}" for value in (fmean(values), min(values), max(values)))
     return mean if low == high else f"{mean} ({low}–{high})"
 
@@ -194,42 +193,43 @@ def report(results: dict[str, dict], seeds: int, seconds: float) -> str:
         ends = [fmean(e["std"] for e in result["long"] if e["length"] == n) for n in (LENGTHS[0], LENGTHS[-1])]
         exponent = math.log(ends[1] / ends[0]) / math.log(LENGTHS[-1] / LENGTHS[0])
         far, very_far = (LENGTHS[-1] * (limit / ends[1]) ** 2 for limit in (0.25, 1.0))
-        reach = f"growing as √n it is 0.25 at {tokens(far)} tokens and 1 at {tokens(very_far)}"
+        reach = f"with √n growth it is 0.25 at {tokens(far)} tokens and 1 at {tokens(very_far)}"
         growth.append(f"{engine}: as n to the power of {exponent:.2f}; {reach}.")
     growth_lines = "\n".join(f"- {line}" for line in growth)
     count = len(next(iter(results.values()))["rollouts"])
-    return f"""# The sampler's precision and the ratios
+    return f"""# Sampler precision and the ratios
 
 `python benchmarks/sampler_mismatch.py`, {seconds:.0f} s; {packages}.
 
-A vLLM engine on a CPU, in the trainer's process, samples for the embedded starter (167,000 parameters), which is
-trained in float32. The weights of the engine are the trainer's, as its precision holds them. A rollout has 128
-responses; K = 4, learning rate 1.5e-4, default algorithm. Values are means over rollouts (smallest to largest).
+The embedded starter (167,000 parameters) is trained in float32 on a CPU. A vLLM engine in the same process samples with
+the trainer's weights, rounded to the engine's precision. A rollout has 128 responses; K = 4, learning rate 1.5e-4,
+default algorithm. Values are means over rollouts (minimum–maximum).
 
 ## The mismatch
 
-With d = log P_old − log P_sampler of a token that was sampled, P_old with the trainer's weights in float32, and Σd its
-sum over a response; {count} rollouts per engine, from {seeds} seeds.
+d = log P_old − log P_sampler for a sampled token, where P_old uses the trainer's float32 weights. Σd is its sum over a
+response; {count} rollouts per engine, from {seeds} seeds.
 
 {table(MISMATCH, rollouts)}
 
-## What the trainer's ratio holds of it
+## Effect on the trainer's ratio
 
-Standard deviation of the logarithm and effective sample size of the trajectory ratio at the first and the fourth
-update, as logged; the share of responses that TRL's correction masked or truncated, with its default bound of {CAP:g};
-scoring passes per rollout. {seeds} rollouts each.
+The table shows the logged standard deviation of the logarithm and effective sample size of the trajectory ratio at
+the first and fourth update, the share of responses that TRL's correction masked or truncated with its default bound
+of {CAP:g}, and scoring passes per rollout. {seeds} rollouts each.
 
 {table(RATIOS, rules)}
 
 ## Length
 
-The starter's answers are short. Here the engine writes on after their end ({PROMPTS} responses, {seeds} times). The
-ratio is that of the first n tokens after the {ANSWER} that an answer has at most; the share is of ratios above {CAP:g}.
+The starter's answers are short. Here the engine continues after their end ({PROMPTS} responses, {seeds} times). The
+ratio covers the first n tokens after the maximum of {ANSWER} tokens per answer; the last column is the share of
+ratios above {CAP:g}.
 
 {table(["engine", "n", "std of Σd", "ESS of exp Σd", "above the bound"], long)}
 
-How the spread grows from {LENGTHS[0]} to {LENGTHS[-1]} tokens, where a random walk has n to the power of 0.5, and
-where that leads, to one digit:
+Growth of the standard deviation from {LENGTHS[0]} to {LENGTHS[-1]} tokens (a random walk has n to the power of 0.5),
+and its extrapolation to one digit:
 
 {growth_lines}
 
@@ -240,7 +240,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", default="runs/bench", help="folder for sampler_mismatch.md")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--engine", choices=ENGINES, help="measure this one only, and write JSON")
+    parser.add_argument("--engine", choices=ENGINES, help="only measure this engine, and write JSON")
     args = parser.parse_args()
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Time and memory of the update phase, TICGRPOTrainer against TRL's GRPOTrainer on the same rollouts.
+"""Compare time and memory of the update phase of TICGRPOTrainer and TRL's GRPOTrainer on the same rollouts.
 
 python benchmarks/update_phase.py --output_dir runs/bench
 """
@@ -18,7 +18,7 @@ from statistics import median
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # the rollouts come through TRL's experimental rollout_func
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # for TRL's experimental rollout_func
 
 import torch
 from cases import FULL, GROUP, QUICK, Rollout, Scale, make_model, make_rollout, skewed_lengths
@@ -26,39 +26,39 @@ from measure import Limit, LossAlone, loss_lengths, peak_memory, train
 from results import Case, Results, growth_figure, report
 
 
-NAMES = ("authors", "live", "equal", "lora", "loss", "limit", "memory", "growth")
+NAMES = ("authors", "active", "equal", "lora", "loss", "limit", "memory", "growth")
 
 
 class Benchmark:
-    """The measurements of one scale; each writes into `results`."""
+    """Run the measurements of one scale, and store them in `results`."""
 
     def __init__(self, scale: Scale, results: Results, repeats: int | None, arguments: list[str]):
         self.scale, self.results, self.repeats, self.arguments = scale, results, repeats, arguments
         self.model = make_model(scale)
-        self.lengths = skewed_lengths(scale.rows, scale.mean, scale.longest)
-        groups = scale.rows // GROUP
-        self.dead = 3 * groups // 8
-        skewed = f"{scale.rows} responses of log-normal length, mean {scale.mean}, longest {scale.longest}"
-        self.skewed = make_rollout(scale, self.lengths, self.dead)
+        self.lengths = skewed_lengths(scale.responses, scale.mean, scale.longest)
+        groups = scale.responses // GROUP
+        self.zero_advantage = 3 * groups // 8
+        skewed = f"{scale.responses} responses of log-normal length, mean {scale.mean}, longest {scale.longest}"
+        self.skewed = make_rollout(scale, self.lengths, self.zero_advantage)
         self.compared: dict[str, tuple[str, float, Rollout, bool]] = {
             "authors": (
-                f"authors' lengths / 32: {skewed}; {self.dead} of {groups} groups dead",
+                f"authors' lengths / 32: {skewed}; {self.zero_advantage} of {groups} groups have zero advantages",
                 10,
                 self.skewed,
                 False,
             ),
-            "live": ("the same, no group dead", 7, make_rollout(scale, self.lengths, 0), False),
+            "active": ("the same, no zero-advantage group", 7, make_rollout(scale, self.lengths, 0), False),
             "equal": (
-                f"equal lengths: {scale.rows} responses of {scale.mean}, no group dead",
+                f"equal lengths: {scale.responses} responses of {scale.mean}, no zero-advantage group",
                 0.97,
-                make_rollout(scale, [scale.mean] * scale.rows, 0),
+                make_rollout(scale, [scale.mean] * scale.responses, 0),
                 False,
             ),
             "lora": ("the first case with LoRA, r = 16, all linear layers", 8, self.skewed, True),
         }
 
     def measure(self, name: str) -> None:
-        """Run the case of that name."""
+        """Run the case with this name."""
         if name in self.compared:
             self._compare(name, *self.compared[name])
         else:
@@ -88,7 +88,7 @@ class Benchmark:
             self.results.limits.append((ours, default, limit.run(seed)))
 
     def _memory(self):
-        # side by side with a thread each: sizes are measured, not times
+        # in parallel with one thread each, because sizes are measured, not times
         command = [sys.executable, __file__, *self.arguments, "--threads", "1", "--memory_of"]
         others = [subprocess.Popen([*command, kind], stdout=subprocess.PIPE, text=True) for kind in ("trl", "ours")]
         peaks = [json.loads(process.communicate()[0].splitlines()[-1]) for process in others]
@@ -100,12 +100,13 @@ class Benchmark:
     def _growth(self):
         scale = self.scale
         rollouts = {
-            "real tokens of a rollout of " + f"{scale.rows} rows": {
-                factor: make_rollout(scale, [factor * length for length in self.lengths], self.dead)
+            f"real tokens of a rollout of {scale.responses} responses": {
+                factor: make_rollout(scale, [factor * length for length in self.lengths], self.zero_advantage)
                 for factor in scale.factors
             },
-            "rows of a rollout, lengths as they are": {
-                factor: make_rollout(scale, self.lengths * factor, self.dead * factor) for factor in scale.factors
+            "responses of a rollout with unchanged lengths": {
+                factor: make_rollout(scale, self.lengths * factor, self.zero_advantage * factor)
+                for factor in scale.factors
             },
         }
         for panel, (label, by_factor) in enumerate(rollouts.items()):
@@ -122,16 +123,16 @@ class Benchmark:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point; `arguments` as on the command line."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # TRL uses names it renamed
+    """Run the benchmark with command-line `arguments`."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # TRL uses deprecated names
     logging.getLogger("tic_grpo_trl").setLevel(logging.ERROR)
     parser = argparse.ArgumentParser(prog="benchmarks/update_phase.py", description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", default="runs/bench", help="folder for update_phase.md and growth.png")
-    parser.add_argument("--cases", nargs="+", choices=NAMES, default=NAMES, help="what to measure (default: all)")
+    parser.add_argument("--cases", nargs="+", choices=NAMES, default=NAMES, help="cases to measure (default: all)")
     parser.add_argument("--repeats", type=int, help="pairs of runs per compared case")
-    parser.add_argument("--threads", type=int, default=2, help="of torch")
-    parser.add_argument("--quick", action="store_true", help="a smoke test of seconds: tiny sizes, numbers mean little")
-    parser.add_argument("--memory_of", choices=("trl", "ours"), help="only print what this trainer takes, in bytes")
+    parser.add_argument("--threads", type=int, default=2, help="number of torch threads")
+    parser.add_argument("--quick", action="store_true", help="smoke test with tiny sizes, in seconds")
+    parser.add_argument("--memory_of", choices=("trl", "ours"), help="only print the memory of this trainer, in bytes")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
@@ -155,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (folder / "update_phase.md").write_text(text)
     print(text)
     if not results.comparable:
-        raise SystemExit("The two trainers did not do the same updates, so their times cannot be compared.")
+        raise SystemExit("The two trainers made different updates, so their times cannot be compared.")
 
 
 if __name__ == "__main__":

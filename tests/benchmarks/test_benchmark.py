@@ -1,4 +1,4 @@
-"""The benchmark of the update phase: that it compares equals and counts correctly; no timing."""
+"""The benchmark of the update phase compares equal updates and counts correctly. Times are not tested."""
 
 import os
 import re
@@ -42,7 +42,7 @@ def test_report_holds_every_case(quick):
     assert (folder / "growth.png").stat().st_size > 10_000
     for start, count in {
         "authors' lengths / 32": 1,
-        "the same, no group dead": 1,
+        "the same, no zero-advantage group": 1,
         "equal lengths": 1,
         "the first case with LoRA": 1,
         "loss without the model": 4,
@@ -51,15 +51,15 @@ def test_report_holds_every_case(quick):
         "the limit": 1,
         "everything else": 1,
         "real tokens": 2,
-        "rows of a rollout": 2,
+        "responses of a rollout": 2,
     }.items():
         assert len(rows(report, start)) == count, start
     assert "nan" not in report
 
 
-def test_trainers_did_the_same_updates_with_fewer_forwards(quick):
+def test_trainers_made_the_same_updates_with_fewer_forwards(quick):
     report = (quick[0] / "update_phase.md").read_text()
-    assert "the trainers did the same updates" in report
+    assert "the trainers made the same updates" in report
     for start in ("authors' lengths", "the same, no", "equal lengths", "the first case with LoRA"):
         (cells,) = rows(report, start)
         forwards, positions, difference = cells[-3:]
@@ -84,14 +84,14 @@ def test_skewed_lengths_are_exact(mean, longest):
     assert lengths == skewed_lengths(64, mean, longest)
 
 
-def test_rollout_prescribes_its_dead_groups():
+def test_rollout_has_its_zero_advantage_groups():
     from cases import QUICK, make_rollout, skewed_lengths
 
-    rollout = make_rollout(QUICK, skewed_lengths(64, 6, 60), dead_groups=3)
+    rollout = make_rollout(QUICK, skewed_lengths(64, 6, 60), zero_advantage_groups=3)
     rewards = torch.tensor(rollout.rewards).view(8, 8)
     assert (rewards - rewards.mean(1, keepdim=True)).abs().amin(1).tolist() == [0.5] * 5 + [0.0] * 3
-    assert max(map(len, rollout.completion_ids[:40])) == 60  # the longest is in a live group
-    batches = rollout.live_minibatches(seed=1)
+    assert max(map(len, rollout.completion_ids[:40])) == 60  # the longest is in an active group
+    batches = rollout.active_minibatches(seed=1)
     assert sum(count for count, _ in batches) == 40
     assert sum(tokens for _, tokens in batches) == sum(
         len(rollout.prompt_ids[i]) + len(rollout.completion_ids[i]) for i in range(40)
