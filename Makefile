@@ -74,7 +74,7 @@ $(LIGHTEVAL_INSTALLED): constraints-lighteval.txt
 	@touch $@
 
 test-lighteval: install $(LIGHTEVAL_INSTALLED) ## evaluation through lighteval, in .venv-lighteval
-	$(BIN)/python -m pytest tests/evaluation/test_lighteval.py $(ARGS)
+	$(BIN)/python -m pytest tests/research/test_lighteval.py $(ARGS)
 
 coverage: install ## measure line coverage of `make test`; fails below 95 %
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-fail-under=95 $(ARGS)

@@ -20,9 +20,9 @@ from conftest import CPU
 from markdown_it import MarkdownIt
 from trl import GRPOConfig, ModelConfig
 
+from research.lighteval.runs import LightevalConfig
 from tic_grpo_trl import ALGORITHMS, TICGRPOConfig, TICGRPOTrainer, __version__
 from tic_grpo_trl.evaluation import EvaluationConfig
-from tic_grpo_trl.evaluation.lighteval_runs import LightevalConfig
 from tic_grpo_trl.scripts.evaluate import TableArguments
 from tic_grpo_trl.scripts.train import TrainArguments
 from tic_grpo_trl.starter import STARTER_MODEL, exact_match_reward, make_dataset

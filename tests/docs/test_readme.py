@@ -10,10 +10,10 @@ from launching import ROOT
 from trl import ModelConfig, TrlParser
 
 import tic_grpo_trl
+from research.lighteval.runs import LightevalConfig
 from tic_grpo_trl import TICGRPOConfig
 from tic_grpo_trl.dry_run.plan import plan_for
 from tic_grpo_trl.evaluation import EvaluationConfig
-from tic_grpo_trl.evaluation.lighteval_runs import LightevalConfig
 from tic_grpo_trl.rollout.schedule import RolloutSchedule
 from tic_grpo_trl.scripts.evaluate import TableArguments
 from tic_grpo_trl.scripts.train import TrainArguments
@@ -23,7 +23,7 @@ PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROO
 TRAIN = "tic_grpo_trl.scripts.train"
 EVALUATE = {
     "tic_grpo_trl.scripts.evaluate": (TableArguments, EvaluationConfig),
-    "tic_grpo_trl.scripts.evaluate_lighteval": (LightevalConfig,),
+    "research.lighteval": (LightevalConfig,),
 }
 # What a reader replaces
 PLACEHOLDERS = {

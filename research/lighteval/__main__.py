@@ -2,7 +2,7 @@
 
 lighteval 0.13 needs an older latex2sympy2_extended than this package, so install it in its own environment:
 
-    python -m tic_grpo_trl.scripts.evaluate_lighteval --model_name_or_path runs/qwen3 --name TIC-GRPO \
+    python -m research.lighteval --model_name_or_path runs/qwen3 --name TIC-GRPO \
         --lighteval .venv-lighteval/bin/lighteval --tasks livecodebench=lcb:codegeneration_release_v6
 
 Then print the results in one row with those of `tic_grpo_trl.scripts.evaluate` that have the same --name:
@@ -17,7 +17,8 @@ from typing import Any
 from trl import TrlParser
 
 from tic_grpo_trl.evaluation import results_table
-from tic_grpo_trl.evaluation.lighteval_runs import LightevalConfig, evaluate_by_lighteval
+
+from .runs import LightevalConfig, evaluate_by_lighteval
 
 
 def main():

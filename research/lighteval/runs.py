@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from datasets import load_dataset
 
-from .results import summarize, write_results
-from .store import write_atomically
-from .table import Result
+from tic_grpo_trl.evaluation.results import summarize, write_results
+from tic_grpo_trl.evaluation.store import write_atomically
+from tic_grpo_trl.evaluation.table import Result
 
 
 @dataclass
@@ -71,18 +71,9 @@ class LightevalConfig:
 
 
 def evaluate_by_lighteval(config: LightevalConfig) -> Result:
-    """Run lighteval, and write `samples.jsonl`, `results.json` and `table.md` as `evaluate` does.
+    """Run lighteval greedily, and write and return results as `evaluate` does, without lengths.
 
-    Answers are greedy. lighteval runs LiveCodeBench's programs itself, with a time limit but **without a sandbox**.
-
-    Args:
-        config: model, tasks and settings.
-
-    Returns:
-        The content of `results.json` as from `evaluate`, without lengths.
-
-    Raises:
-        ValueError: if lighteval is missing or fails, writes no details, or a task does not have exactly one metric.
+    lighteval runs LiveCodeBench's programs itself, with a time limit but **without a sandbox**.
     """
     folder = Path(config.output_dir)
     before = set(folder.glob("details/**/*.parquet"))
@@ -114,11 +105,7 @@ def evaluate_by_lighteval(config: LightevalConfig) -> Result:
 
 
 def read_details(path: Path, name: str) -> Iterator[dict[str, Any]]:
-    """Yield one sample for each problem of a task, in the data set's order: prompt, completion and reward.
-
-    Raises:
-        ValueError: if a problem has several samples or different metrics.
-    """
+    """Yield one sample for each problem of a task, in the data set's order: prompt, completion and reward."""
     stored = load_dataset("parquet", data_files=str(path), split="train")
     for detail in sorted(stored, key=lambda detail: int(detail["doc"]["id"])):  # lighteval shuffles them
         metrics, texts = detail["metric"], detail["model_response"]["text"]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from launching import ROOT
 
+from research.lighteval.runs import LightevalConfig, evaluate_by_lighteval
 from tic_grpo_trl.evaluation import EvaluationConfig, evaluate
-from tic_grpo_trl.evaluation.lighteval_runs import LightevalConfig, evaluate_by_lighteval
 from tic_grpo_trl.starter import STARTER_MODEL, exact_match_reward, make_dataset
 
 

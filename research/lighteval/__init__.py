@@ -1,0 +1,1 @@
+"""Evaluate a model with lighteval, which runs in its own environment."""
