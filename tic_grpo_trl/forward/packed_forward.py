@@ -60,6 +60,7 @@ class ForwardOutput:
     passes: int
 
 
+@dataclass
 class PackedForward:
     """
     Compute log-probabilities without computing padding, where `padding_free` is set.
@@ -67,26 +68,17 @@ class PackedForward:
     Each model gets the best layout of [`~tic_grpo_trl.forward.packing`] in which its responses have the
     log-probabilities that they have alone; `layout` is empty until [`choose_layout`] has found it. Inputs with images
     go through TRL's own forward pass, `padded_forward`.
-
-    `checks_head` tells whether the model may be called without labels: DeepSpeed ZeRO-3 would keep the head's weights
-    gathered afterwards.
     """
 
-    def __init__(
-        self,
-        args: TICGRPOConfig,
-        accelerator: Accelerator,
-        model: Callable[[], PreTrainedModel],
-        pad_token_id: int,
-        temperature: float,
-        pad_to_multiple_of: int | None,
-        padded_forward: Callable,
-        checks_head: bool,
-    ):
-        self.args, self.accelerator, self.model = args, accelerator, model
-        self.pad_token_id, self.temperature, self.pad_to_multiple_of = pad_token_id, temperature, pad_to_multiple_of
-        self.padded_forward, self.checks_head = padded_forward, checks_head
-        self.layout = ""
+    args: TICGRPOConfig
+    accelerator: Accelerator
+    model: Callable[[], PreTrainedModel]
+    pad_token_id: int
+    temperature: float
+    pad_to_multiple_of: int | None
+    padded_forward: Callable
+    checks_head: bool  # False if the model may not be called without labels: ZeRO-3 would keep its head gathered
+    layout: str = ""
 
     def __call__(
         self,

@@ -1,6 +1,7 @@
 """TRL's loss with the algorithm's weight, without responses that have bad numbers, and with its metrics."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..safety.update_guard import UpdateGuard
 from .importance_weight import ImportanceWeight, LossPass
 
 
+@dataclass
 class WeightedLoss:
     """
     Compute TRL's loss with another weight.
@@ -28,22 +30,18 @@ class WeightedLoss:
     anchors the old log-probabilities and collects the ratios.
     """
 
-    def __init__(
-        self,
-        args: TICGRPOConfig,
-        schedule: RolloutSchedule,
-        accelerator: Accelerator,
-        forward: PackedForward,
-        scorer: Scorer,
-        guard: UpdateGuard,
-        ratios: RatioMetrics,
-        update_metrics: UpdateMetrics,
-        table: CompletionsTable,
-    ):
-        self.args, self.schedule, self.accelerator, self.forward = args, schedule, accelerator, forward
-        self.scorer, self.guard, self.ratios = scorer, guard, ratios
-        self.update_metrics, self.table = update_metrics, table
-        self.weight = ImportanceWeight(args)
+    args: TICGRPOConfig
+    schedule: RolloutSchedule
+    accelerator: Accelerator
+    forward: PackedForward
+    scorer: Scorer
+    guard: UpdateGuard
+    ratios: RatioMetrics
+    update_metrics: UpdateMetrics
+    table: CompletionsTable
+
+    def __post_init__(self):
+        self.weight = ImportanceWeight(self.args)
         self._pass: LossPass | None = None  # the loss that is being computed
 
     def evaluate(self, trainer: Any, loss_of_trl: Callable, inputs: dict[str, Any]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,20 @@ from ..checkpoint.storage import restore_containers
 from ..forward.responses import loss_mask
 
 
+@dataclass
 class CompletionsTable:
     """
     Add a column `trajectory_ratio` to TRL's table of completions.
 
     It holds w' = P_θ/P_old of each response as of its latest update, and nothing for responses that have not been
-    trained on. `logs` returns TRL's table by column; like these, the new one keeps the last `generation_batch_size`
-    entries. If nothing is logged, nothing is done here.
+    trained on. Like TRL's columns, it keeps the last `generation_batch_size` entries.
     """
 
-    def __init__(self, accelerator: Accelerator, logs: Callable[[], dict[str, Any]], is_logged: bool):
-        self.accelerator, self.logs, self.is_logged = accelerator, logs, is_logged
+    accelerator: Accelerator
+    logs: Callable[[], dict[str, Any]]  # returns TRL's table by column
+    is_logged: bool  # without a table, nothing is done here
+
+    def __post_init__(self):
         self._responses = 0  # in the table so far, those that it has dropped included
         self._ratios: list[tuple[torch.Tensor, torch.Tensor]] = []  # (numbers, R) of the current update
 

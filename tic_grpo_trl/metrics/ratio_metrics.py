@@ -1,5 +1,6 @@
 """Collects the trajectory ratios of a run's responses and logs their metrics."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,15 +14,14 @@ PREFIX = "trajectory_ratio"
 Metrics = dict[str, list[float]]
 
 
+@dataclass
 class RatioMetrics:
-    """
-    Collect ratio statistics per update and evaluation batch, and log them.
+    """Collect ratio statistics per update and evaluation batch, and log them."""
 
-    `removes_clip_ratios` drops TRL's `clip_ratio/*`, where they would describe weights after the cap.
-    """
+    accelerator: Accelerator
+    removes_clip_ratios: bool  # TRL's `clip_ratio/*`, where they would describe weights after the cap
 
-    def __init__(self, accelerator: Accelerator, removes_clip_ratios: bool):
-        self.accelerator, self.removes_clip_ratios = accelerator, removes_clip_ratios
+    def __post_init__(self):
         self._open: list[torch.Tensor] = []  # of this process's micro-batches in the current update
         self._closed: dict[str, list[tuple[int | None, torch.Tensor]]] = {"train": [], "eval": []}  # of all processes
 

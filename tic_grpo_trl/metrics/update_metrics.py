@@ -1,5 +1,6 @@
 """What each update computed, and TRL's metrics corrected for micro-batches of unequal size."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ EXTREMES = {"clip_ratio/low_min": min, "clip_ratio/high_max": max}
 Metrics = dict[str, list[float]]
 
 
+@dataclass
 class UpdateMetrics:
     """
     Log what each update computed, once per optimizer step and over all processes.
@@ -28,8 +30,10 @@ class UpdateMetrics:
     included, that TRL would have made in addition.
     """
 
-    def __init__(self, accelerator: Accelerator, schedule: RolloutSchedule):
-        self.accelerator, self.schedule = accelerator, schedule
+    accelerator: Accelerator
+    schedule: RolloutSchedule
+
+    def __post_init__(self):
         self._start()
 
     def _start(self):

@@ -9,6 +9,7 @@ processes agree on the size of each micro-batch once per rollout and fill up wit
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,28 +43,21 @@ def options_that_fix_micro_batches(trainer: GRPOTrainer) -> str:
     return ", ".join(reason for reason, holds in reasons.items() if holds)
 
 
+@dataclass
 class Batcher:
-    """
-    Cut rollouts into the micro-batches of their updates.
+    """Cut rollouts into the micro-batches of their updates."""
 
-    `fixed_by` lists the options that make the loss depend on which responses share a micro-batch; if there are any,
-    TRL's micro-batches are kept. `layout` returns the layout of the forward passes.
-    """
+    schedule: RolloutSchedule
+    args: TICGRPOConfig
+    accelerator: Accelerator
+    pad_token_id: int
+    layout: Callable[[], str]  # returns the layout of the forward passes
+    fixed_by: str  # the options for which TRL's micro-batches are kept
 
-    def __init__(
-        self,
-        schedule: RolloutSchedule,
-        args: TICGRPOConfig,
-        accelerator: Accelerator,
-        pad_token_id: int,
-        layout: Callable[[], str],
-        fixed_by: str,
-    ):
-        self.schedule, self.args, self.accelerator = schedule, args, accelerator
-        self.pad_token_id, self.layout, self.fixed_by = pad_token_id, layout, fixed_by
-        self.by_prompt = args.partition_by_prompt and self._can_partition_by_prompt()
-        if fixed_by:
-            logger.info(f"TRL's micro-batches are kept, zero-advantage responses included, because of {fixed_by}.")
+    def __post_init__(self):
+        self.by_prompt = self.args.partition_by_prompt and self._can_partition_by_prompt()
+        if self.fixed_by:
+            logger.info(f"TRL's micro-batches are kept, zero-advantage responses included, because of {self.fixed_by}.")
 
     def _can_partition_by_prompt(self) -> bool:
         """Check whether every mini-batch can consist of complete groups, and warn if it can't."""

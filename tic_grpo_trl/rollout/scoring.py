@@ -6,6 +6,7 @@ for padding and zero-advantage responses, and both passes over a micro-batch rou
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,25 +47,19 @@ def check_behaviour_policy(trainer: Any):
         )
 
 
+@dataclass
 class Scorer:
-    """
-    Add the log-probabilities that a loss reads to its micro-batches.
+    """Add the log-probabilities that a loss reads to its micro-batches."""
 
-    `model` and `ref_model` return the policy and the reference model, which is `None` where an adapter is trained.
-    """
+    args: TICGRPOConfig
+    schedule: RolloutSchedule
+    accelerator: Accelerator
+    forward: PackedForward
+    model: Callable[[], Any]
+    ref_model: Callable[[], Any]  # returns `None` where an adapter is trained
 
-    def __init__(
-        self,
-        args: TICGRPOConfig,
-        schedule: RolloutSchedule,
-        accelerator: Accelerator,
-        forward: PackedForward,
-        model: Callable[[], Any],
-        ref_model: Callable[[], Any],
-    ):
-        self.args, self.schedule, self.accelerator, self.forward = args, schedule, accelerator, forward
-        self.model, self.ref_model = model, ref_model
-        self.corrects = bool(args.use_vllm and args.vllm_importance_sampling_correction)
+    def __post_init__(self):
+        self.corrects = bool(self.args.use_vllm and self.args.vllm_importance_sampling_correction)
 
     def passes_of_trl(self) -> int:
         """Return the forward passes in which TRL would score one rollout."""
