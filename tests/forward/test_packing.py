@@ -33,7 +33,7 @@ from tic_grpo_trl.forward.layouts import (
     ignores_left_padding,
     keeps_apart,
     model_inputs,
-    ways_to_pack,
+    packed_layouts,
     why_trl_layout,
 )
 from tic_grpo_trl.forward.packing import IGNORED, first_fit, lay_out, pack, used_columns
@@ -230,33 +230,33 @@ def without_empty_rows(seed):
 
 @pytest.mark.parametrize("multiple_of", [None, 16])
 @pytest.mark.parametrize(
-    ("attention", "way"),
+    ("attention", "layout"),
     [("eager", "rows"), ("sdpa", "rows"), ("sdpa", "segments"), ("sdpa", "sorted"), ("eager", "sorted")],
 )
-def test_a_packed_pass_equals_a_padded_one(attention, way, multiple_of):
+def test_a_packed_pass_equals_a_padded_one(attention, layout, multiple_of):
     ids, mask = without_empty_rows(seed=2)
     model = tiny_model(attn_implementation=attention)
     log_probs = fused(model)
-    if way not in (*ways_to_pack(model.config), "sorted"):
+    if layout not in (*packed_layouts(model.config), "sorted"):
         pytest.skip("only scaled-dot-product attention is called by segments")
     expected = padded_log_probs(log_probs, ids, mask)
     expected_gradients = gradients(model, expected)
-    actual = packed_log_probs(log_probs, ids, mask, way, multiple_of=multiple_of)
+    actual = packed_log_probs(log_probs, ids, mask, layout, multiple_of=multiple_of)
     actual_gradients = gradients(model, actual)
     assert expected.min() < -3  # far from uniform, so that a wrong neighbour shows
     assert (actual - expected).abs().max() < 1e-5
     assert (actual_gradients - expected_gradients).norm() < 1e-5 * expected_gradients.norm()
 
 
-@pytest.mark.parametrize("way", ["rows", "segments", "sorted"])
-def test_absolute_positions_count_from_each_response(way):
+@pytest.mark.parametrize("layout", ["rows", "segments", "sorted"])
+def test_absolute_positions_count_from_each_response(layout):
     """What a response has in a row it has alone, without the padding that TRL's default positions would count."""
     torch.manual_seed(0)
     model = gpt2().eval()
-    assert way in (*ways_to_pack(model.config), "sorted")
+    assert layout in (*packed_layouts(model.config), "sorted")
     log_probs = fused(model)
     ids, mask = without_empty_rows(seed=2)
-    together = packed_log_probs(log_probs, ids, mask, way)
+    together = packed_log_probs(log_probs, ids, mask, layout)
     for row in range(len(ids)):
         own = ids[row, mask[row].bool()].unsqueeze(0)
         scored = (mask[row, -9:] > 0) & (mask[row].cumsum(0)[-9:] > 1)
@@ -270,7 +270,7 @@ def test_a_packed_pass_of_flex_attention_equals_a_padded_one():
     """Uncompiled, which takes seconds less; it has no backward pass on a CPU."""
     ids, mask = without_empty_rows(seed=2)
     model = tiny_model(attn_implementation="flex_attention")
-    assert ways_to_pack(model.config) == ["rows"]
+    assert packed_layouts(model.config) == ["rows"]
     with torch.no_grad():
         expected = padded_log_probs(fused(tiny_model()), ids, mask)
         with torch.compiler.set_stance("force_eager"):
@@ -301,7 +301,7 @@ def with_attention(config, implementation):
 
 
 @pytest.mark.parametrize(
-    ("config", "ways"),
+    ("config", "layouts"),
     [
         (with_attention(LlamaConfig(), "sdpa"), ["segments", "rows"]),
         (with_attention(LlamaConfig(), "eager"), ["rows"]),
@@ -314,8 +314,8 @@ def with_attention(config, implementation):
         (with_attention(DeepseekV32Config(), "sdpa"), ["rows"]),
     ],
 )
-def test_ways_to_pack(config, ways):
-    assert ways_to_pack(config) == ways
+def test_packed_layouts(config, layouts):
+    assert packed_layouts(config) == layouts
 
 
 SMALL = {
@@ -364,11 +364,11 @@ def mamba():
     return MambaForCausalLM(MambaConfig(**TOKENS, hidden_size=16, num_hidden_layers=2, state_size=4))
 
 
-def is_kept_apart(model, way):
+def is_kept_apart(model, layout):
     log_probs = fused(model)
 
     def call(input_ids, segments=None, **positions):
-        arguments = attention_arguments(way, segments, input_ids.device)
+        arguments = attention_arguments(layout, segments, input_ids.device)
         return log_probs(input_ids=input_ids, labels=input_ids, **positions, **arguments)
 
     return keeps_apart(call, "cpu", torch.finfo(model.dtype).eps)
@@ -381,8 +381,8 @@ def is_kept_apart(model, way):
 def test_which_models_keep_responses_of_a_row_apart(model, apart):
     torch.manual_seed(0)
     model = model().eval()
-    for way in ways_to_pack(model.config):
-        assert is_kept_apart(model, way) is apart, way
+    for layout in packed_layouts(model.config):
+        assert is_kept_apart(model, layout) is apart, layout
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "glm4_moe", "hunyuan_v1_moe"])
@@ -390,13 +390,13 @@ def test_the_layout_does_not_depend_on_the_random_weights(model_type):
     """Tokens that are shared out anew among experts move the last bit of log-probabilities of any size."""
     for seed in range(12):
         model = zoo.tiny_model(model_type, seed=seed)
-        assert is_kept_apart(model, ways_to_pack(model.config)[0]), seed
+        assert is_kept_apart(model, packed_layouts(model.config)[0]), seed
 
 
 def test_the_layout_does_not_depend_on_depth():
     for seed in range(4):
         model = zoo.tiny_model("mixtral", seed=seed, num_hidden_layers=32)
-        assert is_kept_apart(model, ways_to_pack(model.config)[0]), seed
+        assert is_kept_apart(model, packed_layouts(model.config)[0]), seed
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_next", "falcon_h1", "lfm2", "minimax", "bamba", "nemotron_h", "mamba"])
@@ -404,14 +404,14 @@ def test_a_leak_shows_in_a_low_precision(model_type):
     """A limit that allows for bfloat16's rounding alone would let it pass."""
     for seed in range(6):
         model = zoo.tiny_model(model_type, "eager", seed=seed).to(torch.bfloat16)
-        assert not any(is_kept_apart(model, way) for way in ways_to_pack(model.config)), seed
+        assert not any(is_kept_apart(model, layout) for layout in packed_layouts(model.config)), seed
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "qwen3_moe", "mixtral", "gpt2"])
 def test_a_low_precision_does_not_look_like_a_leak(model_type):
     for seed in range(6):
         model = zoo.tiny_model(model_type, seed=seed).to(torch.bfloat16)
-        assert is_kept_apart(model, ways_to_pack(model.config)[0]), seed
+        assert is_kept_apart(model, packed_layouts(model.config)[0]), seed
 
 
 @pytest.mark.parametrize(
@@ -458,13 +458,13 @@ def test_what_only_trl_s_layout_gives(config, reason):
 def test_positions_that_a_model_counts_otherwise_are_not_passed():
     """RoBERTa's start after the padding's id: packed with positions from 0 it would be another model."""
     model = zoo.tiny_model("roberta")
-    assert not any(is_kept_apart(model, way) for way in ways_to_pack(model.config))
+    assert not any(is_kept_apart(model, layout) for layout in packed_layouts(model.config))
 
 
-@pytest.mark.parametrize("way", ["rows", "segments"])
+@pytest.mark.parametrize("layout", ["rows", "segments"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_the_test_allows_for_the_rounding_of_the_model(dtype, way):
-    assert is_kept_apart(tiny_model().to(dtype), way)
+def test_the_test_allows_for_the_rounding_of_the_model(dtype, layout):
+    assert is_kept_apart(tiny_model().to(dtype), layout)
 
 
 def test_a_wrapper_that_drops_arguments_or_refuses_them_is_found():

@@ -49,7 +49,7 @@ def why_trl_layout(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def ways_to_pack(config: PreTrainedConfig) -> list[str]:
+def packed_layouts(config: PreTrainedConfig) -> list[str]:
     """Return the packed layouts in which a model's attention might keep responses apart, best first."""
     implementation = str(config._attn_implementation)
     if "flash" in implementation:

@@ -19,8 +19,8 @@ from .layouts import (
     ignores_left_padding,
     keeps_apart,
     model_inputs,
+    packed_layouts,
     rounding,
-    ways_to_pack,
     why_trl_layout,
 )
 from .packing import PACKED, pack, plan_passes
@@ -212,7 +212,7 @@ class PackedForward:
             )
             return "padded"
         device = self.accelerator.device
-        for layout in ways_to_pack(model.config):
+        for layout in packed_layouts(model.config):
 
             def call(segments=None, layout=layout, **inputs):
                 return self._log_probs(**inputs, **attention_arguments(layout, segments, device))
