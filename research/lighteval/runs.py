@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 from datasets import load_dataset
 
-from tic_grpo_trl.evaluation.results import summarize, write_results
-from tic_grpo_trl.evaluation.store import write_atomically
+from tic_grpo_trl.evaluation.run_folder import summarize, write_atomically, write_results
 from tic_grpo_trl.evaluation.table import Result
 
 

@@ -15,7 +15,7 @@ from tic_grpo_trl.evaluation import (
     results_table,
 )
 from tic_grpo_trl.evaluation.config import set_name
-from tic_grpo_trl.evaluation.store import SampleStore
+from tic_grpo_trl.evaluation.run_folder import SampleStore
 
 
 # Avg@k

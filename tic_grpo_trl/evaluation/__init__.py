@@ -1,8 +1,8 @@
 """Evaluate a model: Avg@k with confidence intervals, all samples, and the papers' table (`docs/evaluation.md`)."""
 
 from .config import EvaluationConfig
-from .results import read_results
 from .run import evaluate
+from .run_folder import read_results
 from .statistics import Average, average_at_k, paired_difference, problem_interval
 from .table import results_table
 

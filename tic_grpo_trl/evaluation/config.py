@@ -63,13 +63,11 @@ class EvaluationConfig:
         if self.backend == "auto":
             has_vllm = importlib.util.find_spec("vllm") is not None and torch.cuda.is_available()
             self.backend = "vllm" if has_vllm else "transformers"
-        if not self.batch_size:
-            self.batch_size = 1024 if self.backend == "vllm" else 64
+        self.batch_size = self.batch_size or (1024 if self.backend == "vllm" else 64)
         if not self.name:
             path = Path(self.model_name_or_path)
             self.name = "starter" if self.model_name_or_path == STARTER_MODEL else path.name or str(path)
-        if not self.output_dir:
-            self.output_dir = str(Path("runs/evaluation", self.name))
+        self.output_dir = self.output_dir or str(Path("runs/evaluation", self.name))
         for name in ("k", "limit", "batch_size", "max_completion_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -80,11 +78,7 @@ class EvaluationConfig:
             self.protocol(set_name(name))
 
     def protocol(self, name: str) -> Protocol:
-        """Return the protocol of a set: the papers', unless a flag overrides it.
-
-        Raises:
-            ValueError: if a value is out of range, or several greedy samples are asked for, which would be identical.
-        """
+        """Return the protocol of a set: the papers', unless a flag overrides it."""
         generated = name in GENERATED_SETS
         k, temperature, top_p = GENERATED if generated else PAPER.get(name, GREEDY)
         temperature = temperature if self.temperature is None else self.temperature

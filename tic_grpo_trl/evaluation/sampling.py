@@ -41,16 +41,9 @@ def adapter_base(model: str) -> str | None:
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer of a model with left padding; for an adapter without one, its base's.
-
-    Raises:
-        ValueError: if it has no chat template, or needs remote code that is not trusted.
-    """
-    base = adapter_base(model)
-    own = base is None or Path(model, "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(
-        model if own else base, padding_side="left", trust_remote_code=trust_remote_code
-    )
+    """Load the tokenizer of a model with left padding; for an adapter without one, its base's."""
+    source = model if Path(model, "tokenizer_config.json").is_file() else adapter_base(model) or model
+    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=trust_remote_code)
     if tokenizer.chat_template is None:
         raise ValueError(f"{model} has no chat template: set tokenizer.chat_template and save the tokenizer")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -59,18 +52,17 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
 
 def load_model(model: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load a model, on GPUs if there are any, and merge an adapter into its base."""
-    settings: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    settings["device_map"] = "auto" if torch.cuda.is_available() else None
-    base = adapter_base(model)
-    if base is None:
-        return AutoModelForCausalLM.from_pretrained(model, **settings).eval()
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **settings), model).merge_and_unload()
+    base, device_map = adapter_base(model), "auto" if torch.cuda.is_available() else None
+    policy = AutoModelForCausalLM.from_pretrained(
+        base or model, dtype=dtype, trust_remote_code=trust_remote_code, device_map=device_map
+    ).eval()
+    return PeftModel.from_pretrained(policy, model).merge_and_unload() if base else policy
 
 
 def text_config(model: str, trust_remote_code: bool = False) -> Any:
     """Load the text configuration of a model or of an adapter's base, which has the number of positions."""
-    config = AutoConfig.from_pretrained(adapter_base(model) or model, trust_remote_code=trust_remote_code)
-    return config.get_text_config()
+    base = adapter_base(model) or model
+    return AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code).get_text_config()
 
 
 def end_tokens(model: str, tokenizer: Any) -> list[int]:
@@ -106,8 +98,7 @@ def transformers_sampler(model: str, tokenizer: Any, dtype: str = "auto", trust_
         distribution = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         torch.manual_seed(seeds[0])
         output = policy.generate(
-            input_ids=inputs["input_ids"],  # (B, T)
-            attention_mask=inputs["attention_mask"],
+            **inputs,  # input_ids and attention_mask, (B, T)
             max_new_tokens=sampling.max_completion_length,
             **(distribution if sampling.temperature else {"do_sample": False}),
         )
@@ -124,9 +115,6 @@ def vllm_sampler(
 
     Each prompt has its own seed, so batches do not matter. An adapter is merged into a temporary copy of its base.
     `engine` holds further arguments of `vllm.LLM`.
-
-    Raises:
-        ValueError: if vLLM is not installed.
     """
     try:
         from vllm import LLM, SamplingParams

@@ -5,7 +5,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from datasets import Dataset
 
@@ -15,15 +14,7 @@ from ..starter import exact_match_reward
 
 
 def import_reward(path: str, option: str) -> Callable:
-    """Import a reward function by its path, such as `my_package.rewards.my_reward`, also from the working directory.
-
-    Args:
-        path: import path.
-        option: flag that holds it, for the error message.
-
-    Raises:
-        ValueError: if the function cannot be imported.
-    """
+    """Import the reward function that a flag names, also from the working directory."""
     module, _, name = path.rpartition(".")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -57,22 +48,14 @@ def is_tests(solution: str) -> bool:
 def score(
     reward: Callable, prompts: Sequence[list[dict[str, str]]], texts: Sequence[str], columns: dict[str, list]
 ) -> tuple[list[float | None], dict[str, list]]:
-    """Score a batch by calling the reward function as the trainer does.
+    """Call a reward function as the trainer does, with B prompts, answers and values of each other column.
 
-    Args:
-        reward: function with TRL's reward signature.
-        prompts: messages, length B.
-        texts: answers, length B.
-        columns: the other columns of the data set, each of length B.
-
-    Returns:
-        Rewards, length B, and the values that the function logged per sample, such as the extracted answer.
+    Returns the rewards, and the values that the function logged per sample, such as the extracted answer.
     """
     logged: dict[str, list] = {}
-    completions: Any = [[{"role": "assistant", "content": text}] for text in texts]
     rewards = reward(
         prompts=list(prompts),
-        completions=completions,
+        completions=[[{"role": "assistant", "content": text}] for text in texts],
         **columns,
         log_extra=lambda name, values: logged.__setitem__(name, list(values)),
         log_metric=lambda name, value: None,

@@ -11,23 +11,14 @@ Z = NormalDist().inv_cdf(0.975)  # 1.96, for 95 % intervals
 
 @dataclass(frozen=True)
 class Average:
-    """Avg@k of one set of problems.
+    """Avg@k of one set of problems."""
 
-    Args:
-        value: mean over problems of the mean over samples.
-        interval: 95 % interval for other problems of the same kind.
-        sampling_error: standard error for new samples of the same problems; `None` for k = 1.
-        problems: number of problems that count, n.
-        excluded: number of problems that could not be scored.
-        means: mean reward of each problem.
-    """
-
-    value: float
-    interval: tuple[float, float]
-    sampling_error: float | None
-    problems: int
-    excluded: int
-    means: dict[str, float]
+    value: float  # mean over problems of the mean over samples
+    interval: tuple[float, float]  # 95 %, for other problems of the same kind
+    sampling_error: float | None  # standard error for new samples of the same problems; `None` for k = 1
+    problems: int  # number of problems that count, n
+    excluded: int  # number of problems that could not be scored
+    means: dict[str, float]  # mean reward of each problem
 
 
 def average_at_k(rewards: Mapping[str, Sequence[float | None]]) -> Average:

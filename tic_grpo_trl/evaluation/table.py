@@ -1,19 +1,14 @@
 """Print the results of several runs in the form of the paper's Table 1 (v5), followed by their uncertainties."""
 
-from collections.abc import Callable
 from typing import Any
 
 from ..metrics.run_summary import table
 from .statistics import Z, paired_difference
 
 
-# Columns of Table 1: title and metric of each set
-TABLE_1 = {
-    "aime24": ("AIME24", "Avg@32"),
-    "aime25": ("AIME25", "Avg@32"),
-    "math500": ("MATH500", "Avg@1"),
-    "livecodebench": ("LiveCodeBench", "Avg@1"),
-}
+# Columns of Table 1: the metric and the title of each set
+TABLE_1 = {"aime24": "Avg@32", "aime25": "Avg@32", "math500": "Avg@1", "livecodebench": "Avg@1"}
+TITLES = {"aime24": "AIME24", "aime25": "AIME25", "math500": "MATH500", "livecodebench": "LiveCodeBench"}
 
 Result = dict[str, Any]
 
@@ -27,7 +22,7 @@ def results_table(results: list[Result]) -> str:
     Returns:
         Two tables. Accuracies are in percent, differences in percentage points.
     """
-    columns = dict.fromkeys((name, metric) for name, (_, metric) in TABLE_1.items())
+    columns = list(TABLE_1.items())
     found = dict.fromkeys((name, one["metric"]) for result in results for name, one in result["sets"].items())
     # A set of Table 1 with another metric replaces the paper's column, unless some result has that one too.
     replaced = {name for name, _ in found} - {name for name, metric in found if (name, metric) in columns}
@@ -36,15 +31,10 @@ def results_table(results: list[Result]) -> str:
     order = [*TABLE_1, *(name for name, _ in found)]
     shown.sort(key=lambda column: order.index(column[0]))
 
-    header = ["Method", *(title(name) for name, _ in shown)]
+    header = ["Method", *(TITLES.get(name, name) for name, _ in shown)]
     rows = [["", *(f"({metric})" for _, metric in shown)]]
     rows += [[result["name"], *(_cell(result, results[0], *column) for column in shown)] for result in results]
     return table(header, rows) + "\n\n" + _uncertainties(results) + "\n"
-
-
-def title(name: str) -> str:
-    """Return the column title of a set."""
-    return TABLE_1[name][0] if name in TABLE_1 else name
 
 
 def _cell(result: Result, baseline: Result, name: str, metric: str) -> str:
@@ -70,28 +60,27 @@ def _uncertainties(results: list[Result]) -> str:
             rows.append(
                 [
                     result["name"],
-                    title(name),
+                    TITLES.get(name, name),
                     f"{one['problems']} × {one['k']}",
                     f"{100 * one['average']:.2f}",
                     f"{100 * low:.2f} to {100 * high:.2f}",
-                    _or_dash(one["sampling_error"], lambda error: f"{100 * Z * error:.2f}"),
+                    _or_dash("{:.2f}", one["sampling_error"], 100 * Z),
                     *([_difference(one, base)] if compared else []),
                     str(one["excluded"]),
-                    _or_dash(one["truncated"], lambda share: f"{100 * share:.1f} %"),
-                    _or_dash(one["mean_tokens"], lambda tokens: f"{tokens:.1f}"),
+                    _or_dash("{:.1f} %", one["truncated"], 100),
+                    _or_dash("{:.1f}", one["mean_tokens"]),
                 ]
             )
     return table(header, rows)
 
 
-def _or_dash(value: float | None, show: Callable[[float], str]) -> str:
-    return "–" if value is None else show(value)
+def _or_dash(template: str, value: float | None, factor: float = 1) -> str:
+    return "–" if value is None else template.format(factor * value)
 
 
 def _difference(one: Result, base: Result | None) -> str:
     if base is None or base["metric"] != one["metric"] or not one["means"].keys() & base["means"].keys():
         return "–"
     mean, interval = paired_difference(one["means"], base["means"])
-    if interval is None:
-        return f"{100 * mean:+.2f}"
-    return f"{100 * mean:+.2f} ({100 * interval[0]:+.2f} to {100 * interval[1]:+.2f})"
+    text = f"{100 * mean:+.2f}"
+    return text if interval is None else f"{text} ({100 * interval[0]:+.2f} to {100 * interval[1]:+.2f})"
