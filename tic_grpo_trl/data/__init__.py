@@ -1,11 +1,4 @@
-"""Problems to train and evaluate on: named sets, your own data and mixtures of them (`docs/data.md`).
-
-The papers' training data from the hub, a named set from a local copy, and a file with its own column names:
-
-    load_problems("dapo_math_17k+aime_1983_2022")
-    load_problems("aime24@copies/aime_2024.parquet")
-    load_problems("sums.jsonl", columns={"prompt": "question", "solution": "answer"})
-"""
+"""Problems to train and evaluate on: named sets, your own data and mixtures of them (`docs/data.md`)."""
 
 from .lengths import drop_long_prompts, prompt_lengths
 from .loading import EVALUATION_SETS, GENERATED_SETS, load_problems

@@ -20,6 +20,12 @@ FEATURES = Features(
 )
 
 
+def make_examples(name: str, prompts: list[list[dict[str, str]]], solutions: list[str]) -> Dataset:
+    """Build the data set of N prompts and N solutions, with `name` as their source."""
+    columns = {"prompt": prompts, "solution": solutions, "source": [name] * len(prompts)}
+    return Dataset.from_dict(columns, features=FEATURES)
+
+
 def log_once(message: str, level: int = logging.INFO) -> None:
     """Log a message on the first process of a run only."""
     if os.environ.get("RANK", "0") == "0":
@@ -27,11 +33,7 @@ def log_once(message: str, level: int = logging.INFO) -> None:
 
 
 def require_column(name: str, examples: Dataset, *wanted: str) -> str:
-    """Return the first of the wanted columns that exists, ignoring case.
-
-    Raises:
-        ValueError: if none exists; the message lists the columns found.
-    """
+    """Return the first of the wanted columns that exists, ignoring case."""
     found = {column.lower(): column for column in examples.column_names}
     for column in wanted:
         if column.lower() in found:
@@ -44,11 +46,7 @@ def require_column(name: str, examples: Dataset, *wanted: str) -> str:
 
 
 def checked_answer(name: str, answer: Any, where: str) -> str:
-    """Normalize an answer with `normalize_answer`.
-
-    Raises:
-        ValueError: if the answer is unusable; the message says where it is.
-    """
+    """Normalize an answer with `normalize_answer`; an error says where the answer is."""
     try:
         return normalize_answer(answer)
     except (TypeError, ValueError) as error:

@@ -45,10 +45,8 @@ def drop_long_prompts(
     """Drop the examples whose prompt has more than `max_prompt_length` tokens, and log how many.
 
     Args:
-        dataset: examples with a `prompt`, length N.
-        processing_class: the model's tokenizer or processor.
+        dataset, processing_class, chat_template_kwargs: as in `prompt_lengths`.
         max_prompt_length: longest prompt to keep, in tokens.
-        chat_template_kwargs: more arguments of the chat template, as in the trainer's configuration.
 
     Returns:
         The remaining examples, in order.

@@ -1,12 +1,13 @@
 """Load a data set, or several joined by `+`, from its name."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
 
 from ..starter import few_shot_sums, task
-from .examples import FEATURES, log_once
+from .examples import log_once, make_examples
 from .named_sets import NAMED_SETS
 from .sources import PLACES, is_hub_id, read
 from .text import DEFAULT, choose_instruction
@@ -63,12 +64,12 @@ def load_problems(
     choose_instruction(instruction, "{problem}")
     parts = [_parse(part) for part in _split_names(name)]
     _check_arguments([part for part, _ in parts], split, columns, config)
-    loaded = []
-    for part, location in parts:
-        if part in GENERATED_SETS:
-            loaded.append(_generate(part, split, size, seed))
-        else:
-            loaded.append(_load(part, location, split, instruction, columns or {}, config))
+    loaded = [
+        _generate(part, split, size, seed)
+        if part in GENERATED_SETS
+        else _load(part, location, split, instruction, columns or {}, config)
+        for part, location in parts
+    ]
     return loaded[0] if len(loaded) == 1 else concatenate_datasets(loaded)
 
 
@@ -123,28 +124,21 @@ def _load(
     name: str, location: str | None, split: str, instruction: str | None, columns: dict[str, str], config: str | None
 ) -> Dataset:
     named = NAMED_SETS.get(name)
-    if named is None:
-        place = location or name
-        examples = _choose_split(name, read(name, place, config, named=False), split)
-        converted = convert_user_data(name, examples, columns, instruction)
-    else:
-        place = location or named.hub_id
-        splits = read(name, place, config)
-        examples = next(iter(splits.values())) if len(splits) == 1 else _choose_split(name, splits, named.split)
-        converted = named.convert(name, examples, instruction)
+    place = location or (named.hub_id if named else name)
+    splits = read(name, place, config, named is not None)
+    if named:  # the copy of a named set may store its only split under another name
+        split = next(iter(splits)) if len(splits) == 1 else named.split
+    if split not in splits:
+        raise ValueError(f"{name}: there is no split {split!r}; the splits are {', '.join(map(repr, splits))}.")
+    examples = splits[split]
+    convert = named.convert if named else partial(convert_user_data, columns=columns)
+    converted = convert(name, examples, instruction)
     if len(converted) == 0:
         raise ValueError(f"{name}: no problem is left of the {len(examples):,} examples in {place}; is the path right?")
     return converted
 
 
-def _choose_split(name: str, splits: dict[str, Dataset], split: str) -> Dataset:
-    if split not in splits:
-        raise ValueError(f"{name}: there is no split {split!r}; the splits are {', '.join(map(repr, splits))}.")
-    return splits[split]
-
-
 def _generate(name: str, split: str, size: int | None, seed: int) -> Dataset:
     made = GENERATED_SETS[name](split, GENERATED_SIZES.get(split, 1) if size is None else size, seed)
     log_once(f"{name}: {len(made):,} problems generated")
-    columns = {"prompt": made["prompt"][:], "solution": made["solution"][:], "source": [name] * len(made)}
-    return Dataset.from_dict(columns, features=FEATURES)
+    return make_examples(name, made["prompt"][:], made["solution"][:])

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Value
 
 from . import programs
-from .examples import FEATURES, checked_answer, log_once, require_column
+from .examples import FEATURES, checked_answer, log_once, make_examples, require_column
 from .text import (
     CODE_INSTRUCTION,
     MATH_INSTRUCTION,
@@ -22,41 +22,25 @@ from .text import (
 
 
 LAST_TRAINING_YEAR = 2022  # the papers train on AIME 1983 to 2022; later contests are for evaluation
-BATCH_SIZE = 10_000
 
 Pair = tuple[str, Any]  # a problem's text, and its answer as stored
 
 
 @dataclass(frozen=True)
 class NamedSet:
-    """A data set that this package knows by name.
-
-    Args:
-        hub_id: hub data set that is read by default.
-        split: its only split on the hub.
-        evaluation: whether it is for evaluation; if so, it is never mixed with training data.
-        convert: converts (name, stored examples, instruction) to examples with the columns of `FEATURES`.
-    """
+    """A data set that this package knows by name."""
 
     hub_id: str
-    split: str
-    evaluation: bool
-    convert: Callable[[str, Dataset, str | None], Dataset]
+    split: str  # the only one on the hub
+    evaluation: bool  # if so, it is never mixed with training data
+    convert: Callable[[str, Dataset, str | None], Dataset]  # name, stored examples, instruction -> columns of FEATURES
 
 
 def distinct_problems(name: str, pairs: Iterator[Pair], num_read: int, too_late: int = 0) -> list[tuple[str, str]]:
     """Keep each problem once, in order of first appearance, and drop problems with several different answers.
 
-    Problems that differ only in whitespace count as one, as do answers that `normalize_answer` makes equal.
-
-    Args:
-        name: name of the set.
-        pairs: (problem, answer as stored), with repeats.
-        num_read: number of examples read, for the log.
-        too_late: number of examples that `pairs` omits because of their year, for the log.
-
-    Returns:
-        (problem, normalized answer), length N.
+    Problems that differ only in whitespace count as one, as do answers that `normalize_answer` makes equal. The log
+    counts the `num_read` stored examples, of which `pairs` omits `too_late` because of their year.
     """
     problems: dict[str, tuple[str, set[str]]] = {}
     for problem, answer in pairs:
@@ -79,28 +63,16 @@ def distinct_problems(name: str, pairs: Iterator[Pair], num_read: int, too_late:
 def math_examples(name: str, problems: list[tuple[str, str]], instruction: str | None) -> Dataset:
     """Build the examples of N pairs (problem, answer)."""
     template = choose_instruction(instruction, MATH_INSTRUCTION)
-    return Dataset.from_dict(
-        {
-            "prompt": [user_message(problem, template) for problem, _ in problems],
-            "solution": [answer for _, answer in problems],
-            "source": [name] * len(problems),
-        },
-        features=FEATURES,
-    )
+    prompts = [user_message(problem, template) for problem, _ in problems]
+    return make_examples(name, prompts, [answer for _, answer in problems])
 
 
 def stored_pairs(name: str, examples: Dataset, problem: str, answer: str) -> Iterator[Pair]:
-    """Yield the stripped problem and the stored answer of every example.
-
-    Raises:
-        ValueError: if a problem is missing or empty.
-    """
-    for start in range(0, len(examples), BATCH_SIZE):
-        batch = examples[start : start + BATCH_SIZE]
-        for i, (text, value) in enumerate(zip(batch[problem], batch[answer], strict=True), start):
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"{name}: example {i} has no string in column {problem!r}; correct or remove it.")
-            yield text.strip(), value
+    """Yield the stripped problem and the stored answer of every example."""
+    for i, (text, value) in enumerate(zip(examples[problem], examples[answer], strict=True)):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{name}: example {i} has no string in column {problem!r}; correct or remove it.")
+        yield text.strip(), value
 
 
 def convert_dapo(name: str, examples: Dataset, instruction: str | None) -> Dataset:
@@ -131,7 +103,7 @@ def _original_dapo_pairs(name: str, examples: Dataset, prompt: str, reward_model
         plain = False
     if not plain:
         raise ValueError(f"{wrong}; found {examples.features[prompt]} and {examples.features[reward_model]}.")
-    for table in examples.select_columns([prompt, reward_model]).with_format("arrow").iter(batch_size=BATCH_SIZE):
+    for table in examples.select_columns([prompt, reward_model]).with_format("arrow").iter(batch_size=10_000):
         messages = table[prompt].combine_chunks()
         if pc.any(pc.not_equal(pc.fill_null(pc.list_value_length(messages), 0), 1)).as_py():
             raise ValueError(f"{wrong}; an example has several messages or none.")
@@ -154,20 +126,18 @@ def convert_aime_training(name: str, examples: Dataset, instruction: str | None)
 def aime_years(name: str, examples: Dataset) -> list[int]:
     """Read the year of every example from the column `Year`, from an `ID` such as `1983-1`, or from both.
 
-    Raises:
-        ValueError: if an example has no readable year, or the two columns disagree. It could be a problem of the
-            evaluation sets.
+    A year that is unreadable or contradictory is an error: it could be a problem of the evaluation sets.
     """
+    require_column(name, examples, "Year", "ID")
     found = {column.lower(): column for column in examples.column_names}
     columns = [found[key] for key in ("year", "id") if key in found]
-    if not columns:
-        require_column(name, examples, "Year", "ID")
     years = []
     for i, example in enumerate(examples.select_columns(columns)):
         by_id = re.match(r"\s*([0-9]{4})-", str(example.get(found.get("id"))))
         stated = {int(by_id[1])} if by_id else set()
         if "year" in found:
-            stated.add(_year(example[found["year"]]))
+            by_year = re.fullmatch(r"([0-9]{4})(\.0)?", str(example[found["year"]]).strip())
+            stated.add(int(by_year[1]) if by_year else 0)
         if len(stated) != 1 or not 1983 <= min(stated) <= 2099:
             raise ValueError(
                 f"{name}: the year of example {i} is uncertain ({example}), and training may use only problems up to "
@@ -176,12 +146,6 @@ def aime_years(name: str, examples: Dataset) -> list[int]:
             )
         years.append(stated.pop())
     return years
-
-
-def _year(value: Any) -> int:
-    """Parse a stored year (1983, 1983.0, "1983"); 0 if it is not one."""
-    text = str(value).strip().removesuffix(".0")
-    return int(text) if re.fullmatch(r"[0-9]{4}", text) else 0
 
 
 def convert_math_evaluation(name: str, examples: Dataset, instruction: str | None) -> Dataset:
@@ -197,11 +161,11 @@ def convert_math_evaluation(name: str, examples: Dataset, instruction: str | Non
 
 def convert_code(name: str, examples: Dataset, instruction: str | None) -> Dataset:
     """Convert LiveCodeBench, keeping every example in order, with its tests decoded into `solution`."""
-    columns = {column: require_column(name, examples, column) for column in programs.COLUMNS}
+    columns = [require_column(name, examples, column) for column in programs.COLUMNS]
     template = choose_instruction(instruction, CODE_INSTRUCTION)
 
     def convert(example: dict[str, Any], index: int) -> dict[str, Any]:
-        content, starter, public, private, metadata = (example[column] for column in columns.values())
+        content, starter, public, private, metadata = (example[column] for column in columns)
         try:
             return {
                 "prompt": user_message(programs.problem_text(content, starter), template),
@@ -211,10 +175,10 @@ def convert_code(name: str, examples: Dataset, instruction: str | None) -> Datas
         except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{name}: example {index} cannot be used: {error}") from error
 
-    converted = examples.select_columns(list(columns.values())).map(
+    converted = examples.select_columns(columns).map(
         convert,
         with_indices=True,
-        remove_columns=list(columns.values()),
+        remove_columns=columns,
         features=FEATURES,
         writer_batch_size=16,  # the tests of one problem can be megabytes
         load_from_cache_file=False,  # the cache would not notice changes to this code

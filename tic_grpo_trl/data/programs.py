@@ -24,18 +24,9 @@ class _TextOnlyUnpickler(pickle.Unpickler):
 
 
 def decode_tests(encoded: str) -> list[dict[str, str]]:
-    """Decode the test cases of one example from either of the set's two encodings.
+    """Decode test cases: a JSON list, or a pickled JSON string, compressed with zlib and encoded in base64.
 
-    Args:
-        encoded: a JSON list of objects with `input`, `output` and `testtype`, or a pickle of such a JSON string,
-            compressed with zlib and encoded in base64 (private tests). The pickle may contain only plain values. No
-            class or function is looked up, so no code can run.
-
-    Returns:
-        The tests, each with `input`, `output` and `type` (`stdin` or `functional`).
-
-    Raises:
-        ValueError: if the string is in neither encoding, or the tests have another form.
+    The pickle may contain only plain values. No class or function is looked up, so no code can run.
     """
     try:
         tests = json.loads(encoded)
@@ -63,11 +54,7 @@ def problem_text(content: str, starter_code: str | None) -> str:
 
 
 def solution_text(public: str, private: str, metadata: str) -> str:
-    """Return the `solution` column: JSON of `tests` (public, then private) and `function` (name; null for programs).
-
-    Raises:
-        ValueError: if tests cannot be decoded, there are none, or functional tests have no `func_name` in `metadata`.
-    """
+    """Return the `solution` column: JSON of `tests` (public, then private) and `function` (name; null for programs)."""
     tests = decode_tests(public) + decode_tests(private)
     function = json.loads(metadata or "{}").get("func_name")
     if not tests:

@@ -21,22 +21,10 @@ def is_hub_id(location: str) -> bool:
     return bool(_HUB_ID.fullmatch(location)) and location[0] not in "./~" and Path(location).suffix not in BUILDERS
 
 
-def read(name: str, location: str, config: str | None = None, named: bool = True) -> dict[str, Dataset]:
-    """Read all splits of a data set, with the examples as they are stored.
+def read(name: str, location: str, config: str | None, named: bool) -> dict[str, Dataset]:
+    """Read all splits of a file, folder or hub data set, with the examples as they are stored.
 
-    Args:
-        name: name of the set, for errors.
-        location: local file or folder, or hub id.
-        config: configuration of a hub data set or of a folder copied from the hub.
-        named: whether it is a named set, whose copies are given as `NAME@LOCATION`.
-
-    Returns:
-        Splits by name. A single file or `Dataset` is `train` unless it says otherwise.
-
-    Raises:
-        FileNotFoundError: if a path does not exist, or the hub has no such data set.
-        ConnectionError: if the hub cannot be reached.
-        ValueError: if the data cannot be read.
+    A single file or `Dataset` is the split `train` unless it says otherwise.
     """
     path = Path(location).expanduser()
     if path.is_file():

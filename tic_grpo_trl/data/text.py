@@ -22,11 +22,7 @@ _INTEGER = re.compile(r"([+-]?)0*([0-9]+)")
 
 
 def choose_instruction(instruction: str | None, default: str) -> str:
-    """Return the template for problems: `default` for `"default"`, the bare `{problem}` for `None` or `""`.
-
-    Raises:
-        ValueError: if the instruction has no `{problem}`.
-    """
+    """Return the template for problems: `default` for `"default"`, the bare `{problem}` for `None` or `""`."""
     if instruction == DEFAULT:
         return default
     if not instruction:
@@ -58,11 +54,7 @@ def normalize_answer(answer: str | int | float) -> str:
     r"""Return an answer as a string, with integers in one form: `"033"` and `33.0` give `"33"`, `"-007"` gives `"-7"`.
 
     Only integers change: `"0.5"`, `"\frac{1}{2}"` and `"3,140"` (which may be a pair) stay as they are, except for
-    surrounding whitespace.
-
-    Raises:
-        ValueError: if the answer is empty or not finite.
-        TypeError: if it is neither a string nor a number.
+    surrounding whitespace. Other types are a `TypeError`, empty or non-finite answers a `ValueError`.
     """
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise TypeError(f"an answer must be a string or a number, not {type(answer).__name__}: {str(answer)[:80]!r}")

@@ -4,25 +4,12 @@ from typing import Any
 
 from datasets import Dataset
 
-from .examples import FEATURES, checked_answer, log_once
+from .examples import checked_answer, log_once, make_examples
 from .text import MATH_INSTRUCTION, choose_instruction, user_message
 
 
-def convert_user_data(name: str, examples: Dataset, columns: dict[str, str], instruction: str | None) -> Dataset:
-    """Convert the user's own data, keeping every example in order.
-
-    Args:
-        name: path or hub id, which becomes `source`.
-        examples: the stored examples, length N.
-        columns: names of the columns `prompt` and `solution`, where they differ.
-        instruction: as in `load_problems`; applies to prompts that are strings.
-
-    Returns:
-        Examples with `prompt`, `solution`, `source`, length N.
-
-    Raises:
-        ValueError: if a column is missing, or an example has no usable prompt or solution.
-    """
+def convert_user_data(name: str, examples: Dataset, instruction: str | None, columns: dict[str, str]) -> Dataset:
+    """Convert the user's own data, keeping every example in order, with the instruction around plain prompts."""
     prompt, solution = (columns.get(key, key) for key in ("prompt", "solution"))
     for key, column in (("prompt", prompt), ("solution", solution)):
         if column not in examples.column_names:
@@ -31,14 +18,10 @@ def convert_user_data(name: str, examples: Dataset, columns: dict[str, str], ins
                 f" Name the {key} column, such as columns={{{key!r}: {(examples.column_names or ['...'])[0]!r}}}."
             )
     template = choose_instruction(instruction, MATH_INSTRUCTION)
-
-    converted = {
-        "prompt": [_messages(name, value, template, f"example {i}") for i, value in enumerate(examples[prompt])],
-        "solution": [checked_answer(name, value, f"example {i}") for i, value in enumerate(examples[solution])],
-        "source": [name] * len(examples),
-    }
+    prompts = [_messages(name, value, template, f"example {i}") for i, value in enumerate(examples[prompt])]
+    solutions = [checked_answer(name, value, f"example {i}") for i, value in enumerate(examples[solution])]
     log_once(f"{name}: {len(examples):,} examples read, all kept")
-    return Dataset.from_dict(converted, features=FEATURES)
+    return make_examples(name, prompts, solutions)
 
 
 def _messages(name: str, prompt: Any, template: str, where: str) -> list[dict[str, str]]:

@@ -26,9 +26,8 @@ def question(terms: tuple[int, ...]) -> Message:
 def worked_answer(terms: tuple[int, ...]) -> Message:
     """Return the assistant's message of a worked example: one addition per line, then the sum in a box."""
     sums = list(accumulate(terms))
-    steps = zip(sums, terms[1:], sums[1:], strict=False)  # (before, term, after) of each addition
-    lines = [f"{before} + {term} = {after}" for before, term, after in steps]
-    return {"role": "assistant", "content": "\n".join([*lines, f"{BOX}{sums[-1]}}}"])}
+    steps = [f"{total - term} + {term} = {total}" for total, term in zip(sums[1:], terms[1:], strict=True)]
+    return {"role": "assistant", "content": "\n".join([*steps, f"{BOX}{sums[-1]}}}"])}
 
 
 def make_dataset(split: Split, size: int, seed: int = 0) -> Dataset:
