@@ -32,9 +32,7 @@ from tic_grpo_trl.evaluation import EvaluationConfig, evaluate, read_results, re
 class TableArguments:
     """Select finished runs to print."""
 
-    table: list[str] = field(
-        default_factory=list, metadata={"help": "Only print these results.json files as one table."}
-    )
+    table: list[str] = field(default_factory=list, metadata={"help": "Only print these results.json files in a table."})
 
 
 def main():
@@ -47,8 +45,7 @@ def main():
     if table_args.table:
         print(results_table(read_results(table_args.table)), end="")
         return
-    result = evaluate(config)
-    print(results_table([result]), end="")
+    print(results_table([evaluate(config)]), end="")
     print(f"\nSamples, results.json and table.md are in {Path(config.output_dir)}")
 
 

@@ -10,10 +10,7 @@ The papers' experiment on one H200:
     accelerate launch --config_file accelerate_configs/single_gpu.yaml -m tic_grpo_trl.scripts.train \
         --config examples/recipes/qwen3_1.7b_h200.yaml
 
-Print what a run would do and need, on any machine and without loading a model:
-
-    python -m tic_grpo_trl.scripts.train --config examples/recipes/qwen3_1.7b_h200.yaml \
-        --dry_run --accelerate_config accelerate_configs/zero2.yaml --num_processes 8
+To print what a run would do and need, on any machine and without loading a model, add `--dry_run`.
 
 To make a run resumable, add `--save_strategy steps --save_steps 1 --resume_from_checkpoint true`. The first start finds
 no checkpoint and begins from scratch. To resume, rerun the same command.
@@ -47,11 +44,7 @@ from tic_grpo_trl.starter import STARTER_MODEL
 
 
 def check_quantization(model_args: ModelConfig):
-    """Check that QLoRA can work, before anything is loaded.
-
-    Raises:
-        ValueError: if there is no adapter to train, no GPU, or no bitsandbytes.
-    """
+    """Check that QLoRA has an adapter to train, a GPU and bitsandbytes, before anything is loaded."""
     bits = "load_in_4bit" if model_args.load_in_4bit else "load_in_8bit" if model_args.load_in_8bit else None
     if bits is None:
         return

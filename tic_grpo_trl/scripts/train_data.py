@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,7 @@ class TrainArguments(ScriptArguments):
     max_prompt_length: int | None = field(default=None, metadata={"help": "Drop prompts with more tokens than this."})
     reward_funcs: list[str] | None = field(
         default=None,
-        metadata={
-            "help": "Import paths such as my_package.rewards.my_reward; the first is reported as the accuracy. "
-            "Default: exact match for generated sums, code_reward for tests, otherwise math_reward."
-        },
+        metadata={"help": "Import paths; the first is the accuracy. Default: exact match, code_reward or math_reward."},
     )
     soft_punish_cache: int | None = field(
         default=None, metadata={"help": "Tokens before max_completion_length where DAPO's soft punishment starts."}
@@ -45,11 +41,7 @@ class TrainArguments(ScriptArguments):
 
 
 def load_data(script_args: TrainArguments, training_args: TICGRPOConfig) -> tuple[Any, Any]:
-    """Load the training data, and the evaluation data if `eval_strategy` is set (otherwise `None`).
-
-    Raises:
-        ValueError: if the training data is for evaluation only, or there is no data to evaluate on.
-    """
+    """Load the training data, and the evaluation data if `eval_strategy` is set (otherwise `None`)."""
     name = script_args.dataset_name
     sets = [part.partition("@")[0].strip() for part in name.split("+")]
     if held_out := [part for part in sets if part in EVALUATION_SETS]:
@@ -58,45 +50,32 @@ def load_data(script_args: TrainArguments, training_args: TICGRPOConfig) -> tupl
     is_named = is_generated or any(part in NAMED_SETS for part in sets)
     pairs = [column.partition("=") for column in script_args.dataset_columns or []]
     columns = {ours: theirs for ours, _, theirs in pairs} or None
+    instruction, test_split = script_args.instruction, script_args.dataset_test_split
     needs_eval = training_args.eval_strategy != "no"
-    eval_dataset = None
-    if needs_eval and script_args.eval_dataset_name:
-        eval_dataset = _load_eval_data(script_args, columns)
+    eval_dataset: Any = None
+    if needs_eval and (eval_name := script_args.eval_dataset_name):
+        split = "train" if Path(eval_name).is_file() else test_split
+        is_known = eval_name.partition("@")[0] in (*EVALUATION_SETS, *GENERATED_SETS)
+        options: dict[str, Any] = {"columns": None if is_known else columns, "size": script_args.test_size}
+        eval_dataset = load_problems(eval_name, split, instruction=instruction, **options)
     elif needs_eval and is_generated:
         eval_dataset = load_problems(name, "test", size=script_args.test_size)
     elif needs_eval and is_named:
         raise ValueError(f"--eval_strategy: {name} has no held-out data; add --eval_dataset_name, such as aime24.")
 
     if is_named or columns:
-        load = partial(
-            load_problems,
-            name,
-            instruction=script_args.instruction,
-            columns=columns,
-            config=script_args.dataset_config,
-        )
+        options = {"instruction": instruction, "columns": columns, "config": script_args.dataset_config}
         if needs_eval and eval_dataset is None:
-            eval_dataset = load(script_args.dataset_test_split)
+            eval_dataset = load_problems(name, test_split, **options)
         split = "train" if is_named else script_args.dataset_train_split
-        return load(split, size=script_args.train_size, seed=training_args.seed), eval_dataset
+        dataset = load_problems(name, split, size=script_args.train_size, seed=training_args.seed, **options)
+        return dataset, eval_dataset
 
     # As in TRL's scripts, all columns reach the reward functions.
-    dataset = load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
+    splits = load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
     if needs_eval and eval_dataset is None:
-        eval_dataset = dataset[script_args.dataset_test_split]
-    return dataset[script_args.dataset_train_split], eval_dataset
-
-
-def _load_eval_data(script_args: TrainArguments, columns: dict[str, str] | None) -> Any:
-    name = script_args.eval_dataset_name or ""
-    is_known = name.partition("@")[0] in (*EVALUATION_SETS, *GENERATED_SETS)
-    return load_problems(
-        name,
-        "train" if Path(name).is_file() else script_args.dataset_test_split,
-        instruction=script_args.instruction,
-        columns=None if is_known else columns,
-        size=script_args.test_size,
-    )
+        eval_dataset = splits[test_split]
+    return splits[script_args.dataset_train_split], eval_dataset
 
 
 def import_rewards(script_args: TrainArguments) -> list[Callable]:
@@ -105,11 +84,7 @@ def import_rewards(script_args: TrainArguments) -> list[Callable]:
 
 
 def reward_functions(script_args: TrainArguments, training_args: Any, train_dataset: Any) -> list[Callable]:
-    """Return the reward functions that the flags name, or the default for the data's solutions.
-
-    Raises:
-        ValueError: if the data has no solutions and no function is named, or `soft_punish_cache` is out of range.
-    """
+    """Return the reward functions that the flags name, or the default for the data's solutions."""
     functions = import_rewards(script_args)
     if not functions:
         if "solution" not in (train_dataset.column_names or []):
