@@ -154,6 +154,15 @@ def test_the_sample_of_an_exception_is_found():
     assert logged == [[1, 1, 1]]
 
 
+def test_an_output_that_raises_when_it_is_read():
+    class Lazy:
+        def __iter__(self):
+            raise ValueError("no judge")
+
+    with pytest.raises(RewardError, match="'my_reward' raised ValueError: no judge"):
+        score(returning(Lazy()), batch())
+
+
 def test_an_exception_of_the_batch_alone_and_a_search_without_time(monkeypatch):
     def my_reward(completions, **kwargs):
         if len(completions) > 1:

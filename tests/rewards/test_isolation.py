@@ -151,13 +151,9 @@ for path in {paths!r}:
 
 def test_folders_without_permissions_are_removed(tmp_path):
     ok("import os\nos.makedirs('a/b')\nopen('a/b/c', 'w')\nos.mkdir('locked', 0)", without=("namespaces",))
-    folder = tmp_path / "sandbox-x"
-    (folder / "a" / "b").mkdir(parents=True)
-    (folder / "a" / "b" / "file").touch()
-    (folder / "a" / "b").chmod(0)
-    (folder / "a").chmod(0)
-    sandbox.remove_folder(str(folder))
-    assert not folder.exists()
+    code = "import os\nos.makedirs('a/b')\nopen('a/b/c', 'w')\nos.chmod('a/b', 0)\nos.chmod('a', 0)"
+    ok(code, without=("namespaces", "seccomp"))
+    assert not list(tmp_path.glob("sandbox-*"))
 
 
 def test_the_programs_die_with_the_trainer(tmp_path):

@@ -9,12 +9,4 @@ from .mathematics import MathReward, math_reward
 from .programs import CodeReward, code_reward
 
 
-__all__ = [
-    "CodeReward",
-    "MathReward",
-    "RewardError",
-    "answer_format_reward",
-    "checked",
-    "code_reward",
-    "math_reward",
-]
+__all__ = ["CodeReward", "MathReward", "RewardError", "answer_format_reward", "checked", "code_reward", "math_reward"]

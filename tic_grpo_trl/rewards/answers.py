@@ -21,17 +21,13 @@ _AFTER_THE_BOX = re.compile(r"(?:[\s$.*]|\\[)\]])*$")
 
 
 def completion_text(completion: Any) -> str:
-    """Return the last message's text, or an empty string if the model did not write that message (a tool's result).
-
-    Args:
-        completion: string, or a list of messages whose `content` is a string or a list of parts of `type` "text".
-    """
+    """Return the last message's text, or an empty string if the model did not write that message (a tool's result)."""
     if isinstance(completion, str):
         return completion
     last = completion[-1] if completion else {}
     if last.get("role", "assistant") != "assistant":
         return ""
-    content = last.get("content") or ""
+    content = last.get("content") or ""  # a string, or a list of parts
     if isinstance(content, str):
         return content
     return "".join(part.get("text") or "" for part in content if part.get("type") == "text")
@@ -46,13 +42,8 @@ def final_part(text: str) -> str:
 def final_answer(text: str) -> str:
     r"""Return the answer in the [`final_part`] of a completion, as LaTeX or plain text.
 
-    The last of these counts: a `\boxed{}`, together with boxes right before it (`\boxed{2} and \boxed{3}` is a set), or
-    a line that starts with "Answer:" (with its next line, if it is otherwise empty). If there is neither, the answer is
-    what follows "answer is" in the last line.
-
-    Returns:
-        The answer without `$`, Markdown emphasis and final full stop. Empty if there is none, or if the text ends
-        inside its last box.
+    The last `\boxed{}` (with the boxes right before it) or line "Answer:" counts, otherwise what follows "answer is" in
+    the last line. The answer is empty if there is none, or if the text ends inside its last box.
     """
     text = final_part(text)
     box = text.rfind(BOX)
@@ -60,18 +51,15 @@ def final_answer(text: str) -> str:
     if box >= 0 and (line is None or box > line.start()):
         return _boxed(text, box)
     if line is not None:
-        return _clean(line[1] or _first_line(text[line.end() :]))
+        return _clean(line[1] or text[line.end() :].strip().partition("\n")[0])
     _, *after = _ANSWER_IS.split(_last_line(text))
     return _clean(after[-1]) if after else ""
 
 
 def gold_answer(solution: Any) -> str:
-    r"""Return the correct answer in a `solution` column: the content of its last `\boxed{}`, or else all of it.
-
-    Empty if there is no mathematical answer: for `None`, and for the JSON of a programming problem.
-    """
+    r"""Return the correct answer in a `solution` column: the content of its last `\boxed{}`, or else all of it."""
     text = "" if solution is None else str(solution)
-    if text.lstrip().startswith('{"'):
+    if text.lstrip().startswith('{"'):  # a programming problem
         return ""
     box = text.rfind(BOX)
     return _boxed(text, box) if box >= 0 else _clean(text)
@@ -82,7 +70,6 @@ def answer_format_reward(completions: list[Any], **kwargs: Any) -> list[float]:
 
     Args:
         completions: (B,) strings or lists of messages.
-        **kwargs: the other columns and arguments that TRL passes. Unused.
 
     Returns:
         (B,) rewards: 1.0 if the last non-empty line reads "Answer: …" or the text ends in a closed `\boxed{…}` (only
@@ -92,8 +79,7 @@ def answer_format_reward(completions: list[Any], **kwargs: Any) -> list[float]:
 
 
 def _ends_in_answer(text: str) -> bool:
-    line = _ANSWER_LINE.fullmatch(_last_line(text))
-    if line is not None:
+    if _ANSWER_LINE.fullmatch(_last_line(text)):
         return bool(final_answer(text))
     box = text.rfind(BOX)
     end = _closing_brace(text, box + len(BOX)) if box >= 0 else None
@@ -127,10 +113,6 @@ def _boxed(text: str, box: int) -> str:
 def _clean(text: str) -> str:
     text = _MATH_DELIMITER.sub("", text).strip().rstrip(".").strip("`")
     return text.removeprefix("**").removesuffix("**").rstrip(".").strip()
-
-
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0]
 
 
 def _last_line(text: str) -> str:

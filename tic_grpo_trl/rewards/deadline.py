@@ -4,12 +4,10 @@ Three mechanisms are needed, because each covers cases that the others cannot:
 
 1. In the main thread, where a trainer calls reward functions, a signal handler raises an exception. It ends sleeps,
    socket reads, locks and endless loops. A thread sends the signal. A timer of the kernel sends it too, for code that
-   never releases the interpreter, such as a regular expression. The signal is SIGVTALRM because many reward functions
-   use SIGALRM themselves, math-verify's timeouts among them.
+   never releases the interpreter, such as a regular expression.
 2. A call that no signal interrupts (C code that does not return, a blocked event loop) ends the process with a message
    after `GRACE` more seconds. The launcher then ends the other processes.
-3. If the call holds the interpreter lock, that thread cannot run either. `faulthandler` then ends the process. It can
-   print the stack but no message.
+3. If the call holds the interpreter lock too, `faulthandler` ends the process. It prints the stack but no message.
 """
 
 import faulthandler
@@ -27,7 +25,7 @@ from typing import Any
 
 GRACE = 30.0  # seconds from the limit to the end of the process, and again until `faulthandler` ends it
 AGAIN = 1.0  # seconds between signals, because the call may swallow the exception
-SIGNAL = signal.SIGVTALRM
+SIGNAL = signal.SIGVTALRM  # many reward functions use SIGALRM themselves, math-verify's timeouts among them
 
 _active: list["Deadline"] = []
 
@@ -37,17 +35,12 @@ class OutOfTime(BaseException):
 
 
 class Deadline:
-    """
-    Limit the time spent inside this context, and leave it with [`OutOfTime`] if it took longer.
-
-    Args:
-        seconds: limit; `None` for no limit.
-        describe: makes the message printed before the process is ended, from the call's stack.
-        raises: interrupt the call at the limit. Works only in the main thread, where signal handlers run.
-    """
+    """Limit the seconds spent inside this context, and leave it with [`OutOfTime`] if it took longer."""
 
     def __init__(self, seconds: float | None, describe: Callable[[str], str], raises: bool = True):
-        self.seconds, self.describe = seconds, describe
+        self.seconds = seconds
+        self.describe = describe  # makes the message printed before the process is ended, from the call's stack
+        # interrupt the call at the limit, which works only in the main thread, where signal handlers run
         self.raises = raises and threading.current_thread() is threading.main_thread()
         self.stack = ""
         self._done = threading.Event()

@@ -1,9 +1,8 @@
 """Turn a failing reward function into one clear error on every process, instead of a hang or bad rewards.
 
-TRL calls the reward functions and then gathers their rewards. If a function raises in one process, the others wait in
-that collective. So a function wrapped by `checked` never raises: it records what went wrong and returns infinities,
-which are not valid rewards. The gathered rewards carry them to every process at no extra cost, and every process raises
-the same error.
+TRL calls the reward functions and then gathers their rewards. If a function raised in one process, the others would
+wait. So a function wrapped by `checked` never raises: it records what went wrong and returns infinities, which are not
+valid rewards. They reach every process with the gathered rewards, and every process raises the same error.
 """
 
 import asyncio
@@ -33,53 +32,45 @@ class RewardError(RuntimeError):
 
 
 class CheckedReward:
-    """
-    Call a reward function without ever raising; [`raise_failures`] ends the run later.
+    """Call a reward function without ever raising; [`raise_failures`] ends the run later."""
 
-    Args:
-        reward_func: function in TRL's reward-function signature.
-        timeout: seconds per call; `None` for no limit.
-
-    Attributes:
-        failure: a message and the exception, if there was one; `None` if the last call succeeded.
-    """
-
-    def __init__(self, reward_func: Callable, timeout: float | None = None):
-        self.reward_func = reward_func
-        self.timeout = timeout
+    def __init__(self, reward_func: Callable, timeout: float | None):
+        self.reward_func, self.timeout = reward_func, timeout
         self.__name__ = get_callable_name(reward_func)
+        # of the last call: a message, and the exception if there was one
         self.failure: tuple[str, BaseException | None] | None = None
 
     def __call__(self, **columns: Any) -> list[float | None]:
-        try:
-            return self._check(self._call(columns), columns)
-        except OutOfTime as late:
-            return self._fail_in_time(str(late), columns)
-        except FAILURES as error:
-            return self._fail_with(error, self._find(type(error), columns), columns)
+        result = self._call(columns)
+        for sample, alone in _single_samples(columns) if isinstance(result, FAILURES) else ():
+            if type(self._call(alone)) is type(result):
+                return self._finish(result, columns, sample)
+        return self._finish(result, columns)
 
     def _call(self, columns: dict[str, Any]) -> Any:
-        with self._deadline(columns):
-            return _evaluate(self.reward_func(**columns))
+        """Return the checked rewards, or the exception that was raised."""
+        try:
+            with self._deadline(columns):
+                output = _evaluate(self.reward_func(**columns))
+            return self._check(output, columns)
+        except (*FAILURES, OutOfTime) as error:
+            return error
 
-    def _find(self, kind: type[BaseException], columns: dict[str, Any]) -> int | None:
-        """Find the sample that alone raises the same kind of error."""
-        for sample, alone in _single_samples(columns):
-            try:
-                self._call(alone)
-            except (*FAILURES, OutOfTime) as error:
-                if type(error) is kind:
-                    return sample
-        return None
+    def _finish(self, result: Any, columns: dict[str, Any], sample: int | None = None) -> list[float | None]:
+        """Return the rewards, or record the exception and the sample that raises it alone."""
+        if isinstance(result, OutOfTime):
+            return self._fail_in_time(str(result), columns)
+        if isinstance(result, FAILURES):
+            return self._fail(f"raised {type(result).__name__}: {result}", columns, sample, _format(result), result)
+        return result
 
     def _check(self, output: Any, columns: dict[str, Any]) -> list[float | None]:
-        self.failure = None
-        size = _batch_size(columns)
+        self.failure, size = None, _batch_size(columns)
         try:
-            values = None if isinstance(output, Mapping | Set | str | bytes) else list(output)
+            if isinstance(output, Mapping | Set | str | bytes):
+                raise TypeError
+            values = list(output)
         except TypeError:
-            values = None
-        if values is None:
             what = f"returned a {type(output).__name__}, {shorten(output)}, instead of a list of {size} rewards in the "
             return self._fail(what + "order of the completions", columns)
         if len(values) != size:
@@ -97,9 +88,6 @@ class CheckedReward:
         self.failure = "\n".join(filter(None, [f"Reward function {self.__name__!r} {what}.", where, details])), error
         return [math.inf] * _batch_size(columns)
 
-    def _fail_with(self, error: BaseException, sample: int | None, columns: dict[str, Any]) -> list[float | None]:
-        return self._fail(f"raised {type(error).__name__}: {error}", columns, sample, _format(error), error)
-
     def _fail_in_time(self, stack: str, columns: dict[str, Any]) -> list[float | None]:
         what = f"did not return within reward_timeout = {self.timeout:g} s"
         return self._fail(what, columns, details=stack and f"Its stack at that time (most recent call last):\n{stack}")
@@ -107,8 +95,8 @@ class CheckedReward:
     def _deadline(self, columns: dict[str, Any], raises: bool = True) -> Deadline:
         def describe(stack: str) -> str:
             self._fail_in_time(stack, columns)
-            assert self.failure
-            return f"{self.failure[0]}\nNothing could interrupt it, so this process ends."
+            message, _ = self.failure or ("", None)
+            return f"{message}\nNothing could interrupt it, so this process ends."
 
         return Deadline(self.timeout, describe, raises)
 
@@ -117,12 +105,11 @@ class AsyncCheckedReward(CheckedReward):
     """Do the same for an `async` function, which stays one."""
 
     async def __call__(self, **columns: Any) -> list[float | None]:  # type: ignore[override]
-        try:
-            return self._check(await self._call(columns), columns)
-        except OutOfTime as late:
-            return self._fail_in_time(str(late), columns)
-        except FAILURES as error:
-            return self._fail_with(error, await self._find(type(error), columns), columns)
+        result = await self._call(columns)
+        for sample, alone in _single_samples(columns) if isinstance(result, FAILURES) else ():
+            if type(await self._call(alone)) is type(result):
+                return self._finish(result, columns, sample)
+        return self._finish(result, columns)
 
     async def _call(self, columns: dict[str, Any]) -> Any:
         # An exception raised by a signal would hit whichever coroutine is running, so asyncio limits the time. The
@@ -131,20 +118,12 @@ class AsyncCheckedReward(CheckedReward):
         try:
             with self._deadline(columns, raises=False):
                 async with limit:
-                    return _evaluate(await self.reward_func(**columns))
+                    output = _evaluate(await self.reward_func(**columns))
+            return self._check(output, columns)
+        except OutOfTime as late:
+            return late
         except FAILURES as error:
-            if limit.expired():
-                raise OutOfTime(_format(error.__cause__ or error)) from None
-            raise
-
-    async def _find(self, kind: type[BaseException], columns: dict[str, Any]) -> int | None:  # type: ignore[override]
-        for sample, alone in _single_samples(columns):
-            try:
-                await self._call(alone)
-            except (*FAILURES, OutOfTime) as error:
-                if type(error) is kind:
-                    return sample
-        return None
+            return OutOfTime(_format(error.__cause__ or error)) if limit.expired() else error
 
 
 def checked(reward_func: Any, timeout: float | None = None) -> Any:
@@ -170,16 +149,9 @@ def checked(reward_func: Any, timeout: float | None = None) -> Any:
 
 
 def raise_failures(reward_funcs: list, names: list[str], rewards: torch.Tensor, prompts: list, completions: list):
-    """Raise the failures of all processes on every process. Call it on all of them, with the same rewards.
+    """Raise one [`RewardError`] on every process if the gathered rewards (processes · B, F) hold an infinity.
 
-    Args:
-        reward_funcs: (F,) checked functions and reward models.
-        names: (F,) TRL's names for them.
-        rewards: (processes · B, F) gathered in the order of the processes. NaN stands for a function's `None`.
-        prompts, completions: (B,) of this process.
-
-    Raises:
-        RewardError: names the process, the function, the prompt and the completion.
+    Call it on every process, with its own (B,) prompts and completions. NaN stands for a function's `None`.
     """
     invalid = rewards.isinf()
     if not invalid.any():
@@ -215,9 +187,6 @@ def describe_sample(index: int | None, prompts: list, completions: list) -> str:
         for text in (prompts[shown], completions[shown])
     )
     return f"{where}\n  prompt: {prompt}\n  completion: {completion}"
-
-
-_shown, _texts = shorten, describe_sample
 
 
 def _format(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from .sandbox import Limits, run_program
 
 # Runs in the sandbox and prints the names of the things it should not have been able to do
 PROBE = """
-import json, os, socket, time
+import json, os, socket, tempfile, time
 job = json.loads(input())
 others = [pid for pid in (job["pid"], os.getppid()) if pid not in (0, os.getpid())]
 
@@ -24,12 +24,6 @@ def attempt(name, action):
             print(name)
     except Exception:
         pass
-
-def write(path):
-    with open(path, "x"):
-        pass
-    os.remove(path)
-    return True
 
 def processes():
     children = []
@@ -51,7 +45,7 @@ for pid in others:
     attempt("signals", lambda: os.kill(pid, 0) is None)
     attempt("environment", lambda: open(f"/proc/{pid}/environ").read(1) is not None)
 for folder in (job["folder"], "/tmp", "/var/tmp", "/dev/shm"):
-    attempt("writing", lambda: write(f"{folder}/sandbox-probe-{job['pid']}"))
+    attempt("writing", lambda: tempfile.NamedTemporaryFile(dir=folder))
 attempt("reading", lambda: open(job["folder"] + "/file").read(1))
 attempt("reading", lambda: open("/etc/passwd").read(1))
 attempt("processes", processes)
@@ -69,15 +63,10 @@ GUARANTEES = {
 
 @dataclass(frozen=True)
 class Report:
-    """List what holds on this host, as tested by a program in the sandbox.
+    """List what holds on this host, as tested by a program in the sandbox."""
 
-    Attributes:
-        mechanisms: the isolation mechanisms in force.
-        missing: the names in `GUARANTEES` that do not hold.
-    """
-
-    mechanisms: tuple[str, ...]
-    missing: tuple[str, ...]
+    mechanisms: tuple[str, ...]  # the isolation mechanisms in force
+    missing: tuple[str, ...]  # the names in `GUARANTEES` that do not hold
 
     def __str__(self):
         lines = [f"in force: {', '.join(self.mechanisms) or 'resource limits alone'}"]
@@ -98,9 +87,8 @@ def sandbox_report(without: tuple[str, ...] = ()) -> Report:
     with tempfile.TemporaryDirectory(prefix="sandbox-") as folder, socket.create_server(("127.0.0.1", 0)) as server:
         os.chmod(folder, 0o777)  # open to everyone, so that only the sandbox can prevent access
         Path(folder, "file").write_text("readable")
-        limits = Limits(processes=16)
-        job = {"pid": os.getpid(), "port": server.getsockname()[1], "folder": folder, "processes": limits.processes}
-        result = run_program(PROBE, json.dumps(job), limits, without=without)
+        job = {"pid": os.getpid(), "port": server.getsockname()[1], "folder": folder, "processes": 16}
+        result = run_program(PROBE, json.dumps(job), Limits(processes=16), without=without)
     if result.status != "ok":
         raise RuntimeError(
             f"a program in the sandbox ended with {result.status}: {result.stderr_tail}. It needs to read "

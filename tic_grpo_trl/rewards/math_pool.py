@@ -7,14 +7,15 @@ script is not imported a second time, so it needs no `if __name__ == "__main__"`
 import json
 import os
 import socket
-import subprocess
 import sys
 import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
+from subprocess import DEVNULL, Popen
 
 from .math_worker import READY
 
@@ -26,20 +27,15 @@ START_SECONDS = 120.0  # importing sympy from a busy file system can be slow
 MEMORY = 2 * 2**30  # bytes of address space per worker; sympy and one answer need about 0.3 GB
 MAX_JOBS = 50_000  # comparisons per process: sympy's caches grow by about 1.5 MB per 1,000
 
-Job = tuple[str, str | None]
+Job = tuple[str, str | None]  # solution and answer; `None`: only parse the solution
 
 
 class MathWorker:
-    """
-    Compare one answer at a time in a process, which is replaced after a timeout or a crash.
-
-    Args:
-        timeout: seconds per comparison.
-    """
+    """Compare one answer at a time in a process, which is replaced after a timeout or a crash."""
 
     def __init__(self, timeout: float):
-        self.timeout = timeout
-        self.process: subprocess.Popen | None = None
+        self.timeout = timeout  # seconds per comparison
+        self.process: Popen | None = None
         self.jobs_done = 0
 
     def compare(self, job: Job) -> str:
@@ -53,7 +49,6 @@ class MathWorker:
         return reply
 
     def end(self):
-        """Kill the process."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
@@ -65,16 +60,14 @@ class MathWorker:
         # a comparison that outlives this process kills its worker a little later; -P keeps this folder off sys.path
         command = [sys.executable, "-P", str(WORKER), str(MEMORY), str(int(self.timeout) + 5)]
         with theirs:
-            fd = theirs.fileno()
-            self.process = subprocess.Popen(command, stdin=fd, stdout=fd, stderr=subprocess.DEVNULL)
+            self.process = Popen(command, stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=DEVNULL)
         self.jobs_done = 0
         if (reply := self._receive("", START_SECONDS)) != READY:
             self.connection.settimeout(1.0)
-            reason = reply
             if reply not in (TIMEOUT, CRASH):  # the worker sends its traceback and exits
-                reason = "".join(iter(lambda: self.connection.recv(4096).decode(), ""))
+                reply = "".join(iter(lambda: self.connection.recv(4096).decode(), ""))
             self.end()
-            raise RuntimeError(f"A math worker did not start; check that `import math_verify` works: {reason}")
+            raise RuntimeError(f"A math worker did not start; check that `import math_verify` works: {reply}")
 
     def _receive(self, line: str, timeout: float) -> str:
         """Send a line, if there is one, and wait for one letter."""
@@ -82,43 +75,22 @@ class MathWorker:
             self.connection.sendall(line.encode() + b"\n" if line else b"")
             self.connection.settimeout(timeout)
             return self.connection.recv(1).decode() or CRASH
-        except TimeoutError:
-            return TIMEOUT
-        except OSError:
-            return CRASH
+        except OSError as error:
+            return TIMEOUT if isinstance(error, TimeoutError) else CRASH
 
 
 class MathPool:
-    """
-    Compare answers in worker processes, which start at the first use and are reused by later calls.
-
-    Args:
-        timeout: seconds per comparison, from the moment a worker begins it.
-        size: maximum number of workers.
-    """
+    """Compare answers in at most `size` worker processes, which start at the first use and serve later calls too."""
 
     def __init__(self, timeout: float, size: int):
         self.owner = os.getpid()  # a fork must not talk to the workers of its parent
         self.workers = [MathWorker(timeout) for _ in range(size)]
         self._lock = threading.Lock()
-        weakref.finalize(self, end_workers, self.workers, self.owner)  # also runs when the interpreter exits
-
-    def close(self):
-        """End all workers. The next use starts new ones."""
-        end_workers(self.workers, self.owner)
+        self.close = partial(end_workers, self.workers, self.owner)  # the next use starts new ones
+        weakref.finalize(self, self.close)  # also runs when the interpreter exits
 
     def run(self, jobs: Sequence[Job]) -> list[str]:
-        """Compare answers.
-
-        Args:
-            jobs: pairs of solution and answer. With an answer of `None`, the job is only to parse the solution.
-
-        Returns:
-            Per job one of the worker's `RIGHT`, `WRONG`, `NO_GOLD` and `FAILED`, or `TIMEOUT` or `CRASH`.
-
-        Raises:
-            RuntimeError: if a worker cannot be started.
-        """
+        """Compare answers with solutions, and return the worker's reply, `TIMEOUT` or `CRASH` for each pair."""
         free: SimpleQueue[MathWorker] = SimpleQueue()
         for worker in self.workers:
             free.put(worker)

@@ -28,15 +28,11 @@ def make_compare() -> Callable[[str, str | None], str]:
     rules = NormalizationConfig(
         basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="last", equations=False
     )
-    extraction = [
-        LatexExtractionConfig(boxed_match_priority=0, normalization_config=rules, try_extract_without_anchor=False)
-    ]
+    boxes = LatexExtractionConfig(boxed_match_priority=0, normalization_config=rules, try_extract_without_anchor=False)
 
     def parse_all(text: str) -> list:
         # In a box the whole text is one expression. In plain text math-verify would look for any number.
-        return parse(
-            rf"\boxed{{{text}}}", extraction_config=extraction, extraction_mode="first_match", parsing_timeout=None
-        )
+        return parse(rf"\boxed{{{text}}}", [boxes], extraction_mode="first_match", parsing_timeout=None)
 
     @lru_cache(maxsize=1024)
     def parse_gold(text: str) -> list:
@@ -55,12 +51,7 @@ def make_compare() -> Callable[[str, str | None], str]:
 
 
 def main(memory: int, seconds: int):
-    """Serve comparisons until the other end closes the connection.
-
-    Args:
-        memory: address space of this process in bytes.
-        seconds: a longer comparison ends this process, even if no parent is left to kill it.
-    """
+    """Serve comparisons in `memory` bytes of address space until the other end closes the connection."""
     replies = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # keep what libraries print out of the replies
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
@@ -74,7 +65,7 @@ def main(memory: int, seconds: int):
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     os.write(replies, READY.encode())
     for line in sys.stdin.buffer:
-        signal.alarm(seconds)
+        signal.alarm(seconds)  # ends this process, even if no parent is left to kill it
         try:
             reply = compare(*json.loads(line))
         except Exception:

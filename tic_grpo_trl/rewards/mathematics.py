@@ -25,8 +25,7 @@ def check_workers(workers: int | None):
 
 
 class MathReward:
-    r"""
-    Reward completions whose final answer equals the column `solution`, in TRL's reward-function signature.
+    """Reward completions whose final answer equals the column `solution`, in TRL's reward-function signature.
 
     [`~tic_grpo_trl.rewards.answers.final_answer`] finds the answer at the end of the completion; math-verify decides
     whether it equals the solution. Each is parsed as one expression, so a list of candidates never equals a single
@@ -74,7 +73,6 @@ class MathReward:
             log_extra, log_metric: TRL's logging functions. They receive the column `extracted_answer` and, as fractions
                 of the batch, `math_reward/no_answer`, `math_reward/unparseable_solution`, `math_reward/timeout` and
                 `math_reward/crash`.
-            **kwargs: the other columns and arguments that TRL passes. Unused.
 
         Returns:
             (B,) rewards: 1.0 for a correct answer. 0.0 for a wrong or missing one, and for one whose comparison times
@@ -91,7 +89,9 @@ class MathReward:
             )
         answers = [final_answer(completion_text(completion)) for completion in completions]
         golds = [gold_answer(correct) for correct in solution]
-        self._parse_golds(golds)
+        # Parsed once per solution. One that makes math-verify hang or crash cannot be parsed.
+        new: list[Job] = [(gold, None) for gold in dict.fromkeys(golds) if gold not in self._parseable]
+        self._parseable |= {gold: outcome == RIGHT for (gold, _), outcome in zip(new, self._run(new), strict=True)}
 
         parseable = [self._parseable[gold] for gold in golds]
         comparable = [bool(ok and answer) for ok, answer in zip(parseable, answers, strict=True)]
@@ -108,12 +108,6 @@ class MathReward:
             log_metric("math_reward/timeout", outcomes.count(TIMEOUT) / size)
             log_metric("math_reward/crash", (outcomes.count(CRASH) + outcomes.count(FAILED)) / size)
         return [float(outcome == RIGHT) if ok else None for ok, outcome in zip(parseable, outcomes, strict=True)]
-
-    def _parse_golds(self, golds: list[str]):
-        """Decide once per solution whether it can be parsed. One that makes math-verify hang or crash cannot."""
-        new: list[Job] = [(gold, None) for gold in dict.fromkeys(golds) if gold not in self._parseable]
-        outcomes = self._run(new)
-        self._parseable |= {gold: outcome == RIGHT for (gold, _), outcome in zip(new, outcomes, strict=True)}
 
     def _run(self, jobs: list[Job]) -> list[str]:
         if not jobs:

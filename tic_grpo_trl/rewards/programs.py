@@ -18,38 +18,30 @@ from .sandbox import DEFAULT_LIMITS, Limits, run_program
 logger = logging.getLogger(__name__)
 
 NO_CODE, SKIPPED, PASSED, TIMEOUT = "no code", "skipped: no tests", "passed", "timeout"
+FAILURES = {"timeout": TIMEOUT, "memory": "out of memory", "output": "too much output"}  # by status
 FENCE = "```"
-LANGUAGES = ("", "python", "py", "python3")
+LANGUAGES = ("", "python", "py", "python3")  # marks of a block of Python
 
 
 @dataclass(frozen=True)
 class IOTest:
-    """Hold one test. `arguments` are for a call of the problem's function; `None` means a run with `stdin`."""
+    """Hold one test."""
 
     stdin: str
     expected: str
-    arguments: tuple[Any, ...] | None = None
+    arguments: tuple[Any, ...] | None = None  # of a call of the problem's function; `None`: run with `stdin`
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Hold a problem's tests and the name of the function to call, if there is one."""
+    """Hold a problem's tests."""
 
     tests: tuple[IOTest, ...]
-    function: str | None = None
+    function: str | None = None  # to call, if there is one
 
 
 def parse_problem(solution: Any) -> Problem | None:
-    """Read a `solution` column.
-
-    Args:
-        solution: JSON string, `{"tests": [{"input", "output", "type"}, …], "function": name or null}`. With type
-            `stdin`, `input` is the standard input and `output` the expected output. With type `functional`, `input` has
-            one line of JSON per argument of `function`, and `output` is the expected result as JSON.
-
-    Returns:
-        The problem. `None` for anything else: other content, no tests, a test that cannot be read.
-    """
+    """Read the JSON of a `solution` column (format: docs/code_reward.md). Return `None` if it has no readable tests."""
     try:
         parsed = json.loads(solution)
         function = parsed.get("function")
@@ -72,11 +64,7 @@ def _parse_test(test: dict[str, Any], function: Any) -> IOTest:
 
 
 def extract_code(completion: str) -> str | None:
-    """Return the last closed block of Python (marked python, py or not at all) after `</think>`.
-
-    Returns:
-        The code without common indentation. `None` if there is no such block or a `<think>` is still open.
-    """
+    """Return the last closed Python block after `</think>`, or `None` if there is none or a `<think>` is still open."""
     text = completion.rpartition("</think>")[2]
     if "<think>" in text:
         return None
@@ -97,19 +85,14 @@ def extract_code(completion: str) -> str | None:
 
 
 def same_output(printed: str, expected: str) -> bool:
-    """Compare two outputs line by line, ignoring spaces around lines and empty lines at the end.
-
-    Lines of numbers are compared as decimals (`1.50 2` equals `1.5 2.0`), as in LiveCodeBench.
-    """
+    """Compare outputs line by line as LiveCodeBench does: without the spaces around lines, and numbers as decimals."""
     lines, correct = ([line.strip() for line in text.strip().split("\n")] for text in (printed, expected))
-    return len(lines) == len(correct) and all(
-        a == b or _same_numbers(a, b) for a, b in zip(lines, correct, strict=True)
-    )
+    return len(lines) == len(correct) and all(map(_same_line, lines, correct))
 
 
-def _same_numbers(a: str, b: str) -> bool:
+def _same_line(a: str, b: str) -> bool:
     try:
-        return [Decimal(word) for word in a.split()] == [Decimal(word) for word in b.split()]
+        return a == b or list(map(Decimal, a.split())) == list(map(Decimal, b.split()))
     except InvalidOperation:  # not a number, or a comparison with a signalling NaN
         return False
 
@@ -149,15 +132,10 @@ class CodeReward:
         check_workers(workers)
         self.__name__ = "code_reward"
         self.limits, self.workers, self.partial = limits, workers, partial
-        self.require_isolation = require_isolation
-        self._isolation_checked = False
+        self.require_isolation, self._isolation_checked = require_isolation, False
 
     def check_isolation(self) -> None:
-        """Test the sandbox and log the result, once.
-
-        Raises:
-            RuntimeError: if a guarantee is missing and `require_isolation` is set, or if the sandbox does not work.
-        """
+        """Test the sandbox and log the result, once. Raise `RuntimeError` if it fails or lacks a required guarantee."""
         if self._isolation_checked:
             return
         report = sandbox_report()
@@ -188,7 +166,6 @@ class CodeReward:
             solution: (B,) problems as `parse_problem` reads them.
             log_extra, log_metric: TRL's logging functions. They receive the column `code_verdict` and, as fractions of
                 the batch, `code_reward/timeout`, `code_reward/no_code` and `code_reward/skipped`.
-            **kwargs: the other columns and arguments that TRL passes. Unused.
 
         Returns:
             (B,) rewards: 1.0 if all tests pass. 0.0 otherwise, and for a completion without code. With `partial`, the
@@ -196,7 +173,7 @@ class CodeReward:
 
         Raises:
             ValueError: if the data set has no column `solution`, or its length differs from that of `completions`.
-            RuntimeError: as in [`check_isolation`].
+            RuntimeError: if the sandbox does not work, or lacks a guarantee and `require_isolation` is set.
         """
         if solution is None or len(solution) != len(completions):
             raise ValueError(
@@ -239,13 +216,11 @@ class CodeReward:
             result = run_program(code, test.stdin, self.limits)
             correct = same_output(result.stdout, test.expected)
         else:
-            result = run_program(code, "", self.limits, function=function, arguments=test.arguments)
+            result = run_program(code, limits=self.limits, function=function, arguments=test.arguments)
             correct = same_value(result.answer, test.expected)
         if result.status == "error":
             return "runtime error", f": {result.error[:200]}"
-        names = {"ok": "" if correct else "wrong answer", "timeout": TIMEOUT}
-        names |= {"memory": "out of memory", "output": "too much output"}
-        return names[result.status], ""
+        return FAILURES.get(result.status) or ("" if correct else "wrong answer"), ""
 
 
 code_reward = CodeReward()

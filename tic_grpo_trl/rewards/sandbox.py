@@ -9,9 +9,7 @@ against an attacker with a kernel exploit (docs/code_reward.md).
 import json
 import os
 import selectors
-import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +17,7 @@ from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any, Literal
 
 
@@ -27,31 +26,21 @@ START = "import sys; sys.path.append({!r}); from runner.guard import main; main(
 STDERR_TAIL = 4096  # bytes kept
 GRACE = 5.0  # seconds from the order to stop until the process group is killed
 
+# exit code 0, any other end, wall-clock or processor time, an uncaught `MemoryError`, more than `Limits.output_bytes`
 Status = Literal["ok", "error", "timeout", "memory", "output"]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limit what one run of a program may use.
+    """Limit what one run of a program may use."""
 
-    Attributes:
-        wall_seconds: wall-clock time, including some 50 ms to start the interpreter.
-        cpu_seconds: processor time, rounded up to whole seconds.
-        memory_bytes: address space.
-        output_bytes: standard output, standard error, and the result of a called function, each.
-        file_bytes: size of any one file.
-        temp_bytes: size of all files together, where a mount namespace is permitted.
-        processes: processes and threads together, where they can be counted (see docs/code_reward.md). The seccomp
-            filter forbids new processes altogether and allows threads.
-    """
-
-    wall_seconds: float = 10.0
-    cpu_seconds: float = 10.0
-    memory_bytes: int = 1 << 30
-    output_bytes: int = 1 << 20
-    file_bytes: int = 16 << 20
-    temp_bytes: int = 64 << 20
-    processes: int = 64
+    wall_seconds: float = 10.0  # wall-clock time, including some 50 ms to start the interpreter
+    cpu_seconds: float = 10.0  # processor time, rounded up to whole seconds
+    memory_bytes: int = 1 << 30  # address space
+    output_bytes: int = 1 << 20  # standard output, standard error, and the result of a called function, each
+    file_bytes: int = 16 << 20  # size of any one file
+    temp_bytes: int = 64 << 20  # size of all files together, where a mount namespace is permitted
+    processes: int = 64  # with threads, where they can be counted; seccomp allows threads alone (docs/code_reward.md)
 
     def __post_init__(self):
         for name, value in asdict(self).items():
@@ -64,22 +53,13 @@ DEFAULT_LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Result:
-    """Describe how a run ended.
-
-    Attributes:
-        status: `ok` (exit code 0), `error`, `timeout` (wall-clock or processor time), `memory` (an uncaught
-            `MemoryError`) or `output` (stopped for exceeding `Limits.output_bytes`).
-        stdout: what it wrote, up to `Limits.output_bytes`.
-        stderr_tail: the last 4 KiB of its standard error.
-        answer: the called function's result as JSON; `None` if none was called or it did not return.
-        mechanisms: the isolation mechanisms in force.
-    """
+    """Describe how a run ended."""
 
     status: Status
-    stdout: str
-    stderr_tail: str
-    answer: str | None = None
-    mechanisms: tuple[str, ...] = ()
+    stdout: str  # up to `Limits.output_bytes`
+    stderr_tail: str  # the last 4 KiB of its standard error
+    answer: str | None = None  # the called function's result as JSON; `None` if none was called or it did not return
+    mechanisms: tuple[str, ...] = ()  # the isolation mechanisms in force
 
     @property
     def error(self) -> str:
@@ -114,33 +94,18 @@ def run_program(
     """
     with ExitStack() as stack:
         deadline = time.monotonic() + limits.wall_seconds
-        folder = tempfile.mkdtemp(prefix="sandbox-")
-        stack.callback(remove_folder, folder)
-        job = {
-            "code": code,
-            "function": function,
-            "arguments": list(arguments),
-            "limits": asdict(limits),
-            "without": list(without),
-            "folder": folder,
-            "parent": os.getpid(),
-        }
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-"))
+        job: dict[str, Any] = {"code": code, "function": function, "arguments": list(arguments)}
+        job |= {"limits": asdict(limits), "without": list(without), "folder": folder, "parent": os.getpid()}
         job_fd, stdin_fd = (memory_file(stack, text) for text in (json.dumps(job), stdin))
         (report, report_end), (result, result_end) = (os.pipe() for _ in range(2))
         for fd in (report, result):
             stack.callback(os.close, fd)
-        inherited = (job_fd, report_end, result_end)
-        start = [sys.executable, "-I", "-S", "-X", "utf8", "-c", START.format(str(HERE)), *map(str, inherited)]
+        fds = (job_fd, report_end, result_end)
+        start = [sys.executable, "-I", "-S", "-X", "utf8", "-c", START.format(str(HERE)), *map(str, fds)]
         try:
-            process = subprocess.Popen(
-                start,
-                stdin=stdin_fd,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env={},
-                cwd="/",
-                pass_fds=inherited,
-                start_new_session=True,
+            process = Popen(
+                start, stdin=stdin_fd, stdout=PIPE, stderr=PIPE, env={}, cwd="/", pass_fds=fds, start_new_session=True
             )
         finally:
             os.close(report_end)
@@ -151,33 +116,16 @@ def run_program(
 
 def memory_file(stack: ExitStack, text: str) -> int:
     """Open a descriptor that reads the text, without the size limit of a pipe and without using the disk."""
-    fd = os.memfd_create("sandbox")
-    stack.callback(os.close, fd)
-    with open(fd, "wb", closefd=False) as file:
-        file.write(text.encode(errors="surrogatepass"))
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd
-
-
-def remove_folder(folder: str) -> None:
-    """Remove a temporary folder, even if folders in it deny access."""
-
-    def open_up(function, path, _):
-        os.chmod(os.path.dirname(path), 0o700)
-        os.chmod(path, 0o700)
-        shutil.rmtree(path, onerror=open_up) if os.path.isdir(path) else function(path)
-
-    shutil.rmtree(folder, onerror=open_up)
+    file = stack.enter_context(os.fdopen(os.memfd_create("sandbox"), "wb"))
+    file.write(text.encode(errors="surrogatepass"))
+    file.seek(0)
+    return file.fileno()
 
 
 def collect(
-    process: subprocess.Popen, report: int, result: int, output_bytes: int, deadline: float
+    process: Popen, report: int, result: int, output_bytes: int, deadline: float
 ) -> tuple[dict[str, bytes], Status | None]:
-    """Read what a run writes until it ends or exceeds a limit, then end it.
-
-    Returns:
-        The bytes of `stdout`, `stderr`, `report` and `result`, and the limit exceeded, if any.
-    """
+    """Read what a run writes until it ends or exceeds a limit, then end it. Return the bytes and the limit exceeded."""
     assert process.stdout is not None
     assert process.stderr is not None
     outputs = dict.fromkeys(("stdout", "stderr", "report", "result"), b"")
@@ -220,14 +168,12 @@ def judge(outputs: dict[str, bytes], stopped: Status | None, cpu_seconds: float)
     if "failed" in report or ("mechanisms" not in report and stopped is None):
         raise RuntimeError(f"the sandbox could not be set up: {report.get('failed') or stderr or 'no report'}")
     exit_code = report.get("exit_code")
-    status: Status
+    status: Status = "ok"
     if stopped is not None:
         status = stopped
     elif exit_code == -signal.SIGXCPU or (exit_code == -signal.SIGKILL and report["cpu"] >= cpu_seconds):
         status = "timeout"
-    elif exit_code == 0:
-        status = "ok"
-    else:
+    elif exit_code != 0:
         status = "memory" if stderr.rstrip().endswith("MemoryError") else "error"
         if not stderr and exit_code is not None and exit_code < 0:
             stderr = f"killed by signal {-exit_code} ({signal.strsignal(-exit_code)})"

@@ -95,10 +95,8 @@ def die_with_parent(number: int, parent: int) -> None:
 
 def drop_uid(uid: int | None) -> bool:
     """Become the unprivileged user permanently, if one is given and this process may."""
-    if uid is None:
-        return False
-    if os.getuid() == uid:
-        return True
+    if uid is None or os.getuid() == uid:
+        return uid is not None
     try:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
@@ -241,7 +239,6 @@ def run(job: dict[str, Any], result_fd: int) -> None:
         os.write(2, b"MemoryError\n")
         sys.exit(1)
     except Exception as error:
-        if error.__traceback__ is not None:
-            error.__traceback__ = error.__traceback__.tb_next
-        sys.excepthook(type(error), error, error.__traceback__)
+        trace = error.__traceback__ and error.__traceback__.tb_next
+        sys.excepthook(type(error), error.with_traceback(trace), trace)
         sys.exit(1)

@@ -68,16 +68,7 @@ SCOPES = 1 << 0 | 1 << 1  # abstract Unix sockets and signals of processes outsi
 
 
 def landlock(readable: list[int], devices: list[int], writable: int) -> None:
-    """Forbid opening, creating and removing all files except the given ones (Linux 5.13).
-
-    Args:
-        readable: descriptors of files and folders to read, with everything below them.
-        devices: descriptors of device files to read and write.
-        writable: descriptor of the one folder in which files may be created, written and removed.
-
-    Raises:
-        OSError: if the kernel has no Landlock or has it disabled.
-    """
+    """Forbid all files but the given descriptors, which are open with everything below them (Linux 5.13)."""
     version = syscall(444, None, ctypes.c_size_t(0), 1)
     # 13 rights at first, then renaming across folders (2), truncating (3), ioctl on devices (5)
     known = (1 << 13 if version < 2 else 1 << 14 if version < 3 else 1 << 15 if version < 5 else 1 << 16) - 1
@@ -123,51 +114,41 @@ EPERM, ENOSYS = 1, 38
 
 
 def seccomp_program(machine: str, pid: int) -> list[tuple[int, int, int, int]]:
-    """Build the filter as BPF instructions (code, jump if true, jump if false, operand).
-
-    These fail with `EPERM`: the calls in `DENIED`, creating a process rather than a thread, signals to a process other
-    than `pid`, limits of other processes, having the kernel signal another process, and outliving the guardian.
-    `clone3` fails with `ENOSYS`, because a filter cannot see its flags; the C library then uses `clone`. System calls
-    of another architecture (32-bit ones on x86_64) kill the process.
-    """
+    """Build the filter for process `pid` as BPF instructions (code, jump if true, jump if false, operand)."""
     column, audit_arch = ARCHITECTURES[machine]
-    refuse = (RETURN, 0, 0, ERROR | EPERM)
+    no = ERROR | EPERM
+    refuse = (RETURN, 0, 0, no)
+    # calls of another architecture (32-bit ones on x86_64) kill the process
     program = [(LOAD, 0, 0, ARCH), (EQUAL, 1, 0, audit_arch), (RETURN, 0, 0, KILL_PROCESS), (LOAD, 0, 0, NUMBER)]
     if machine == "x86_64":  # the x32 calls
         program += [(AT_LEAST, 0, 1, 0x40000000), refuse]
     for numbers in DENIED.values():
         if numbers[column] >= 0:
             program += [(EQUAL, 0, 1, numbers[column]), refuse]
+    # a filter cannot see the flags of `clone3`; the C library then uses `clone`
     program += [(EQUAL, 0, 1, CLONE3[column]), (RETURN, 0, 0, ERROR | ENOSYS)]
 
     def by_argument(numbers: tuple[int, int], index: int, test: int, operand: int, if_so: int, if_not: int) -> None:
         load = [(EQUAL, 0, 4, numbers[column]), (LOAD, 0, 0, ARGUMENTS + 8 * index)]
         program.extend([*load, (test, 0, 1, operand), (RETURN, 0, 0, if_so), (RETURN, 0, 0, if_not)])
 
-    no = ERROR | EPERM
-    by_argument(CLONE, 0, BITS, CLONE_THREAD, ALLOW, no)
+    by_argument(CLONE, 0, BITS, CLONE_THREAD, ALLOW, no)  # threads but no processes
     by_argument(KILL, 0, EQUAL, pid, ALLOW, no)
     by_argument(TGKILL, 0, EQUAL, pid, ALLOW, no)
-    by_argument(PRLIMIT, 0, EQUAL, 0, ALLOW, no)
-    by_argument(PRCTL, 0, EQUAL, PR_SET_PDEATHSIG, no, ALLOW)
-    # an allowed `fcntl` falls through to the end, so its rule comes last
+    by_argument(PRLIMIT, 0, EQUAL, 0, ALLOW, no)  # its own limits
+    by_argument(PRCTL, 0, EQUAL, PR_SET_PDEATHSIG, no, ALLOW)  # outliving the guardian
+    # having the kernel signal another process; an allowed `fcntl` falls through to the end, so its rule comes last
     program += [(EQUAL, 0, 4, FCNTL[column]), (LOAD, 0, 0, ARGUMENTS + 8)]
     program += [(EQUAL, 1, 0, F_SETOWN), (EQUAL, 0, 1, F_SETOWN_EX), refuse]
     return [*program, (RETURN, 0, 0, ALLOW)]
 
 
 def seccomp() -> None:
-    """Apply the filter to this thread and those it starts. `no_new_privs` must be set.
-
-    Raises:
-        OSError: on architectures other than x86_64 and aarch64, on a 32-bit interpreter, or if the kernel refuses.
-    """
+    """Apply the filter to this thread and those it starts. `no_new_privs` must be set."""
     machine = os.uname().machine
     if machine not in ARCHITECTURES or sys.maxsize < 2**32:
         raise OSError(ENOSYS, f"no filter for {machine}")
     program = seccomp_program(machine, os.getpid())
-    code = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
-    code_buffer = ctypes.create_string_buffer(code, len(code))
-    header = struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code_buffer))  # struct sock_fprog
-    header_buffer = ctypes.create_string_buffer(header, len(header))
-    prctl(PR_SET_SECCOMP, 2, ctypes.addressof(header_buffer))
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in program))
+    header = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code)))  # sock_fprog
+    prctl(PR_SET_SECCOMP, 2, ctypes.addressof(header))
