@@ -13,10 +13,10 @@ from ..forward.responses import loss_mask
 from ..metrics.completions import CompletionsTable
 from ..metrics.ratio_metrics import RatioMetrics
 from ..metrics.ratios import ratio_statistics
-from ..metrics.update_metrics import Metrics, UpdateMetrics
+from ..metrics.update_metrics import UpdateMetrics
 from ..rollout.micro_batches import size_correction
 from ..rollout.schedule import Position, RolloutSchedule
-from ..rollout.scoring import Scorer
+from ..rollout.scoring import Metrics, Scorer
 from ..safety.update_guard import UpdateGuard
 from .importance_weight import ImportanceWeight, LossPass
 

@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from ..rollout.scoring import Metrics
 from .ratios import mean_sampler_ratio, merge_steps
 
 
 PREFIX = "trajectory_ratio"
-
-Metrics = dict[str, list[float]]
 
 
 @dataclass

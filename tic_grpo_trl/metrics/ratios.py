@@ -16,21 +16,13 @@ LOW_RATIO = 0.1
 
 
 def ratio_statistics(
-    log_ratio: torch.Tensor,  # (B, T)
+    log_ratio: torch.Tensor,  # (B, T) in nats, 0 at masked positions
     clipped: ClippedWeight,
     advantages: torch.Tensor,  # (B,) or (B, T)
     mask: torch.Tensor,  # (B, T)
-    sampler_log_ratio: torch.Tensor | None = None,  # (B, T)
+    sampler_log_ratio: torch.Tensor | None = None,  # (B, T) log P_old − log P_sampler, NaN where the sampler gave none
 ) -> torch.Tensor:
     """Compute the ratio statistics of each response, cheap to gather.
-
-    Args:
-        log_ratio: r_{i,t}, 0 at masked positions, in nats.
-        clipped: what the algorithm's clip rule did to its weight.
-        advantages: A_i, (B,) or per token (B, T).
-        mask: 1 on the tokens that count.
-        sampler_log_ratio: log P_old − log P_sampler of every token, in nats, NaN where the sampler gave none; `None`
-            where it is unknown.
 
     Returns:
         (B, 9) float32: has tokens (0 or 1); R_i in nats; share of its tokens with A > 0; with A < 0; with A > 0 above
@@ -67,11 +59,8 @@ def ratio_statistics(
 def effective_sample_size(log_weights: torch.Tensor) -> torch.Tensor:
     """Compute (Σw)²/(n·Σw²) of the weights w = exp(`log_weights`), in log space.
 
-    Args:
-        log_weights: (n,) log-weights in nats, n ≥ 1; any finite values, ±1e4 included.
-
-    Returns:
-        Scalar between 1/n (one weight dominates) and 1 (all weights equal).
+    The weights are (n,), n ≥ 1, and may be as far apart as e^±1e4. The result lies between 1/n (one weight dominates)
+    and 1 (all are equal).
     """
     n = log_weights.numel()
     log_weights = log_weights - log_weights.max()  # a common factor cancels
@@ -117,28 +106,18 @@ def mean_sampler_ratio(steps: list[tuple[int | None, torch.Tensor]]) -> float | 
     """Compute the geometric mean over tokens of P_old/P_sampler: exp(−KL(sampler‖old)) per token, as sampled.
 
     An engine with the policy's weights gives 1 up to its numerics, one with other weights less. The arithmetic mean
-    would not tell: its expectation is 1 for any sampler.
-
-    Args:
-        steps: as in [`merge_steps`].
-
-    Returns:
-        The mean, held between e^-700 and e^700, or `None` where no token has a ratio.
+    would not tell: its expectation is 1 for any sampler. The mean is limited to e^±700; it is `None` if no token has a
+    ratio.
     """
     total, tokens = torch.stack([rows[:, 7:].double().sum(dim=0) for _, rows in steps]).sum(dim=0).tolist()
     return math.exp(max(-700.0, min(700.0, total / tokens))) if tokens else None
 
 
 def merge_steps(steps: list[tuple[int | None, torch.Tensor]]) -> dict[str, float]:
-    """Compute the metrics of all mini-batches since the last log: overall, and per inner step.
+    """Compute the metrics of all mini-batches since the last log: overall, and under `inner_<k>/` per inner step.
 
-    Args:
-        steps: (k, rows) per optimizer step: the inner step k = 1 … K since π_old was refreshed (`None` where there is
-            no inner loop), and its (n, 9) rows.
-
-    Returns:
-        The names of [`ratio_metrics`], each the mean over steps (`log_min` the smallest, `log_max` the largest), and
-        the same under `inner_<k>/` for every k seen.
+    `steps` has (k, statistics) for each optimizer step: the inner step k = 1 … K, or `None` without an inner loop, and
+    its (n, 9) statistics. Metrics are means over steps, `log_min` the smallest and `log_max` the largest.
     """
     per_step = [(k, ratio_metrics(rows.cpu())) for k, rows in steps]
 

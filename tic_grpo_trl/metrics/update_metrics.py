@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from ..forward.packed_forward import ForwardOutput
 from ..forward.responses import loss_mask
 from ..rollout.schedule import RolloutSchedule
+from ..rollout.scoring import Metrics
 
 
 # TRL's metrics that are means over tokens. A zero-advantage response that was left out is never clipped, so it counts
@@ -16,8 +17,6 @@ from ..rollout.schedule import RolloutSchedule
 MEAN_OVER_ALL = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo_clip_ratio")
 MEAN_OVER_ACTIVE = ("kl", "entropy")
 EXTREMES = {"clip_ratio/low_min": min, "clip_ratio/high_max": max}
-
-Metrics = dict[str, list[float]]
 
 
 @dataclass
