@@ -233,18 +233,13 @@ def with_vllm_correction(mode, low=None, high=3.0):
         for settings in (trainer, trainer.args):
             settings.vllm_importance_sampling_mode = mode
             settings.vllm_importance_sampling_clip_min, settings.vllm_importance_sampling_clip_max = low, high
-        if isinstance(trainer, TICGRPOTrainer):
-            trainer.args.use_vllm = trainer.scorer.corrects = True
 
     return prepare
 
 
 def with_reference(trainer, beta=0.1):
     """Let a copy of the policy be the reference: TRL would load it, and not every model can be saved."""
-    trainer.beta = trainer.args.beta = beta
-    trainer.ref_model = copy.deepcopy(trainer.model)
-    if isinstance(trainer, TICGRPOTrainer):
-        trainer.guard.only_advantages = False
+    trainer.beta, trainer.ref_model = beta, copy.deepcopy(trainer.model)
 
 
 def own_logprobs(drift):

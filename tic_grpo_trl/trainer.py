@@ -36,8 +36,9 @@ from .metrics.progress import DISPLAYS, SettingsCallback
 from .metrics.ratio_metrics import RatioMetrics
 from .metrics.update_metrics import UpdateMetrics
 from .rewards.failures import checked, raise_failures
-from .rollout.batcher import Batcher, options_that_fix_micro_batches
+from .rollout.batcher import Batcher
 from .rollout.current_rollout import CurrentRollout
+from .rollout.loss_terms import LossTerms
 from .rollout.schedule import RolloutSchedule
 from .rollout.scoring import Scorer, check_behaviour_policy
 from .safety.ratio_probe import RatioProbe
@@ -111,13 +112,13 @@ class TICGRPOTrainer(GRPOTrainer):
         for shown in [type(callback) for callback in self.callback_handler.callbacks if type(callback) in DISPLAYS]:
             self.remove_callback(shown)
             self.add_callback(DISPLAYS[shown])
-        self.add_callback(SettingsCallback())
-        self.add_callback(self.position)
+        for callback in (SettingsCallback(), self.position):
+            self.add_callback(callback)
 
     def _build(self):
         """Build the collaborators, each with what it needs of this trainer."""
         args, accelerator, pad = self.args, self.accelerator, self._tokenizer.pad_token_id
-        pad_to_multiple_of: Any = self.pad_to_multiple_of
+        multiple_of: Any = self.pad_to_multiple_of
 
         def policy() -> PreTrainedModel:
             return self.model
@@ -126,32 +127,27 @@ class TICGRPOTrainer(GRPOTrainer):
         self.current_rollout = rollout = CurrentRollout()
         forward_of_trl, checks_head = super()._get_per_token_logps_and_entropies, not self.is_deepspeed_enabled
         self.packed_forward = forward = PackedForward(
-            args, accelerator, policy, pad, self.temperature, pad_to_multiple_of, forward_of_trl, checks_head
+            args, accelerator, policy, pad, self.temperature, multiple_of, forward_of_trl, checks_head
         )
-        fixed_by = options_that_fix_micro_batches(self)
-        self.batcher = Batcher(schedule, args, accelerator, pad, lambda: forward.layout, fixed_by)
-        self.scorer = scorer = Scorer(args, schedule, accelerator, forward, policy, lambda: self.ref_model)
+        terms = LossTerms(self)
+        self.batcher = Batcher(schedule, args, accelerator, pad, lambda: forward.layout, terms)
+        self.scorer = scorer = Scorer(args, schedule, accelerator, forward, policy, lambda: self.ref_model, terms)
 
         reports = NumberReports(accelerator, self._tokenizer, lambda: self.state.global_step)
         models = [column for column, function in enumerate(self.reward_funcs) if isinstance(function, nn.Module)]
         self.reward_guard = RewardGuard(accelerator, reports, self.reward_func_names, self.reward_weights, models)
-        reads_entropies = self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0
-        only_advantages = self.beta == 0.0 and not self._entropy_bonus_enabled and not self.aux_loss_enabled
-        self.guard = guard = UpdateGuard(
-            args, schedule, rollout, accelerator, reports, pad, only_advantages, reads_entropies
-        )
+        self.guard = guard = UpdateGuard(args, schedule, rollout, accelerator, reports, pad, terms)
         compares = schedule.has_old_policy or args.behaviour_policy == "sampler"
         self.probe = RatioProbe(args, accelerator, policy, forward, pad, self.temperature, compares)
 
         self.ratios = ratios = RatioMetrics(accelerator, removes_clip_ratios=args.is_anchored)
         self.completions_table = table = CompletionsTable(accelerator, lambda: self._logs, self.log_completions)
         self.update_metrics = updates = UpdateMetrics(accelerator, schedule)
-        self.weighted_loss = WeightedLoss(args, schedule, accelerator, forward, scorer, guard, ratios, updates, table)
+        self.weighted_loss = WeightedLoss(schedule, accelerator, forward, scorer, guard, ratios, updates, table, terms)
 
         self.position, self.loop_state = DataPosition(self), LoopState(self)
         kept: dict[str, Any] = {"loop": self.loop_state, "guard": guard, "ratios": ratios, "completions": table}
-        settings = partial(settings_to_remember, args, accelerator.num_processes, self.train_dataset)
-        reference = ReferenceModel.of(self)
+        reference, settings = ReferenceModel.of(self), partial(settings_to_remember, self)
         self.checkpoints = CheckpointManager(
             args, accelerator, policy, settings, self.position, rollout, kept, reference
         )
@@ -242,12 +238,16 @@ class TICGRPOTrainer(GRPOTrainer):
             self._current_train_step_time = 0.0
         return torch.zeros((), device=self.accelerator.device)
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        compute = partial(super().compute_loss, model, inputs, return_outputs, num_items_in_batch)
+        return self.weighted_loss.train(compute, inputs, self._step) if self.model.training else compute()
+
     def _compute_loss(self, model, inputs):
         loss_of_trl = partial(super()._compute_loss, model)
         if not self.model.training:
-            return self.weighted_loss.evaluate(self, loss_of_trl, inputs)
+            return self.weighted_loss.compute(loss_of_trl, inputs)
         metrics, window = self._metrics["train"], self.current_gradient_accumulation_steps
-        return self.weighted_loss.train(self, loss_of_trl, inputs, self._step, metrics, window)
+        return self.weighted_loss.compute(loss_of_trl, inputs, self._step, metrics, window)
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
         output = self.weighted_loss.forward_pass(model, *args, **kwargs)

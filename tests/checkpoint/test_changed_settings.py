@@ -1,5 +1,7 @@
 """What changed settings mean for a resumed run."""
 
+from types import SimpleNamespace
+
 from conftest import CPU, TINY_PROMPTS
 
 from tic_grpo_trl import TICGRPOConfig
@@ -7,7 +9,12 @@ from tic_grpo_trl.checkpoint.changed_settings import Changes, settings_to_rememb
 
 
 def remembered(tmp_path, processes=1, dataset=TINY_PROMPTS, **config):
-    return settings_to_remember(TICGRPOConfig(str(tmp_path), **CPU, **config), processes, dataset)
+    trainer = SimpleNamespace(
+        args=TICGRPOConfig(str(tmp_path), **CPU, **config),
+        train_dataset=dataset,
+        accelerator=SimpleNamespace(num_processes=processes),
+    )
+    return settings_to_remember(trainer)
 
 
 def test_nothing_changed(tmp_path):

@@ -6,12 +6,13 @@ import shutil
 import pandas
 import pytest
 import torch
-from conftest import CPU, TINY_PROMPTS, tiny_model, tiny_tokenizer
+from conftest import CPU, TINY_PROMPTS, make_trainer, tiny_model, tiny_tokenizer
 from peft import LoraConfig
 from rollouts import own_logprobs, random_rollouts
 from transformers import Trainer, TrainerCallback
 
 from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
+from tic_grpo_trl.checkpoint.storage import read_manifest
 
 
 pytestmark = pytest.mark.usefixtures("cheap_garbage_collection")
@@ -238,3 +239,31 @@ def test_what_is_relied_on_in_transformers():
     for name in (*overridden, "_get_output_dir", "_save_checkpoint", "_push_from_checkpoint", "_load_from_checkpoint"):
         theirs = list(inspect.signature(getattr(Trainer, name)).parameters)
         assert len(inspect.signature(getattr(TICGRPOTrainer, name)).parameters) == len(theirs), name
+
+
+def test_completions_logged_only_after_a_resume_inside_a_rollout(tmp_path):
+    """The rest of that rollout has no numbers in the table; the next one has."""
+    config = {"max_steps": 8, "num_iterations": 2, "steps_per_generation": 2, "save_strategy": "steps", "save_steps": 3}
+    make_trainer(tmp_path, **config).train()
+    resumed = make_trainer(tmp_path, log_completions=True, num_completions_to_print=1, **config)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.state.global_step == 8
+    assert len(resumed._logs["extra"]["trajectory_ratio"]) == len(resumed._logs["prompt"]) == 16
+
+
+def test_a_state_of_another_version_is_not_used(tmp_path, messages):
+    config = {"max_steps": 4, "steps_per_generation": 2, "save_strategy": "steps", "save_steps": 3}
+    make_trainer(tmp_path, **config).train()
+    torch.save({"_step": 3}, tmp_path / "checkpoint-3/tic_grpo_state_0.pt")
+    (tmp_path / "checkpoint-3/manifest.json").unlink()  # which knows the size of the file
+    resumed = make_trainer(tmp_path, **config)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.state.global_step == 4
+    assert [text for text in messages() if "was written by another version" in text]
+
+
+def test_the_manifest_counts_the_data_that_are_trained_on(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train_dataset = trainer.train_dataset.select(range(16))
+    trainer.train()
+    assert read_manifest(tmp_path / "checkpoint-1")["settings"]["number of prompts"] == 16

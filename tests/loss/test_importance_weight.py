@@ -38,7 +38,7 @@ def test_trl_sees_its_own_level_and_no_bounds_only_within_a_loss(tmp_path):
     before = trainer.importance_sampling_level, trainer.epsilon_high, trainer.args.delta
     loss_pass = weight.loss_pass({"advantages": torch.ones(2)}, trainer.schedule.at(0))
     loss_pass.inputs["anchored"] = True
-    with weight.trl_settings(trainer, loss_pass):
+    with weight.trl_settings(loss_pass):
         assert trainer.importance_sampling_level == "sequence"
         assert (trainer.epsilon_low, trainer.epsilon_high, trainer.args.delta) == (1.0, math.inf, None)
     assert (trainer.importance_sampling_level, trainer.epsilon_high, trainer.args.delta) == before
@@ -52,9 +52,9 @@ def test_a_loss_that_reads_no_old_log_probabilities_is_refused(tmp_path):
     weight = trainer.weighted_loss.weight
     loss_pass = weight.loss_pass({"advantages": torch.ones(2)}, trainer.schedule.at(0))
     with pytest.raises(RuntimeError, match="computes its loss in another way"):
-        with_settings(weight, trainer, loss_pass)
+        with_settings(weight, loss_pass)
 
 
-def with_settings(weight, trainer, loss_pass):
-    with weight.trl_settings(trainer, loss_pass):
+def with_settings(weight, loss_pass):
+    with weight.trl_settings(loss_pass):
         pass

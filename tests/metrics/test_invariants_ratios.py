@@ -1,4 +1,4 @@
-"""Invariants of diagnostics.py, searched by hypothesis."""
+"""Invariants of the ratio metrics, searched by hypothesis."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""diagnostics.py against hand-computed values."""
+"""The ratio metrics against hand-computed values."""
 
 import math
 

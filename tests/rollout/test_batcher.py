@@ -1,4 +1,4 @@
-"""update_phase.py and padding_free.py against TRL: whatever is left out of an update, its gradients stay TRL's."""
+"""Updates against TRL's: whatever is left out of one, its gradients stay the same."""
 
 import random
 from types import SimpleNamespace
@@ -334,7 +334,7 @@ def test_equal_weights_have_no_divergence(tmp_path, model, layout):
     model = model("dynamic") if model is rope_model else model()
 
     def prepare(trainer):
-        trainer._layout = layout
+        trainer.packed_forward.layout = layout or ""
         with_reference(trainer)
 
     settings = {"learning_rate": 0.0, "skip_on_policy_logps": False, "steps_per_generation": 8, "max_steps": 8}

@@ -1,4 +1,4 @@
-"""update_phase.py and padding_free.py: what the switches change and what they do not, and the metrics of the work."""
+"""What the switches of the update phase change and what they don't, and the metrics of its cost."""
 
 import pytest
 import torch

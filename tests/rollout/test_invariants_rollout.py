@@ -1,4 +1,4 @@
-"""Invariants of batching.py, searched by hypothesis."""
+"""Invariants of partition and micro-batches, searched by hypothesis."""
 
 import copy
 from itertools import chain

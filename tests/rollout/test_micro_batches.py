@@ -1,4 +1,4 @@
-"""batching.py: whole groups, every row once, uniformly random."""
+"""Partition and micro-batches: complete groups, every response once, uniformly random."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""update_phase.py and padding_free.py: the sampler as behaviour policy, evaluation, and rollouts with images."""
+"""The sampler as behaviour policy, evaluation, and rollouts with images."""
 
 import math
 from types import SimpleNamespace

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..algorithms import ALGORITHM_FIELDS
-from ..config import TICGRPOConfig
 
 
 # The remaining rollout and the position in the data don't fit the new batches: a new rollout is generated.
@@ -30,9 +29,9 @@ VESPO = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
 UPDATES = (*SCHEDULE, *SAMPLING, *REWARDS, *LOSS, *SAPO, *VESPO)
 
 
-def settings_to_remember(args: TICGRPOConfig, processes: int, dataset: Any) -> dict[str, Any]:
+def settings_to_remember(trainer: Any) -> dict[str, Any]:
     """Collect the settings that a checkpoint's manifest keeps, as they read back from JSON."""
-    values = args.to_dict()
+    values, dataset, processes = trainer.args.to_dict(), trainer.train_dataset, trainer.accelerator.num_processes
     names = (*BATCHES, *SCORING, *ALGORITHM, *OPTIMIZER, *UPDATES)
     settings = json.loads(json.dumps({name: values[name] for name in names}, default=str))
     return settings | {PROCESSES: processes, PROMPTS: len(dataset) if hasattr(dataset, "__len__") else None}

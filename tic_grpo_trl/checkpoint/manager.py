@@ -173,6 +173,9 @@ class CheckpointManager:
         state = None
         if not changes.processes and all(gather_object([path.exists()])):
             state = storage.load_state(path, self.accelerator.device)
+        if state is not None and state.keys() != self.objects.keys():
+            logger.warning(f"{path} was written by another version of this package and is not used.")
+            state = None
         inside = state is not None and state["rollout"]["micro_batches"] is not None
         discards = inside and bool(changes.scoring or self.args.discard_rollout_on_resume)
         if changes.algorithm and inside and not (changes.batches or self.args.discard_rollout_on_resume):

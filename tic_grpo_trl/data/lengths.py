@@ -13,15 +13,7 @@ def prompt_lengths(
     """Return the number of tokens of each prompt, as the trainer tokenizes it.
 
     Conversational prompts go through the chat template with the generation prompt added; plain ones are tokenized as
-    they are.
-
-    Args:
-        dataset: examples with a `prompt`, length N.
-        processing_class: the model's tokenizer or processor.
-        chat_template_kwargs: more arguments of the chat template, as in the trainer's configuration.
-
-    Returns:
-        Lengths in tokens, length N.
+    they are. `chat_template_kwargs` are those of the trainer's configuration.
     """
     lengths: list[int] = []
     for batch in dataset.select_columns("prompt").iter(batch_size=1000):
@@ -43,13 +35,6 @@ def drop_long_prompts(
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Dataset:
     """Drop the examples whose prompt has more than `max_prompt_length` tokens, and log how many.
-
-    Args:
-        dataset, processing_class, chat_template_kwargs: as in `prompt_lengths`.
-        max_prompt_length: longest prompt to keep, in tokens.
-
-    Returns:
-        The remaining examples, in order.
 
     Raises:
         ValueError: if `max_prompt_length` is not positive, or no prompt is short enough.

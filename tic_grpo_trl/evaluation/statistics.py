@@ -33,13 +33,7 @@ def average_at_k(rewards: Mapping[str, Sequence[float | None]]) -> Average:
       samples.
 
     The unit is the problem, because samples of one problem are not independent (E. Miller, "Adding Error Bars to
-    Evals", arXiv:2411.00640).
-
-    Args:
-        rewards: k rewards from 0 to 1 for each problem. A problem with a `None` reward is excluded.
-
-    Returns:
-        Value, interval, sampling error and counts.
+    Evals", arXiv:2411.00640). A problem with a `None` reward is excluded.
 
     Raises:
         ValueError: if problems have different numbers of samples, a reward is outside [0, 1], or no problem is left.
@@ -76,12 +70,8 @@ def problem_interval(means: Sequence[float], k: int) -> tuple[float, float]:
     For k = 1 and rewards of 0 and 1, $m = n$, which gives the plain Wilson interval. Unlike
     $\bar p \pm z s / \sqrt n$, it stays within [0, 1] and keeps a positive width if (almost) every answer is wrong.
 
-    Args:
-        means: mean reward of each problem, length n.
-        k: samples per problem.
-
-    Returns:
-        Lower and upper end; 0 and 1 for a single problem, which tells nothing about others.
+    `means` has the mean reward of each problem, k its number of samples. A single problem, which tells nothing about
+    others, gives 0 and 1.
     """
     n, p = len(means), fmean(means)
     if n == 1:
@@ -102,12 +92,7 @@ def paired_difference(
     The interval is $\bar d \pm z\, s_d / \sqrt n$ with $d_i$ the difference of problem $i$'s means. Differences remove
     the variation of difficulty, which is common to both models (Miller, arXiv:2411.00640).
 
-    Args:
-        means: mean reward of each problem.
-        baseline: mean reward of each problem for the other model.
-
-    Returns:
-        Mean difference and its 95 % interval; the interval is `None` for fewer than two common problems.
+    The interval is `None` for fewer than two common problems.
 
     Raises:
         ValueError: if the two have no problem in common.

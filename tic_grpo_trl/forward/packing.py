@@ -90,9 +90,8 @@ class PackedBatch:
 
     input_ids: torch.Tensor  # (R, W)
     attention_mask: torch.Tensor  # (R, W), 1 on real tokens
-    position_ids: (
-        torch.Tensor
-    )  # (R, W), from 0 in every response; 0 in empty slots, which so attend to themselves alone
+    # from 0 in every response; 0 in empty slots, which so attend to themselves alone
+    position_ids: torch.Tensor  # (R, W)
     labels: torch.Tensor  # (R, W), the id of every token that is scored, -100 elsewhere
     scored: torch.Tensor  # (m,) the slots of the scored tokens
     columns: torch.Tensor  # (m,) their places among the B·T values that `unpack` returns
@@ -118,13 +117,8 @@ def pack(
 ) -> PackedBatch:
     """Pack the real tokens of a padded batch (prompts padded on the left, completions on the right) into rows.
 
-    Args:
-        logits_to_keep: T, the number of the completions' columns, whose tokens are scored. The first token of a
-            response never is.
-        pad_token_id: fills empty slots.
-        layout: `"segments"`, `"varlen"`, `"rows"` or `"sorted"`.
-        linear_width: see [`lay_out`].
-        multiple_of: the width is made divisible by it.
+    T = `logits_to_keep` columns of completions are scored, but never the first token of a response. `linear_width` is
+    that of [`lay_out`], and the width becomes divisible by `multiple_of`.
 
     Returns:
         The rows; two empty slots if the batch has no token at all, so that a forward pass is possible.

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from ..config import TICGRPOConfig
 from ..forward.responses import loss_mask
 from ..objective import (
     ClippedWeight,
@@ -16,18 +15,17 @@ from ..objective import (
     log_importance_weight,
     token_log_ratio,
 )
+from ..rollout.loss_terms import LossTerms
 from ..rollout.schedule import Position
 
 
-@dataclass
+@dataclass(frozen=True)
 class LossPass:
     """One computation of TRL's loss."""
 
     inputs: dict[str, Any]  # the copy of the micro-batch that TRL's loss reads after its forward pass
     level: str  # TRL's `importance_sampling_level`
     position: Position | None  # `None` in an evaluation
-    repeated: bool = False  # without the responses that had bad numbers
-    logps: torch.Tensor | None = None  # (B, T) of the policy, without gradient, after the forward pass
 
 
 @contextmanager
@@ -46,35 +44,36 @@ def overridden(target: Any, **values: Any):
 class ImportanceWeight:
     """Computes the algorithm's weight, and makes TRL's loss use it."""
 
-    def __init__(self, args: TICGRPOConfig):
-        self.args = args
+    def __init__(self, terms: LossTerms):
+        self.terms, args = terms, terms.trainer.args
         self.level, self.clip, self.is_anchored = str(args.importance_sampling_level), args.clip, args.is_anchored
 
-    def loss_pass(self, inputs: dict[str, Any], position: Position | None, repeated: bool = False) -> LossPass:
+    def loss_pass(self, inputs: dict[str, Any], position: Position | None) -> LossPass:
         """Describe a computation of TRL's loss.
 
         At TRL's sequence level, one weight per response gives the same loss and gradient more cheaply, as long as
         nothing else in the loss differs between the tokens of a response.
         """
         if not self.is_anchored:
-            return LossPass(dict(inputs), self.level, position, repeated)
+            return LossPass(dict(inputs), self.level, position)
         correction = inputs.get("importance_sampling_ratio")  # (B, 1) or (B, T)
         per_response = (
             self.level != "token"
             and inputs["advantages"].dim() == 1
-            and self.args.beta == 0.0
-            and self.args.top_entropy_quantile == 1.0
+            and self.terms.beta == 0.0
+            and self.terms.trainer.top_entropy_quantile == 1.0
             and (correction is None or correction.size(1) == 1)
         )
-        return LossPass(dict(inputs), "sequence" if per_response else "token", position, repeated)
+        return LossPass(dict(inputs), "sequence" if per_response else "token", position)
 
     @contextmanager
-    def trl_settings(self, trainer: Any, loss_pass: LossPass):
+    def trl_settings(self, loss_pass: LossPass):
         """Set TRL's options so that an anchored weight, which is already bounded, is not bounded again."""
         if not self.is_anchored:
             yield
             return
         options = {"importance_sampling_level": loss_pass.level, "epsilon_low": 1.0, "epsilon_high": math.inf}
+        trainer = self.terms.trainer
         with overridden(trainer, **options), overridden(trainer.args, delta=None):
             yield
         if "anchored" not in loss_pass.inputs:

@@ -7,18 +7,26 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..config import TICGRPOConfig
 from ..forward.packed_forward import ForwardOutput, PackedForward
 from ..forward.responses import loss_mask
 from ..metrics.completions import CompletionsTable
 from ..metrics.ratio_metrics import RatioMetrics
 from ..metrics.ratios import ratio_statistics
 from ..metrics.update_metrics import UpdateMetrics
+from ..rollout.loss_terms import LossTerms
 from ..rollout.micro_batches import size_correction
 from ..rollout.schedule import Position, RolloutSchedule
 from ..rollout.scoring import Metrics, Scorer
 from ..safety.update_guard import UpdateGuard
 from .importance_weight import ImportanceWeight, LossPass
+
+
+@dataclass
+class Attempt:
+    """An attempt to train on a micro-batch."""
+
+    repeated: bool = False  # it follows one in which responses had bad numbers
+    logps: torch.Tensor | None = None  # (B, T) of the policy, without gradient
 
 
 @dataclass
@@ -30,7 +38,6 @@ class WeightedLoss:
     anchors the old log-probabilities and collects the ratios.
     """
 
-    args: TICGRPOConfig
     schedule: RolloutSchedule
     accelerator: Accelerator
     forward: PackedForward
@@ -39,48 +46,60 @@ class WeightedLoss:
     ratios: RatioMetrics
     update_metrics: UpdateMetrics
     table: CompletionsTable
+    terms: LossTerms
 
     def __post_init__(self):
-        self.weight = ImportanceWeight(self.args)
+        self.weight = ImportanceWeight(self.terms)
+        self._attempt = Attempt()  # to train on the current micro-batch
         self._pass: LossPass | None = None  # the loss that is being computed
 
-    def evaluate(self, trainer: Any, loss_of_trl: Callable, inputs: dict[str, Any]) -> torch.Tensor:
-        """Compute the loss of an evaluation batch; `loss_of_trl` maps inputs to TRL's loss."""
-        loss, _ = self._compute(trainer, loss_of_trl, self.weight.loss_pass(inputs, position=None))
-        return loss
+    def train(self, compute: Callable[[], torch.Tensor], micro_batch: dict[str, Any], step: int) -> torch.Tensor:
+        """Compute the loss of a micro-batch by calling `compute`, again if responses have bad numbers.
 
-    def train(
-        self, trainer: Any, loss_of_trl: Callable, inputs: dict[str, Any], step: int, metrics: Metrics, window: int
-    ) -> torch.Tensor:
-        """Compute the loss of a micro-batch, NaN if it is not finite.
-
-        A bad response is blanked in `inputs`, and the log-probabilities of an on-policy pass are kept there for later
-        iterations. `window` is the number of micro-batches of the update.
+        Bad responses are blanked in the micro-batch, and the log-probabilities of an on-policy pass are kept in it, for
+        later iterations over the rollout. The loss is NaN if it is not finite.
         """
-        position = self.schedule.at(step)
 
-        def compute(repeated: bool) -> tuple[torch.Tensor, LossPass]:
-            return self._compute(trainer, loss_of_trl, self.weight.loss_pass(inputs, position, repeated))
+        def attempt(repeated: bool) -> torch.Tensor:
+            self._attempt = Attempt(repeated)
+            return compute()
 
-        loss, loss_pass = self.guard.drop_while_computing(inputs, compute)
+        loss = self.guard.drop_while_computing(micro_batch, attempt)
+        if self.schedule.has_old_policy and self.schedule.num_iterations > 1:
+            # Not scored before means on-policy: the next iteration over the rollout compares with this pass.
+            micro_batch.setdefault("old_per_token_logps", self._attempt.logps)
+        self._attempt = Attempt()
+        return self.guard.close_loss(loss, micro_batch, self.schedule.at(step).micro_batch, self.terms.trainer.model)
+
+    def compute(
+        self,
+        loss_of_trl: Callable,
+        inputs: dict[str, Any],
+        step: int | None = None,
+        metrics: Metrics | None = None,
+        passes: int = 1,
+    ) -> torch.Tensor:
+        """Compute TRL's loss of `inputs` with the algorithm's weight, and count what it trained on.
+
+        `step` is that of the micro-batch, `None` in an evaluation, and `passes` the number of micro-batches of the
+        update.
+        """
+        position = None if step is None else self.schedule.at(step)
+        self._pass = loss_pass = self.weight.loss_pass(inputs, position)
+        try:
+            with self.weight.trl_settings(loss_pass):
+                loss = loss_of_trl(loss_pass.inputs)
+        finally:
+            self._pass = None
+        if position is None or metrics is None:
+            return loss
         self.update_metrics.count_trl_passes(1)
         self.update_metrics.add(inputs)
         if self.accelerator.sync_gradients:
             by_response = loss_pass.level == "sequence" and inputs["advantages"].dim() == 1
-            self.update_metrics.close(metrics, window, "left_out" in inputs, by_response)
-        if self.schedule.has_old_policy and self.schedule.num_iterations > 1:
-            # Not scored before means on-policy: the next iteration over the rollout compares with this pass.
-            inputs.setdefault("old_per_token_logps", loss_pass.logps)
-        loss = loss * size_correction(inputs, self.args.loss_type, self.args.per_device_train_batch_size)
-        return self.guard.close_loss(loss, inputs, position.micro_batch, trainer.model)
-
-    def _compute(self, trainer: Any, loss_of_trl: Callable, loss_pass: LossPass) -> tuple[torch.Tensor, LossPass]:
-        self._pass = loss_pass
-        try:
-            with self.weight.trl_settings(trainer, loss_pass):
-                return loss_of_trl(loss_pass.inputs), loss_pass
-        finally:
-            self._pass = None
+            self.update_metrics.close(metrics, passes, "left_out" in inputs, by_response)
+        size = self.schedule.per_device_train_batch_size
+        return loss * size_correction(inputs, self.terms.trainer.loss_type, size)
 
     def forward_pass(self, *args: Any, **kwargs: Any) -> ForwardOutput:
         """Make the forward pass that TRL's loss asks for, and prepare the inputs that it reads next."""
@@ -90,11 +109,12 @@ class WeightedLoss:
         if loss_pass is None:  # not called by TRL's loss
             return output
         inputs, position = loss_pass.inputs, loss_pass.position
-        loss_pass.logps, sampler_log_ratio = output.logps.detach(), None
+        sampler_log_ratio = None
         if position is not None:
-            self.guard.check_forward(output, inputs, position.micro_batch, loss_pass.repeated)
+            self.guard.check_forward(output, inputs, position.micro_batch, self._attempt.repeated)
             self.update_metrics.count(output)
-            sampler_log_ratio = self.scorer.sampler_log_ratio(loss_pass.logps, inputs, position)
+            self._attempt.logps = output.logps.detach()
+            sampler_log_ratio = self.scorer.sampler_log_ratio(self._attempt.logps, inputs, position)
         self._weight(output.logps, inputs, position, sampler_log_ratio)
         return output
 

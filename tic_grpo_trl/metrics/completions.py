@@ -44,7 +44,7 @@ class CompletionsTable:
 
     def add_ratios(self, inputs: dict[str, Any], log_ratios: torch.Tensor):
         """Note the log-ratios R, (B,), of a micro-batch."""
-        if self.is_logged:
+        if self.is_logged and "sample" in inputs:  # a rollout from before they were logged has no numbers
             is_real = loss_mask(inputs).any(dim=1)
             self._ratios.append((torch.where(is_real, inputs["sample"], -1), log_ratios))
 

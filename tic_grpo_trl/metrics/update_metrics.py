@@ -59,11 +59,9 @@ class UpdateMetrics:
     def close(self, metrics: Metrics, passes: int, regrouped: bool, by_response: bool):
         """Log one update.
 
-        Args:
-            passes: micro-batches of this update in TRL; fewer than usual where an epoch ends.
-            regrouped: whether its micro-batches differ from TRL's. TRL's metrics, which have one value for each, are
-                then replaced by what they would be with TRL's own.
-            by_response: whether TRL's clip ratios have one value per response.
+        `passes` is the number of micro-batches of this update in TRL. If ours are `regrouped`, TRL's metrics, which
+        have one value for each, are replaced by what they would be with TRL's own. `by_response` says that TRL's clip
+        ratios have one value per response.
         """
         processes, steps = self.accelerator.num_processes, len(self._counts)
         cost = torch.tensor([self._tokens, self._slots], device=self.accelerator.device)

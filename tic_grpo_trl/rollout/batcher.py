@@ -16,12 +16,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
-from trl import GRPOTrainer
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict, unsplit_pixel_values_by_grid
 
 from ..config import TICGRPOConfig
 from ..forward.packing import PACKED, plan_passes
 from ..forward.responses import loss_mask, response_count
+from .loss_terms import LossTerms
 from .micro_batches import active_responses, take_responses
 from .partition import exchange_prompts, immovable_keys, shuffle_prompts, value_kinds
 from .schedule import RolloutSchedule
@@ -30,17 +30,6 @@ from .schedule import RolloutSchedule
 logger = get_logger(__name__)
 
 SPLITS_GROUPS = "partition_by_prompt has no effect: responses are shuffled across mini-batches, which splits groups"
-
-
-def options_that_fix_micro_batches(trainer: GRPOTrainer) -> str:
-    """List the options that make the loss, or a metric of TRL's, depend on which responses share a micro-batch."""
-    reasons = {
-        f"loss_type={trainer.loss_type!r}": trainer.loss_type in ("bnpo", "vespo"),
-        "the entropy bonus": trainer._entropy_bonus_enabled,
-        f"top_entropy_quantile={trainer.top_entropy_quantile}": trainer.top_entropy_quantile < 1.0,
-        "the router's auxiliary loss": trainer.aux_loss_enabled,
-    }
-    return ", ".join(reason for reason, holds in reasons.items() if holds)
 
 
 @dataclass
@@ -52,10 +41,11 @@ class Batcher:
     accelerator: Accelerator
     pad_token_id: int
     layout: Callable[[], str]  # returns the layout of the forward passes
-    fixed_by: str  # the options for which TRL's micro-batches are kept
+    terms: LossTerms
 
     def __post_init__(self):
         self.by_prompt = self.args.partition_by_prompt and self._can_partition_by_prompt()
+        self.fixed_by = self.terms.fixed_micro_batches()
         if self.fixed_by:
             logger.info(f"TRL's micro-batches are kept, zero-advantage responses included, because of {self.fixed_by}.")
 
@@ -113,7 +103,7 @@ class Batcher:
         padding_free, packs = self.layout() != "padded", self.layout() in PACKED
         active = torch.ones(response_count(rollout), dtype=torch.bool)
         if self.args.skip_zero_advantage:
-            active = active_responses(rollout, only_advantages=self.args.beta == 0.0).cpu()
+            active = active_responses(rollout, only_advantages=self.terms.beta == 0.0).cpu()
         lengths = (rollout["prompt_mask"].sum(1) + rollout["completion_mask"].sum(1)).tolist()
         tokens = loss_mask(rollout).sum(1).tolist()
 

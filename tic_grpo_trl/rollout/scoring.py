@@ -18,6 +18,7 @@ from ..config import TICGRPOConfig
 from ..forward.packed_forward import ForwardOutput, PackedForward
 from ..forward.responses import lacks_sampler_logps, loss_mask
 from ..objective import sampler_correction
+from .loss_terms import LossTerms
 from .schedule import Position, RolloutSchedule
 
 
@@ -57,14 +58,12 @@ class Scorer:
     forward: PackedForward
     model: Callable[[], Any]
     ref_model: Callable[[], Any]  # returns `None` where an adapter is trained
-
-    def __post_init__(self):
-        self.corrects = bool(self.args.use_vllm and self.args.vllm_importance_sampling_correction)
+    terms: LossTerms
 
     def passes_of_trl(self) -> int:
         """Return the forward passes in which TRL would score one rollout."""
-        scores_old = self.schedule.has_old_policy or bool(self.args.use_vllm)
-        return self.schedule.steps_per_generation * (scores_old + (self.args.beta != 0.0))
+        scores_old = self.schedule.has_old_policy or bool(self.terms.trainer.use_vllm)
+        return self.schedule.steps_per_generation * (scores_old + (self.terms.beta != 0.0))
 
     def check_sampler_logps(self, rollout: dict[str, Any], metrics: Metrics):
         """Require the sampler's log-probabilities where they are the old ones, and log how many are missing."""
@@ -86,24 +85,22 @@ class Scorer:
     ):
         """Add `old_per_token_logps`, `importance_sampling_ratio` and `ref_per_token_logps`, as far as they are needed.
 
-        Args:
-            micro_batches: of one rollout, in order, or an evaluation batch. All processes have `None` in the same
-                places.
-            metrics: TRL's, to which those of the vLLM correction are added.
-            count: called with the output of each forward pass, to count its cost.
+        The micro-batches are those of one rollout, in order, or an evaluation batch; all processes have `None` in the
+        same places. The vLLM correction adds to `metrics`, and `count` is called with each forward pass.
         """
         scored = [micro_batch for micro_batch in micro_batches if micro_batch is not None]
+        corrects = self.terms.corrects_sampler
         if self.args.behaviour_policy == "sampler":
             self._use_sampler_logps(scored, count)
-        elif self.schedule.has_old_policy or self.corrects:
+        elif self.schedule.has_old_policy or corrects:
             # The first update takes its old log-probabilities from the pass that trains.
-            skips_first = self.schedule.starts_on_policy and self.args.skip_on_policy_logps and not self.corrects
+            skips_first = self.schedule.starts_on_policy and self.args.skip_on_policy_logps and not corrects
             for micro_batch in micro_batches[self.schedule.gradient_accumulation_steps if skips_first else 0 :]:
                 if micro_batch is not None:
                     micro_batch["old_per_token_logps"] = self._logps(micro_batch, count)
-        if self.corrects:
+        if corrects:
             self._correct_for_sampler(scored, metrics)
-        if self.args.beta != 0.0:
+        if self.terms.beta != 0.0:
             with self._reference_policy() as model:
                 for micro_batch in scored:
                     micro_batch["ref_per_token_logps"] = self._logps(micro_batch, count, model)

@@ -28,6 +28,7 @@ from ..config import TICGRPOConfig
 from ..forward.packed_forward import ForwardOutput
 from ..metrics.ratios import effective_sample_size
 from ..rollout.current_rollout import CurrentRollout
+from ..rollout.loss_terms import LossTerms
 from ..rollout.micro_batches import active_responses
 from ..rollout.schedule import Position, RolloutSchedule
 from . import non_finite
@@ -81,8 +82,7 @@ class UpdateGuard:
     accelerator: Accelerator
     reports: NumberReports
     pad_token_id: int
-    only_advantages: bool  # whether every term of the loss is multiplied by the advantage
-    reads_entropies: bool  # whether the loss depends on the entropies in any way
+    terms: LossTerms
 
     def __post_init__(self):
         self._update = _Update()
@@ -132,11 +132,11 @@ class UpdateGuard:
 
         If bad responses have already been dropped from a `repeated` pass, skip the update instead.
         """
-        args, entropies = self.args, output.entropies if self.reads_entropies else None
+        args, entropies = self.args, output.entropies if self.terms.reads_entropies else None
         unbounded_level = None if args.is_anchored else str(args.importance_sampling_level)
-        numbers = non_finite.numbers_of_forward(output.logps, inputs, unbounded_level, args.beta, entropies)
+        numbers = non_finite.numbers_of_forward(output.logps, inputs, unbounded_level, self.terms.beta, entropies)
         bad = bad_responses(numbers)
-        active = active_responses(inputs, self.only_advantages) & ~bad
+        active = active_responses(inputs, self.terms.only_advantages) & ~bad
         dropped, left = self.accelerator.reduce(torch.stack([bad.sum(), active.sum()]), reduction="sum").tolist()
         if dropped == 0:
             self._update.active += left

@@ -37,11 +37,6 @@ def make_dataset(split: Split, size: int, seed: int = 0) -> Dataset:
     in `train`. There are only 981 different sums to ask in `train` and 119 in `test`; larger datasets repeat them with
     other worked examples.
 
-    Args:
-        split: `"train"` or `"test"`.
-        size: number of prompts.
-        seed: random seed; the same seed gives the same prompts.
-
     Returns:
         A dataset with the columns `prompt` (five messages) and `solution` (str, `14`).
 

@@ -49,9 +49,7 @@ def make_dataset(split: Split, size: int, seed: int = 0, term_counts: tuple[int,
     `train`). Longer sums fill the rest.
 
     Args:
-        split: `"train"` or `"test"`.
         size: number of problems, at most 499,950 for `train` and 55,550 for `test` with three to six terms.
-        seed: random seed; the same seed gives the same problems.
         term_counts: numbers of terms, in increasing order.
 
     Returns:
@@ -80,10 +78,7 @@ def make_dataset(split: Split, size: int, seed: int = 0, term_counts: tuple[int,
 def exact_match_reward(completions: list[list[Message]] | list[str], solution: list[str], **kwargs: Any) -> list[float]:
     r"""Reward a completion whose last `\boxed{}` holds the solution.
 
-    Args:
-        completions: completions, length B; conversational (the last message counts) or plain strings.
-        solution: correct answers, length B.
-        **kwargs: the other columns and arguments that TRL passes, unused.
+    Completions are strings, or conversations whose last message counts.
 
     Returns:
         Rewards, length B: 1.0 if the content of the last `\boxed{}` equals the solution, ignoring surrounding
