@@ -85,7 +85,7 @@ def batches(draw, per_token: bool | None = None, width: int = 64) -> Batch:
     return Batch(logps, logps - drift, advantages, mask)
 
 
-RULES = {name: package_algorithm(name) for name in FAMILY}
+ALGORITHM_RULES = {name: package_algorithm(name) for name in FAMILY}
 CLIPS = st.builds(
     Clip,
     st.sampled_from(CLIP_MODES),
@@ -94,7 +94,7 @@ CLIPS = st.builds(
     delta=st.none() | st.floats(11.5, 1e12),  # above 1 + epsilon_high, also beyond what a weight is held at
     length_scale=st.just(0.0) | st.floats(1e-3, 2),
 )
-RULES = st.sampled_from([(algorithm.level, algorithm.clip) for algorithm in RULES.values()]) | st.tuples(
+RULES = st.sampled_from([(algorithm.level, algorithm.clip) for algorithm in ALGORITHM_RULES.values()]) | st.tuples(
     st.sampled_from(LEVELS), CLIPS
 )
 

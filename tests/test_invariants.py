@@ -10,6 +10,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from searching import (
+    ALGORITHM_RULES,
     CLIPS,
     NORMALISERS,
     RULES,
@@ -55,7 +56,7 @@ def loss_of(batch: Batch, level: str, clip: Clip, loss_type="dr_grpo", of_all=No
 
 @searched(250)
 @given(
-    clip=CLIPS | st.sampled_from([algorithm.clip for algorithm in RULES.values()]),
+    clip=CLIPS | st.sampled_from([algorithm.clip for algorithm in ALGORITHM_RULES.values()]),
     advantage=st.sampled_from([0.0, -0.0, 1.0, -1.0, 5e-324, -5e-324]) | st.floats(-3, 3),
     length=st.integers(1, 6),
     logp=st.floats(-50, 0, width=32),

@@ -5,7 +5,7 @@ import torch
 from conftest import WORDS, logps, loss_and_gradients, make_trainer, tiny_model
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from searching import NORMALISERS, RULES, Batch, T, lies_on_a_bound, searched, tensors, written_out
+from searching import ALGORITHM_RULES, NORMALISERS, Batch, T, lies_on_a_bound, searched, tensors, written_out
 
 from tic_grpo_trl.algorithms import FAMILY
 
@@ -58,7 +58,7 @@ def same(actual: dict, expected: dict, scale: float = 1.0) -> bool:
 
 @pytest.mark.parametrize("algorithm", UNLIKE)
 def test_the_trainers_loss_and_gradient_are_the_formulas(trainer_of, algorithm):
-    trainer, (level, clip) = trainer_of(algorithm), (RULES[algorithm].level, RULES[algorithm].clip)
+    trainer, (level, clip) = trainer_of(algorithm), (ALGORITHM_RULES[algorithm].level, ALGORITHM_RULES[algorithm].clip)
 
     @searched(2)
     @given(micro_batches(), st.sampled_from([0.0, 1e4, -1e4]), st.data())
@@ -89,7 +89,7 @@ def test_the_trainers_loss_and_gradient_are_the_formulas(trainer_of, algorithm):
 def test_what_must_not_change_the_trainers_loss_does_not(trainer_of, algorithm):
     """Order, columns of padding with anything behind them, advantages per token; a factor of these scales it."""
     trainer = trainer_of(algorithm)
-    trainer.loss_type = RULES[algorithm].loss_type
+    trainer.loss_type = ALGORITHM_RULES[algorithm].loss_type
 
     @searched(2)
     @given(micro_batches(), st.randoms(use_true_random=False), st.sampled_from([0.25, 4.0]))
@@ -114,7 +114,7 @@ def test_what_must_not_change_the_trainers_loss_does_not(trainer_of, algorithm):
             }
         )
         check({"advantages": inputs["advantages"] * factor}, factor)
-        if RULES[algorithm].level != "sequence" or trainer.args.is_anchored:
+        if ALGORITHM_RULES[algorithm].level != "sequence" or trainer.args.is_anchored:
             per_token = inputs["advantages"].unsqueeze(1).expand_as(inputs["completion_mask"])
             check({"advantages": per_token.contiguous()})
 
@@ -124,7 +124,7 @@ def test_what_must_not_change_the_trainers_loss_does_not(trainer_of, algorithm):
 @pytest.mark.parametrize("algorithm", UNLIKE)
 def test_identical_policies_have_the_ratio_1_exactly(trainer_of, algorithm):
     trainer = trainer_of(algorithm)
-    trainer.loss_type = RULES[algorithm].loss_type
+    trainer.loss_type = ALGORITHM_RULES[algorithm].loss_type
 
     @searched(2)
     @given(micro_batches())

@@ -8,7 +8,7 @@ import math
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from searching import RULES, Batch, bounds, clipped_weight, close, ratios_of, searched, tensors
+from searching import ALGORITHM_RULES, Batch, bounds, clipped_weight, close, ratios_of, searched, tensors
 
 from research.theory.estimators import STD_OFFSET, expected_update, listed, package_algorithm
 from research.theory.policy import enumerate_responses, policy_gradient, token_logps, tree_task
@@ -70,9 +70,12 @@ def test_the_unclipped_loss_has_the_exact_policy_gradient(policy):
 
 
 @searched(25)
-@given(policies(), st.sampled_from([name for name, algorithm in RULES.items() if algorithm.level == "trajectory"]))
+@given(
+    policies(),
+    st.sampled_from([name for name, algorithm in ALGORITHM_RULES.items() if algorithm.level == "trajectory"]),
+)
 def test_the_clipped_loss_has_the_exact_gradient_of_its_objective(policy, name):
-    (behaviour, theta), algorithm = policy, RULES[name]
+    (behaviour, theta), algorithm = policy, ALGORITHM_RULES[name]
     theta.requires_grad_()
     log_p = token_logps(theta, behaviour.responses).sum(-1)
     log_old = token_logps(behaviour.theta_old, behaviour.responses).sum(-1)
@@ -92,5 +95,5 @@ def test_the_clipped_loss_has_the_exact_gradient_of_its_objective(policy, name):
 @searched(25)
 @given(policies(), st.sampled_from(FAMILY))
 def test_the_loss_of_every_arm_has_the_expected_update_of_the_theory(policy, name):
-    (behaviour, theta), algorithm = policy, RULES[name]
+    (behaviour, theta), algorithm = policy, ALGORITHM_RULES[name]
     close(anchored_update(behaviour, theta, algorithm), expected_update(behaviour, theta, algorithm), 1e-11)
