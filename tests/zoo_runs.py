@@ -154,7 +154,7 @@ class Measured:
         found = {
             "padding": self.counts_padding and self.layout != "padded",
             "random": self.random,
-            "head": any("TRL's head" in text for text in self.warnings),
+            "head": any("TRL's fused head" in text for text in self.warnings),
         }
         return {name for name, holds in found.items() if holds}
 
