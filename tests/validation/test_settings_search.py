@@ -124,6 +124,7 @@ configurations = st.lists(st.sampled_from(sorted(FIELDS)), min_size=1, max_size=
 
 # What an error of transformers or torch calls an option
 THEIR_NAMES = {
+    "seed": "Seed",
     "repetition_penalty": "penalty",
     "max_completion_length": "max_new_tokens",
     "learning_rate": "learning rate",
@@ -208,6 +209,7 @@ FOUND = [
     ({"max_steps": 0}, "max_steps=0 must be at least 1, or -1"),
     ({"num_train_epochs": 0, "max_steps": -1}, "num_train_epochs=0.0 must be positive"),
     ({"adam_epsilon": 0}, r"adam_epsilon=0.0 must be in \(0, inf\), for example 1e-08"),
+    ({"generation_kwargs": "nonsense"}, "generation_kwargs='nonsense' must be a dictionary"),
     ({"reward_weights": [NAN]}, r"reward_weights=\[nan\] must be a list of finite numbers"),
 ]
 

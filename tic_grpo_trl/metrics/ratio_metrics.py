@@ -10,9 +10,6 @@ from ..rollout.scoring import Metrics
 from .ratios import mean_sampler_ratio, merge_steps
 
 
-PREFIX = "trajectory_ratio"
-
-
 @dataclass
 class RatioMetrics:
     """Collect ratio statistics per update and evaluation batch, and log them."""
@@ -46,7 +43,7 @@ class RatioMetrics:
         if sampler_ratio is not None:
             metrics["sampling/mean_ratio"].append(sampler_ratio)
         for name, value in merge_steps(steps).items():
-            metrics[f"{PREFIX}/{name}"].append(value)
+            metrics[f"trajectory_ratio/{name}"].append(value)
         steps.clear()
         for name in [name for name in metrics if self.removes_clip_ratios and name.startswith("clip_ratio/")]:
             del metrics[name]

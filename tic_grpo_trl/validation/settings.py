@@ -29,8 +29,7 @@ class Range:
         return above and (value < high or (self.interval[-1] == "]" and value == high))
 
 
-# Fields of TRL and transformers. Listed are only those where a bad value would go unnoticed, fail late, or fail with an
-# error that does not name it. The libraries refuse the others themselves.
+# Fields of TRL and transformers whose bad values would go unnoticed, fail late or fail without their name
 _RANGES = {
     Range("[1, inf)", 1): "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
     "steps_per_generation generation_batch_size num_generations_eval num_iterations vllm_tensor_parallel_size "
@@ -118,6 +117,9 @@ def check_ranges(config: Any):
         raise ValueError(f"num_train_epochs={config.num_train_epochs} must be positive, or set max_steps.")
     if config.top_k == -1 and not config.use_vllm:
         raise ValueError("top_k=-1 means no limit to vLLM only: set top_k=0.")
+    kwargs = config.generation_kwargs
+    if not (kwargs is None or isinstance(kwargs, dict) or str(kwargs).startswith("{")):  # a flag gives JSON
+        raise ValueError(f"generation_kwargs={kwargs!r} must be a dictionary.")
     weights = config.reward_weights
     if isinstance(weights, list) and not all(isinstance(w, numbers.Real) and math.isfinite(w) for w in weights):
         raise ValueError(f"reward_weights={weights} must be a list of finite numbers, one per reward function.")
