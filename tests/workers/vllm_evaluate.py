@@ -15,10 +15,10 @@ from tic_grpo_trl.evaluation.sampling import vllm_sampler
 if __name__ == "__main__":
     engines = {}
 
-    def one_engine(model, tokenizer, dtype, **engine):
+    def one_engine(*model, **engine):
         """For all runs: an engine takes long to start."""
         if not engines:
-            engines["sampler"] = vllm_sampler(model, tokenizer, dtype, **engine | {"enforce_eager": True})
+            engines["sampler"] = vllm_sampler(*model, **engine | {"enforce_eager": True})
         return engines["sampler"]
 
     run.vllm_sampler = one_engine
