@@ -23,7 +23,7 @@ from .algorithms import (
 )
 from .objective import CLIP_MODES, LEVELS, Clip
 from .safety.credentials import WithoutCredentials
-from .validation.batch_sizes import check_batches
+from .validation.batch_sizes import check_batches, derive_batches
 from .validation.settings import Range, check_choices, check_combinations, check_ranges, convert_types
 
 
@@ -111,6 +111,27 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
         "Advantage: 'none' for the reward minus the group mean (v5), 'group' to divide it by the group's standard "
         "deviation (v2), 'batch' to divide it by the batch's. True means 'group', False means 'none'.",
     )
+    responses_per_update: Annotated[int | None, Range("[1, inf)", 512)] = _option(
+        None,
+        "Responses of an update on all processes together, whatever their number. gradient_accumulation_steps follows "
+        "from it: responses_per_update / (per_device_train_batch_size * number of processes).",
+    )
+    updates_per_rollout: Annotated[int | None, Range("[1, inf)", 4)] = _option(
+        None,
+        "K, the updates of a rollout. steps_per_generation follows from it: K * gradient_accumulation_steps. "
+        "num_iterations repeats these updates.",
+    )
+    responses_per_eval_batch: Annotated[int | None, Range("[1, inf)", 960)] = _option(
+        None,
+        "Responses of an evaluation batch on all processes together. per_device_eval_batch_size follows from it.",
+    )
+    gradient_accumulation_steps: int | None = _option(  # type: ignore[assignment]
+        None, "Micro-batches of an update on each process. 1 by default, or what responses_per_update makes it."
+    )
+    per_device_eval_batch_size: int | None = _option(  # type: ignore[assignment]
+        None,
+        "Responses of an evaluation batch on each process. 8 by default, or what responses_per_eval_batch makes it.",
+    )
     partition_by_prompt: bool = _option(
         True,
         "Split a rollout into mini-batches of complete groups, uniformly at random (v5 §2.2). This needs "
@@ -162,6 +183,11 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
         None,
         "Keep only this many of the newest log_completions tables (completions/*.parquet). All by default.",
     )
+    log_all_ratio_metrics: bool = _option(
+        False,
+        "Log all twelve trajectory_ratio/ metrics, overall and for each inner step k = 1 … K: 12·(K + 1) in all. By "
+        "default eight are logged overall, and only spread and effective sample size at the first and last inner step.",
+    )
     vllm_importance_sampling_correction: bool | None = _option(  # type: ignore[assignment]
         None,
         "TRL's correction for the mismatch between vLLM and the trained model. True by default, False with "
@@ -193,6 +219,7 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
                 UserWarning,
                 stacklevel=3,
             )
+        derive_batches(self)
         generation_batch_size = self.generation_batch_size
         if self.steps_per_generation is not None:  # a saved config has both, which TRL refuses
             self.generation_batch_size = None

@@ -26,7 +26,6 @@ class PlannedConfig(TICGRPOConfig):
     topology = Topology()
 
     def __post_init__(self):
-        check_batches(self, self.topology.processes)
         self.planned_bf16 = self.bf16 if self.bf16 is not None else not self.fp16
         self.use_cpu, self.bf16 = True, False
         super().__post_init__()
@@ -87,7 +86,7 @@ class Plan:
     def __post_init__(self):
         check_length(self.args, self.longest_prompt)
         if self.num_prompts is not None:
-            check_prompts(self.batches, self.num_prompts)
+            check_prompts(self.args, self.batches, self.num_prompts)
         if self.model is not None and self.gpu_memory:
             if self._has_engine:
                 self._check_engine(self.gpu_memory)

@@ -111,8 +111,8 @@ class RatioProbe:
         if not self.compares and self.by_trajectory:
             logger.warning(
                 "K = 1: every rollout is used for one update, so every ratio is 1 and TIC-GRPO has nothing to correct. "
-                f"For K = 4 set steps_per_generation={4 * self.args.gradient_accumulation_steps} (mini-batches of a "
-                "larger rollout) or num_iterations=4 (the same rollout four times)."
+                "Set updates_per_rollout=4 (mini-batches of a larger rollout) or num_iterations=4 (the same rollout "
+                "four times)."
             )
 
     def check_rollout(self, rollout: dict[str, Any], metrics: dict[str, list[float]], is_new: bool):

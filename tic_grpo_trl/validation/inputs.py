@@ -39,7 +39,7 @@ def check_inputs(model: Any, reward_funcs: Any, args: TICGRPOConfig, train_datas
         return  # the prompts come from the environment
     if isinstance(train_dataset, Dataset | IterableDataset):
         batches = RolloutSchedule.of(args, args.world_size)
-        check_prompts(batches, _check_examples("train_dataset", train_dataset, batches.prompts))
+        check_prompts(args, batches, _check_examples("train_dataset", train_dataset, batches.prompts))
     evaluated = others.get("eval_dataset") if args.eval_strategy != "no" else None
     for name, dataset in (evaluated if isinstance(evaluated, dict) else {"eval_dataset": evaluated}).items():
         if isinstance(dataset, Dataset | IterableDataset):
