@@ -219,6 +219,8 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
                 UserWarning,
                 stacklevel=3,
             )
+        if self.responses_per_update or self.responses_per_eval_batch:
+            _ = self.device  # sets up the processes, so that world_size is known
         derive_batches(self)
         generation_batch_size = self.generation_batch_size
         if self.steps_per_generation is not None:  # a saved config has both, which TRL refuses
