@@ -171,6 +171,7 @@ def make_trainer(tmp_path, model=None, trl: bool = False, callbacks=None, **conf
             "logging_steps": 1,
             "max_steps": 4,
         }
+        | ({} if trl else {"log_all_ratio_metrics": True})
         | config,
     )
     return trainer_class(

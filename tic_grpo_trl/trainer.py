@@ -60,11 +60,10 @@ class TICGRPOTrainer(GRPOTrainer):
             Configuration. If not given, one is built with the model's name.
 
     Metrics of the trajectory ratio w' = P_θ/P_old, before any cap and over all processes, are logged under
-    `trajectory_ratio/`, and per inner step k = 1 … K under `trajectory_ratio/inner_<k>/`. They describe the responses
-    that were trained on; names and units are those of [`~tic_grpo_trl.metrics.ratios.ratio_metrics`]. TRL's
-    `clip_ratio/*` are logged only for algorithms whose weight TRL computes itself. Where rollouts come with the
-    sampler's log-probabilities (vLLM, or a `rollout_func`), `sampling/mean_ratio` is the geometric mean of
-    P_old/P_sampler per token, and a warning says that the engine's weights are stale if it is not within 1 % of 1.
+    `trajectory_ratio/`; `log_all_ratio_metrics` adds more. They describe the responses that were trained on; names and
+    units are those of [`~tic_grpo_trl.metrics.ratios.ratio_metrics`]. TRL's `clip_ratio/*` are logged only for
+    algorithms whose weight TRL computes itself. `sampling/mean_ratio` compares the sampler's log-probabilities, where
+    rollouts come with them, and a warning says that an engine's weights are stale.
 
     Raises:
         TypeError: if `args` is not a [`TICGRPOConfig`].
@@ -140,8 +139,8 @@ class TICGRPOTrainer(GRPOTrainer):
         compares = schedule.has_old_policy or args.behaviour_policy == "sampler"
         self.probe = RatioProbe(args, accelerator, policy, forward, pad, self.temperature, compares)
 
-        self.ratios = ratios = RatioMetrics(accelerator, removes_clip_ratios=args.is_anchored)
-        self.completions_table = table = CompletionsTable(accelerator, lambda: self._logs, self.log_completions)
+        self.ratios = ratios = RatioMetrics(args, accelerator, schedule)
+        self.completions_table = table = CompletionsTable(args, accelerator, lambda: self._logs)
         self.update_metrics = updates = UpdateMetrics(accelerator, schedule)
         self.weighted_loss = WeightedLoss(schedule, accelerator, forward, scorer, guard, ratios, updates, table, terms)
 
@@ -184,9 +183,9 @@ class TICGRPOTrainer(GRPOTrainer):
         if self.model.training:
             self.reward_guard.mark(rollout)
             self.probe.check_rollout(rollout, metrics, is_new=self.state.global_step == 0)
+            self.completions_table.add_responses(rollout, len(inputs))
         else:
             self.scorer.score([rollout], metrics)
-        self.completions_table.add_responses(rollout, len(inputs))
         return rollout
 
     def _prepare_inputs(self, generation_batch):
@@ -268,17 +267,19 @@ class TICGRPOTrainer(GRPOTrainer):
         if "train_loss" in logs:
             logs["train_loss"] = self.loop_state.mean_loss()
         super().log(logs, start_time)
-        folder, limit = Path(str(self.args.output_dir)), self.args.completions_total_limit
-        self.completions_table.rotate(folder, limit, self.state.global_step)
+        self.completions_table.rotate(self.state.global_step)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        with self.completions_table.of_evaluation(metric_key_prefix, self.state.global_step):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, **kwargs) -> None:  # type: ignore[override]
         folder = Path(str(self.args.output_dir))
         on_hub = dataset_name if dataset_name and is_hub_id(dataset_name) else None
         super().create_model_card(model_name or folder.name, on_hub, **kwargs)
         if self.is_world_process_zero():
-            base = "/".join(Path(get_config_model_id(self.model.config)).parts[-2:]) or "unnamed"
             run = self.args, self.state.log_history, self.accelerator.num_processes, self.reward_func_names
-            path = folder / "README.md"
+            base, path = get_config_model_id(self.model.config), folder / "README.md"
             path.write_text(complete_card(path.read_text(), *run, dataset_name, base_model=base, model=folder.name))
 
     # Checkpoints

@@ -1,7 +1,9 @@
 """The tables of `log_completions`: each response's trajectory ratio, and how many tables are kept."""
 
 import math
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,18 @@ from accelerate.utils import gather_object
 from trl.trainer.utils import strip_images_from_messages
 
 from ..checkpoint.storage import restore_containers
+from ..config import TICGRPOConfig
 from ..forward.responses import loss_mask
+
+
+class _NoRatio(float):
+    """A NaN that a console shows as nothing, and that files and trackers store as a missing number."""
+
+    def __str__(self) -> str:
+        return ""
+
+
+NO_RATIO = _NoRatio("nan")
 
 
 @dataclass
@@ -21,14 +34,17 @@ class CompletionsTable:
     Add a column `trajectory_ratio` to TRL's table of completions.
 
     It holds w' = P_θ/P_old of each response as of its latest update, and nothing for responses that have not been
-    trained on. Like TRL's columns, it keeps the last `generation_batch_size` entries.
+    trained on. Like TRL's columns, it keeps the last `generation_batch_size` entries. Evaluations have a table of their
+    own, without this column.
     """
 
+    args: TICGRPOConfig
     accelerator: Accelerator
     logs: Callable[[], dict[str, Any]]  # returns TRL's table by column
-    is_logged: bool  # without a table, nothing is done here
 
     def __post_init__(self):
+        self.is_logged = self.args.log_completions  # without a table, nothing is done here
+        self._folder = Path(str(self.args.output_dir)) / "completions"
         self._responses = 0  # in the table so far, those that it has dropped included
         self._ratios: list[tuple[torch.Tensor, torch.Tensor]] = []  # (numbers, R) of the current update
 
@@ -39,7 +55,7 @@ class CompletionsTable:
         counts = gather_object([count])
         first = self._responses + sum(counts[: self.accelerator.process_index])
         self._responses += sum(counts)
-        self._column.extend([None] * sum(counts))
+        self._column.extend([NO_RATIO] * sum(counts))
         rollout["sample"] = torch.arange(first, first + count, device=self.accelerator.device)
 
     def add_ratios(self, inputs: dict[str, Any], log_ratios: torch.Tensor):
@@ -61,14 +77,44 @@ class CompletionsTable:
             if number >= first:
                 column[number - first] = float(f"{math.exp(min(log_ratio, 700.0)):.4g}")
 
-    def rotate(self, output_dir: Path, limit: int | None, step: int):
-        """Delete the oldest tables beyond `limit`; those after `step` don't count, a resumed run writes them again."""
+    @contextmanager
+    def of_evaluation(self, name: str, step: int) -> Iterator[None]:
+        """Give an evaluation an empty table, which TRL saves as `completions_<step>.parquet`; rename it to
+        `<name>_<step>.parquet`, and put the table of the training responses and its file back."""
+        if not self.is_logged:
+            yield
+            return
+        logs, file = self.logs(), self._folder / f"completions_{step:05d}.parquet"
+        training, kept = dict(logs), file.with_suffix(".training")
+        for column, values in training.items():
+            is_list = isinstance(values, deque)
+            logs[column] = deque(maxlen=values.maxlen) if is_list else defaultdict(values.default_factory)
+        writes = self.accelerator.is_main_process
+        if writes and file.exists():
+            file.rename(kept)
+        try:
+            yield
+        finally:
+            logs.update(training)
+            if writes and file.exists():
+                file.rename(self._folder / f"{name}_{step:05d}.parquet")
+            if writes and kept.exists():
+                kept.rename(file)
+
+    def rotate(self, step: int):
+        """Delete the oldest tables of training and of each evaluation beyond `completions_total_limit`; those after
+        `step` don't count, a resumed run writes them again."""
+        limit = self.args.completions_total_limit
         if not self.is_logged or limit is None or not self.accelerator.is_main_process:
             return
-        folder = output_dir / "completions"
-        tables = {int(path.stem.split("_")[1]): path for path in folder.glob("completions_*.parquet")}
-        for number in sorted(number for number in tables if number <= step)[:-limit]:
-            tables[number].unlink()
+        tables: dict[str, dict[int, Path]] = defaultdict(dict)
+        for path in self._folder.glob("*.parquet"):
+            name, _, number = path.stem.rpartition("_")
+            if number.isdigit():
+                tables[name][int(number)] = path
+        for of_name in tables.values():
+            for number in sorted(number for number in of_name if number <= step)[:-limit]:
+                of_name[number].unlink()
 
     @property
     def _column(self) -> Any:
@@ -81,9 +127,13 @@ class CompletionsTable:
         logs = dict(self.logs())
         for name in ("prompt", "completion"):
             logs[name] = [strip_images_from_messages(messages) for messages in logs[name]]
+        logs["extra"] = logs["extra"] | {"trajectory_ratio": [float(ratio) for ratio in self._column]}
         return {"responses": self._responses, "logs": logs | {"images": [None] * len(logs["images"])}}
 
     def load_state_dict(self, state: dict[str, Any]):
         self._responses = state["responses"]
         logs = self.logs()
         logs.update(restore_containers(logs, state.get("logs", {})))
+        for index, ratio in enumerate(self._column):
+            if ratio is None or math.isnan(ratio):
+                self._column[index] = NO_RATIO

@@ -1,8 +1,10 @@
 """Complete TRL's model card with the run's settings, data and results."""
 
+from pathlib import Path
 from typing import Any
 
 from ..rollout.schedule import RolloutSchedule
+from ..starter import STARTER_MODEL
 from ..version import __version__
 from .run_summary import LogHistory, accuracy_name, series, table
 
@@ -17,7 +19,7 @@ def complete_card(
     processes: int,
     reward_names: list[str],  # the first one is the accuracy
     data: str | None,  # name of the training data
-    base_model: str,
+    base_model: str,  # hub id or folder
     model: str,  # name of the trained model, for the usage example
 ) -> str:
     """Add the run's settings and results to a model card in Markdown."""
@@ -40,5 +42,11 @@ def complete_card(
     heading = "### Framework versions\n\n"
     card = card.replace(heading, f"{settings}\n\n{heading}- tic-grpo-trl: {__version__}\n")
     # TRL writes "None" for a base model in a local folder, and for a model that is not on the hub.
-    card = card.replace("[None](https://huggingface.co/None)", f"`{base_model}`")
+    card = card.replace("[None](https://huggingface.co/None)", _in_words(base_model))
     return card.replace('model="None"', f'model="{model}"')
+
+
+def _in_words(folder: str) -> str:
+    if folder == STARTER_MODEL:
+        return "the starter, a 167k-parameter model included in tic-grpo-trl"
+    return f"the model in the local folder `{Path(folder).name}`" if folder else "a model without a name"

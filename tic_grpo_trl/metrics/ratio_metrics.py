@@ -1,21 +1,25 @@
 """Collects the trajectory ratios of a run's responses and logs their metrics."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from ..config import TICGRPOConfig
+from ..rollout.schedule import RolloutSchedule
 from ..rollout.scoring import Metrics
-from .ratios import mean_sampler_ratio, merge_steps
+from .ratios import default_metrics, mean_sampler_ratio, merge_steps
 
 
 @dataclass
 class RatioMetrics:
     """Collect ratio statistics per update and evaluation batch, and log them."""
 
+    args: TICGRPOConfig
     accelerator: Accelerator
-    removes_clip_ratios: bool  # TRL's `clip_ratio/*`, where they would describe weights after the cap
+    schedule: RolloutSchedule
 
     def __post_init__(self):
         self._open: list[torch.Tensor] = []  # of this process's micro-batches in the current update
@@ -42,11 +46,17 @@ class RatioMetrics:
         sampler_ratio = mean_sampler_ratio(steps) if steps else None
         if sampler_ratio is not None:
             metrics["sampling/mean_ratio"].append(sampler_ratio)
-        for name, value in merge_steps(steps).items():
+        logged = merge_steps(steps)
+        if not self.args.log_all_ratio_metrics:
+            logged = {
+                name: logged[name] for name in default_metrics(math.ceil(self.schedule.updates)) if name in logged
+            }
+        for name, value in logged.items():
             metrics[f"trajectory_ratio/{name}"].append(value)
         steps.clear()
-        for name in [name for name in metrics if self.removes_clip_ratios and name.startswith("clip_ratio/")]:
-            del metrics[name]
+        if self.args.is_anchored:  # TRL's would describe weights after the cap
+            for name in [name for name in metrics if name.startswith("clip_ratio/")]:
+                del metrics[name]
         return sampler_ratio
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from ..objective import ClippedWeight
 
 QUANTILES = {"log_q05": 0.05, "log_q50": 0.5, "log_q95": 0.95}
 LOW_RATIO = 0.1
+# Logged by default, over all updates
+DEFAULT = ("ess", "log_std", *QUANTILES, "clip_high_pos", "clip_high_neg", "clip_low_neg")
 
 
 def ratio_statistics(
@@ -100,6 +102,13 @@ def ratio_metrics(rows: torch.Tensor) -> dict[str, float]:
         metrics["clip_high_neg"] = high_neg / losses
         metrics["clip_low_neg"] = low_neg / losses
     return metrics
+
+
+def default_metrics(last_inner_step: int) -> tuple[str, ...]:
+    """Return the names that are logged by default; per inner step those that show noise at the first and drift at the
+    last."""
+    last = f"inner_{last_inner_step}/"
+    return (*DEFAULT, "inner_1/log_std", f"{last}ess", f"{last}log_std")
 
 
 def mean_sampler_ratio(steps: list[tuple[int | None, torch.Tensor]]) -> float | None:

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from ..config import TICGRPOConfig
-from .ratios import QUANTILES
+from .ratios import DEFAULT, QUANTILES
 
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
@@ -18,9 +18,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 AMBER, SKY, PURPLE = "#E69F00", "#56B4E9", "#CC79A7"
 
 NOISE_FLOOR = "trajectory_ratio/noise_floor"
-# Ratio metrics of a summary
-RATIOS = ("ess", "log_std", *QUANTILES, "clip_high_pos", "clip_high_neg", "clip_low_neg")
-INNER_STEP = re.compile(r"trajectory_ratio/inner_(\d+)/ess")
+INNER_STEP = re.compile(r"trajectory_ratio/inner_(\d+)/log_std")
 LINES = 4  # most inner steps in a figure
 
 LogHistory = list[dict[str, Any]]
@@ -54,7 +52,7 @@ def ratio_means(log_history: LogHistory) -> dict[str, float]:
     The keys are the metrics' names without `trajectory_ratio/`; quantiles of R are in nats.
     """
     places = ["", *(f"inner_{k}/" for k in inner_steps(log_history))]
-    names = {f"{place}{name}": f"trajectory_ratio/{place}{name}" for place in places for name in RATIOS}
+    names = {f"{place}{name}": f"trajectory_ratio/{place}{name}" for place in places for name in DEFAULT}
     names |= {"noise_floor": NOISE_FLOOR, "frac_non_finite": "frac_non_finite", "update/skipped": "update/skipped"}
     values = {short: series(log_history, name)[1] for short, name in names.items()}
     return {short: fmean(of_name) for short, of_name in values.items() if of_name}
