@@ -1,18 +1,19 @@
 """Plan a run for `--dry_run`: batches, updates and memory from the settings alone, before anything is loaded."""
 
-import argparse
 import math
-from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from ..config import TICGRPOConfig
 from ..rollout.schedule import RolloutSchedule
-from ..validation.batch_sizes import check_batches, check_length, check_prompts
+from ..validation.batch_sizes import check_batches, check_length, check_prompts, derive_batches
+from ..validation.model_path import missing_model
 from .memory import ModelSize, activation_bytes, model_size, state_bytes
 from .topology import Topology
 
@@ -24,6 +25,7 @@ class PlannedConfig(TICGRPOConfig):
     """Read the settings of a run on other machines: no process group, no GPU, the number of processes as planned."""
 
     topology = Topology()
+    recipe_batches: ClassVar[RolloutSchedule | None] = None  # what the recipe says, on its own topology
 
     def __post_init__(self):
         self.planned_bf16 = self.bf16 if self.bf16 is not None else not self.fp16
@@ -35,31 +37,69 @@ class PlannedConfig(TICGRPOConfig):
         return self.topology.processes
 
 
-def plan_for(argv: Sequence[str], environ: MutableMapping[str, str]) -> type[PlannedConfig] | None:
+def plan_for(
+    accelerate_config: str | None,
+    num_processes: int | None,
+    environ: MutableMapping[str, str],
+    recipe: Mapping[str, Any] | None = None,
+) -> type[PlannedConfig] | None:
     """Return the config class that reads the settings of a dry run, or `None` in all processes but the first.
 
-    `--accelerate_config FILE` and `--num_processes N` name a topology. Without them it is the one that
-    `accelerate launch` put into the environment, from where it is removed, so that nothing is started.
+    Args:
+        accelerate_config: file that the flag names.
+        num_processes: of the flag.
+        environ: where `accelerate launch` describes the topology, which counts unless a flag names another. The
+            description is removed, so that nothing is started.
+        recipe: contents of the file of `--config`. Its `accelerate_config`, as a path, and `num_processes` count if
+            neither a flag nor the launcher says otherwise.
+
+    Raises:
+        ValueError: if a topology's file is not one of accelerate, or starts only one of several processes.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--accelerate_config")
-    parser.add_argument("--num_processes", type=int)
-    flags, _ = parser.parse_known_args(argv)
-    if flags.accelerate_config:
-        topology = Topology.from_file(flags.accelerate_config, flags.num_processes)
-    elif flags.num_processes:
-        topology = Topology(flags.num_processes, f"{flags.num_processes} processes")
-    else:
+    recipe = recipe or {}
+    own_file, own_processes = recipe.get("accelerate_config"), recipe.get("num_processes")
+    own = None
+    if accelerate_config:
+        topology = Topology.from_file(accelerate_config, num_processes)
+    elif "WORLD_SIZE" in environ or "ACCELERATE_MIXED_PRECISION" in environ:
         topology = Topology.from_environment(environ)
+        topology = replace(topology, processes=num_processes or topology.processes)
+    elif own_file:
+        topology = Topology.from_file(own_file, num_processes or own_processes)
+    else:
+        topology = Topology.of(num_processes or own_processes or 1)
+    if own_file or own_processes:
+        own = Topology.from_file(own_file, own_processes) if own_file else Topology.of(own_processes)
     is_first = environ.get("RANK", "0") == "0"
     for name in list(environ):
         if name.startswith("ACCELERATE_") or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             del environ[name]
-    return type("PlannedTopology", (PlannedConfig,), {"topology": topology}) if is_first else None
+    members = {"topology": topology, "recipe_batches": _recipe_batches(recipe, (own or topology).processes)}
+    return type("PlannedTopology", (PlannedConfig,), members) if is_first else None
 
 
-def load_model_config(name: str, trust_remote_code: bool = False) -> tuple[PretrainedConfig | None, str]:
-    """Load the configuration of a folder or hub id; if it cannot be read, return `None` and the reason."""
+def _recipe_batches(recipe: Mapping[str, Any], processes: int) -> RolloutSchedule | None:
+    """Return the batches of a recipe without flags; without a recipe, or if it needs a flag, `None`."""
+    if not recipe:
+        return None
+    settings = SimpleNamespace(**{field.name: field.default for field in fields(TICGRPOConfig)} | dict(recipe))
+    settings.world_size = processes
+    try:
+        derive_batches(settings)
+        return RolloutSchedule.of(settings, processes)
+    except (ValueError, TypeError):
+        return None
+
+
+def load_model_config(
+    name: str, trust_remote_code: bool = False, command: str | None = None
+) -> tuple[PretrainedConfig | None, str]:
+    """Load the configuration of a folder or hub id; if it cannot be read, return `None` and the reason.
+
+    `command` is the recipe's `model_command`, which makes the folder.
+    """
+    if missing := missing_model(name, command):
+        return None, f"memory not estimated: {missing}"
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code), ""
     except OSError as error:
@@ -146,8 +186,14 @@ class Plan:
         smaller = [n for n in range(size - 1, 0, -1) if size % n == 0]
         if fits := next((n for n in smaller if sum(self.memory(n).values()) <= gpu_memory), None):
             window, steps = (n * size // fits for n in (b.gradient_accumulation_steps, b.steps_per_generation))
-            nearest = f"per_device_train_batch_size {fits} with gradient_accumulation_steps {window} and "
-            nearest += f"steps_per_generation {steps}"
+            follow = []
+            if self.args.responses_per_update is None:
+                follow.append(f"gradient_accumulation_steps {window}")
+            if self.args.updates_per_rollout is None:
+                follow.append(f"steps_per_generation {steps}")
+            nearest = (
+                f"per_device_train_batch_size {fits}" + " with" * bool(follow) + " and".join(f" {f}" for f in follow)
+            )
         else:
             last = "LoRA" if self.peft_config is None else "a smaller max_completion_length"
             nearest = "a topology that shards more (see accelerate_configs/), a smaller vllm_gpu_memory_utilization, "
@@ -204,10 +250,39 @@ class Plan:
             ("run", self._run_line()),
             ("tokens", f"at most {b.update_responses:,} x ({length}) = {update} an update, {rollout} a rollout"),
         ]
-        if prompts := self.eval_prompts:
-            group = args.num_generations_eval or b.num_generations
-            lines.append(("evaluation", f"{prompts:,} prompts x {group} = {prompts * group:,} responses"))
+        if changed := self._batch_line():
+            lines.insert(4, ("batch", changed))
+        if self.eval_prompts:
+            lines.append(("evaluation", self._evaluation_line(self.eval_prompts)))
         return lines + (self._memory_lines() if self.model is not None else [])
+
+    def _batch_line(self) -> str:
+        """Describe where the batches differ from those of the recipe on its own topology."""
+        ours, recipe, texts = self.batches, self.args.recipe_batches, []
+        if recipe is None:
+            return ""
+        if ours.update_responses != recipe.update_responses:
+            times, rest = divmod(ours.update_responses, recipe.update_responses)
+            text = f"{ours.update_responses:,} responses per update, "
+            text += f"{times:,} times the recipe's" if not rest else "instead of the recipe's"
+            texts.append(f"{text} {recipe.update_responses:,}")
+        if ours.updates != recipe.updates:
+            texts.append(f"K = {ours.updates:g} instead of the recipe's {recipe.updates:g}")
+        return "; ".join(texts)
+
+    def _evaluation_line(self, prompts: int) -> str:
+        """Count the responses of an evaluation; several processes complete their last batches with repeated prompts."""
+        args, b = self.args, self.batches
+        group = args.num_generations_eval or b.num_generations
+        responses, a_round = prompts * group, args.per_device_eval_batch_size * b.processes
+        text = f"{prompts:,} prompts x {group} = {responses:,} responses"
+        generated = math.ceil(responses / a_round) * a_round
+        if b.processes > 1 and generated > responses:
+            text += f"; {generated:,} are generated, because the batches of {b.processes} processes x "
+            text += f"{args.per_device_eval_batch_size} are filled up with repeats"
+            if responses % math.lcm(b.processes, group) == 0 and a_round > responses:
+                text += f". Set responses_per_eval_batch to {responses}"
+        return text
 
     def _run_line(self) -> str:
         args, b = self.args, self.batches

@@ -27,8 +27,17 @@ class Topology:
         return "DDP" if self.processes > 1 else "nothing is sharded"
 
     @classmethod
+    def of(cls, processes: int) -> "Topology":
+        """Describe processes of which nothing more is known."""
+        return cls(processes, f"{processes} processes") if processes > 1 else cls()
+
+    @classmethod
     def from_file(cls, path: str | Path, processes: int | None = None) -> "Topology":
-        """Read a file of `accelerate config`; `processes` overrides its `num_processes`."""
+        """Read a file of `accelerate config`; `processes` overrides its `num_processes`.
+
+        Raises:
+            ValueError: if accelerate did not write this file, or would start one process where several are wanted.
+        """
         try:
             config: Any = yaml.safe_load(Path(path).read_text())
             kind = str(config["distributed_type"])
@@ -37,6 +46,11 @@ class Topology:
                 f"--accelerate_config {path}: not a file of accelerate. Give one of accelerate_configs/*.yaml, or a "
                 "file that `accelerate config` wrote."
             ) from error
+        if kind in ("NO", "False") and int(processes or 1) > 1:
+            raise ValueError(
+                f"--accelerate_config {Path(path).stem} starts one process, but num_processes is {processes}: choose "
+                "one for several GPUs, such as multi_gpu, zero2, zero3 or fsdp2."
+            )
         deepspeed = config.get("deepspeed_config") or {} if kind == "DEEPSPEED" else {}
         return cls(
             processes=int(processes or config.get("num_processes") or 1),
