@@ -4,8 +4,7 @@ Generation, rewards, advantages, the loss and its normalisers, metrics and savin
 loss, the old log-probabilities are *anchored*, so that TRL's ratio of every token has the value and the gradient of
 the algorithm's weight (see `objective.anchored_old_logps`).
 
-Every method of TRL or transformers that is changed is overridden here, once. Its body names the collaborators in the
-order in which they act.
+Every changed method of TRL or transformers is overridden here, once. Its body names the collaborators in their order.
 """
 
 import inspect
@@ -22,9 +21,10 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id, split_pixel_values_by_grid
 
 from .checkpoint.changed_settings import settings_to_remember
+from .checkpoint.interruption import Interruption
 from .checkpoint.manager import CheckpointManager
 from .checkpoint.run_state import DataPosition, LoopState, ReferenceModel
-from .checkpoint.storage import load_renamed
+from .checkpoint.storage import load_renamed, without_tied
 from .config import TICGRPOConfig
 from .data.sources import is_hub_id
 from .forward.packed_forward import PackedForward
@@ -80,14 +80,12 @@ class TICGRPOTrainer(GRPOTrainer):
     _paper = {
         "title": "TIC-GRPO: Provable and Efficient Optimization for Reinforcement Learning from Human Feedback",
         "id": "2508.02833",
-        # docstyle-ignore
         "citation": textwrap.dedent("""\
             @article{pang2025ticgrpo,
-                title        = {{TIC-GRPO: Provable and Efficient Optimization for Reinforcement Learning from Human
-                                 Feedback}},
-                author       = {Lei Pang and Ruinan Jin},
-                year         = 2025,
-                eprint       = {arXiv:2508.02833},
+              title = {{TIC-GRPO: Provable and Efficient Optimization for Reinforcement Learning from Human Feedback}},
+              author = {Lei Pang and Ruinan Jin},
+              year = 2025,
+              eprint = {arXiv:2508.02833},
             }"""),
     }
 
@@ -144,7 +142,7 @@ class TICGRPOTrainer(GRPOTrainer):
         self.update_metrics = updates = UpdateMetrics(accelerator, schedule)
         self.weighted_loss = WeightedLoss(schedule, accelerator, forward, scorer, guard, ratios, updates, table, terms)
 
-        self.position, self.loop_state = DataPosition(self), LoopState(self)
+        self.position, self.loop_state, self.interruption = DataPosition(self), LoopState(self), Interruption(self)
         kept: dict[str, Any] = {"loop": self.loop_state, "guard": guard, "ratios": ratios, "completions": table}
         reference, settings = ReferenceModel.of(self), partial(settings_to_remember, self)
         self.checkpoints = CheckpointManager(
@@ -294,31 +292,30 @@ class TICGRPOTrainer(GRPOTrainer):
             self._push_from_checkpoint(str(save.target))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.checkpoints.save is not None:  # a checkpoint is pushed when it is complete
-            self.checkpoints.save.pushes = True
-        else:
+        if not self.checkpoints.postpones_push():
             super()._push_from_checkpoint(checkpoint_folder)
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """Train as transformers does; [`~tic_grpo_trl.checkpoint.manager.CheckpointManager.choose`] says what
-        `resume_from_checkpoint` may be and which errors it raises."""
-        return super().train(self.checkpoints.choose(resume_from_checkpoint), *args, **kwargs)
+        """Train as transformers does. [`~tic_grpo_trl.checkpoint.manager.CheckpointManager.choose`] explains
+        `resume_from_checkpoint`, [`~tic_grpo_trl.checkpoint.interruption.Interruption.act`] how signals end a run."""
+        with self.checkpoints.running():
+            return super().train(self.checkpoints.choose(resume_from_checkpoint), *args, **kwargs)
 
-    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
-        position = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
-        )
+    def _init_training_state(self, max_steps, updates_per_epoch, epochs, checkpoint, trial):
+        position = super()._init_training_state(max_steps, updates_per_epoch, epochs, checkpoint, trial)
         self.loop_state.loss_from_step = self.state.global_step
         return position if checkpoint is None else self.checkpoints.read(Path(checkpoint), position)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self.is_fsdp_enabled or not load_renamed(Path(resume_from_checkpoint), self.model):
+        if not load_renamed(Path(resume_from_checkpoint), self):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self):
-        wrapped = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if wrapped or not load_renamed(Path(str(self.state.best_model_checkpoint)), self.model):
+        if not load_renamed(Path(str(self.state.best_model_checkpoint)), self):
             super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result):
+        super()._issue_warnings_after_load(without_tied(load_result, self.model))
 
     def _get_train_sampler(self, dataset=None):
         self.position.sampler = super()._get_train_sampler(dataset)
@@ -334,7 +331,8 @@ class TICGRPOTrainer(GRPOTrainer):
             self.loop_state.finish_epoch(self.position, loop)
         else:
             self.position.begin_epoch(loop["epoch"], resumes)
-            super()._run_epoch(**loop)
+            with self.interruption.watching():
+                super()._run_epoch(**loop)
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
         if skip_scheduler and self.state.global_step > 0:
@@ -344,6 +342,7 @@ class TICGRPOTrainer(GRPOTrainer):
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, epoch, ignore_keys, start, learning_rate=None):
         self.loop_state.grad_norm, self.loop_state.learning_rate = grad_norm, learning_rate
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, ignore_keys, start, learning_rate)
+        self.interruption.act(model, trial)
 
     def _finalize_training(self, trial, num_train_samples, start_time):
         output = super()._finalize_training(trial, num_train_samples, start_time)

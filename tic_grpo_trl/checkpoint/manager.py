@@ -26,6 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..config import TICGRPOConfig
 from . import storage
 from .changed_settings import Changes
+from .output_lock import locked
 from .run_state import DataPosition, ReferenceModel
 
 
@@ -57,6 +58,7 @@ class CheckpointManager:
     def __post_init__(self):
         self.objects = {"position": self.position, "rollout": self.rollout} | self.others
         self.save: Save | None = None
+        self.saved_step = -1  # of the newest checkpoint that this call of `train()` has written
         self._read: dict[str, Any] = {}  # state of this process by object, between reading and restoring it
 
     def _state_path(self, folder: Path) -> Path:
@@ -65,6 +67,13 @@ class CheckpointManager:
     def output_dir(self, run_dir: str) -> str:
         """Return the folder in which transformers should write: `.saving` for a checkpoint, otherwise the run's."""
         return run_dir if self.save is None else os.path.join(run_dir, storage.STAGING)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Keep other runs out of the output folder in a `with` block around a call of `train()`."""
+        self.saved_step = -1
+        with locked(Path(str(self.args.output_dir)), self.accelerator):
+            yield
 
     @contextmanager
     def saving(self, run_dir: str, state: TrainerState) -> Iterator[Save]:
@@ -97,6 +106,13 @@ class CheckpointManager:
         if self.args.should_save:
             storage.rotate(folder, self.args.save_total_limit, state.best_model_checkpoint)
             shutil.rmtree(folder / storage.STAGING, ignore_errors=True)
+        self.saved_step = state.global_step
+
+    def postpones_push(self) -> bool:
+        """Return whether a checkpoint is being written; it is then pushed to the Hub when it is complete."""
+        if self.save is not None:
+            self.save.pushes = True
+        return self.save is not None
 
     def choose(self, wanted: str | bool | None) -> str | None:
         """Return the path of the checkpoint to resume from, or `None`.

@@ -211,15 +211,23 @@ def _shapes_on_disk(model: Any) -> tuple[Shapes, set[str]]:
     return shapes, {name for name in shapes if name in tied or any(pattern.search(name) for pattern in ignored)}
 
 
-def load_renamed(checkpoint: Path, model: Any) -> bool:
+def load_renamed(checkpoint: Path, trainer: Any) -> bool:
     """Load weights whose names on disk are not the model's, as in mixtures of experts; return whether they are such."""
-    if hasattr(model, "peft_config"):
+    model = trainer.model
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or hasattr(model, "peft_config"):
         return False
     names = model.state_dict().keys()
     if all(name in names for path in weight_files(checkpoint) for name in _shapes_in(path)):
         return False  # transformers finds them all
     model.load_state_dict(type(model).from_pretrained(str(checkpoint), dtype=model.dtype).state_dict())
     return True
+
+
+def without_tied(loaded: Any, model: Any) -> Any:
+    """Remove from the result of `load_state_dict` the missing keys whose tensors were loaded under another name."""
+    tensors = model.state_dict(keep_vars=True)
+    found = {id(value) for name, value in tensors.items() if name not in loaded.missing_keys}
+    return loaded._replace(missing_keys=[name for name in loaded.missing_keys if id(tensors.get(name)) not in found])
 
 
 def to_plain(value: Any) -> Any:
