@@ -1,4 +1,4 @@
-"""Show the reward and the importance ratios in the progress bar, instead of every metric."""
+"""Show the reward and what became of the update in the progress bar, instead of every metric."""
 
 from typing import Any
 
@@ -7,58 +7,71 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.utils import is_in_notebook
 
 from ..rollout.schedule import RolloutSchedule
-from .ratios import QUANTILES
-from .run_summary import NOISE_FLOOR, inner_steps
 
 
-# Columns of a notebook's table, by metric
-COLUMNS = {"reward": "reward", "trajectory_ratio/ess": "ess", "eval_reward": "eval_reward"}
-PROBLEMS = {"update/skipped": "skipped", "frac_non_finite": "non_finite"}
-# In this order; a narrow terminal leaves out the last ones
-ORDER = ("reward", "ess", "eval_reward", "skipped", "non_finite", "R", "clip", "noise", "k")
+# Columns of a notebook's table
+COLUMNS = ("reward", "ess", "eval_reward")
+NUMBERS = {"reward": "reward", "ess": "trajectory_ratio/ess", "eval_reward": "eval_reward"}
+PROBLEMS = {"skipped": "update/skipped", "non-finite": "frac_non_finite"}
+# A narrow terminal leaves out the last ones
+ORDER = ("reward", *PROBLEMS, "ess", "clipped", "eval_reward", "loss")
 CLIP_SHARES = (("clip_high_pos",), ("clip_high_neg", "clip_low_neg"))  # for A > 0, for A < 0
 
 
-def _nats(value: float) -> str:
-    return f"{value:.0f}" if abs(value) >= 9.995 else f"{value:.2f}".replace("-0.00", "0.00")
+def shown_values(logs: dict[str, float] | None) -> dict[str, str]:
+    """Choose and format what the progress bar shows of a log entry, in order.
 
-
-def shown_values(logs: dict[str, float] | None, measures_noise: bool = False) -> dict[str, str]:
-    """Choose and format what the progress bar shows of a log entry.
-
-    `R` has the 5, 50 and 95 % quantiles in nats; `clip` the shares beyond a bound for A > 0 and for A < 0, – if no
-    response has that sign; `noise` the spread of R between equal weights in nats, where it was measured; `k` the inner
-    steps of this entry. `skipped` and `non_finite` are empty if they are 0.
+    `clipped` has the shares beyond a bound for A > 0 and for A < 0, – if no response has that sign. `skipped` and
+    `non-finite` are left out if they are 0.
     """
     known = {name: value for name, value in (logs or {}).items() if value is not None}
-    ratios = {name.removeprefix("trajectory_ratio/"): value for name, value in known.items()}
-    shown = {short: f"{known[name]:.3f}" for name, short in COLUMNS.items() if name in known}
-    shown |= {short: f"{known[name]:.2g}" if known[name] else "" for name, short in PROBLEMS.items() if name in known}
-    if all(name in ratios for name in QUANTILES):
-        shown["R"] = "/".join(_nats(ratios[name]) for name in QUANTILES)
-        shares = [[ratios[name] for name in names if name in ratios] for names in CLIP_SHARES]
-        shown["clip"] = "/".join(f"{100 * sum(of_sign):.0f}" if of_sign else "–" for of_sign in shares) + "%"
-    spread = known.get("trajectory_ratio/inner_1/log_std") if measures_noise else None
-    if (noise := known.get(NOISE_FLOOR, spread)) is not None:
-        shown["noise"] = f"{noise:.2g}"
-    if steps := inner_steps([known]):
-        shown["k"] = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]}-{steps[-1]}"
-    return shown
+    shares = [[known[path] for name in names if (path := f"trajectory_ratio/{name}") in known] for names in CLIP_SHARES]
+    texts = {short: f"{known[name]:.3f}" for short, name in NUMBERS.items() if name in known}
+    texts |= {short: f"{known[name]:.2g}" for short, name in PROBLEMS.items() if known.get(name)}
+    if any(shares):
+        texts["clipped"] = "/".join(f"{100 * sum(of_sign):.0f}%" if of_sign else "–" for of_sign in shares)
+    if "loss" in known:
+        texts["loss"] = f"{known['loss']:.2g}"
+    return {name: texts[name] for name in ORDER if name in texts}
 
 
-def _line(values: dict[str, str]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in values.items())
+class LatestValues:
+    """Keep what a display shows of the latest update and of the latest evaluation, and the step of each."""
+
+    def __init__(self):
+        self.update, self.update_step = {}, 0
+        self.evaluation, self.evaluation_step = {}, 0
+
+    def add(self, logs: dict[str, float] | None, step: int):
+        """Take over the values of a log entry."""
+        shown = shown_values(logs)
+        if "eval_reward" in shown:
+            self.evaluation, self.evaluation_step = {"eval_reward": shown.pop("eval_reward")}, step
+        if shown:  # the reward is that of the rollout, which later updates train on too
+            reward = {name: text for name, text in self.update.items() if name == "reward"}
+            self.update, self.update_step = reward | shown, step
+
+    def parts(self, step: int) -> list[str]:
+        """Return the texts for a bar that stands at `step`: numbers of an earlier step have that step with them."""
+        texts = {name: f"{name} {text}" for name, text in (self.update | self.evaluation).items()}
+        if self.update and self.update_step != step:
+            first = next(iter(self.update))
+            texts[first] = f"step {self.update_step}: {texts[first]}"
+        if self.evaluation and self.evaluation_step != (self.update_step if self.update else step):
+            texts["eval_reward"] += f" (step {self.evaluation_step})"
+        return [texts[name] for name in ORDER if name in texts]
 
 
-def fitting(bar: tqdm, values: dict[str, str]) -> dict[str, str]:
-    """Return as many of the first values as the bar's line has room for, so that no number is cut off."""
-    state, shown = bar.format_dict, dict(values)
-    while shown and state["ncols"]:
-        line = bar.format_meter(**state | {"postfix": _line(shown), "ncols": None})
-        if len(line) - 9 <= state["ncols"]:  # without a width the bar takes ten columns, but it needs only one
-            break
-        shown.popitem()
-    return shown
+def fitting(bar: tqdm, parts: list[str]) -> str:
+    """Join as many of the first parts as the bar's line has room for, so that no number is cut off."""
+    state = bar.format_dict
+    for count in range(len(parts), 0, -1):
+        text = ", ".join(parts[:count])
+        line = bar.format_meter(**state | {"postfix": text, "ncols": None})
+        # without a width the bar takes ten columns, but it needs only one
+        if not state["ncols"] or len(line) - 9 <= state["ncols"]:
+            return text
+    return ""
 
 
 class SettingsCallback(TrainerCallback):
@@ -72,30 +85,28 @@ class SettingsCallback(TrainerCallback):
             tqdm.write("\n".join([first, *args.notes]))
 
 
-class _Latest(dict):
-    """Keep the latest text of every value that a display shows, in order."""
-
-    def __init__(self):
-        super().__init__(dict.fromkeys(ORDER, ""))
-
-    def add(self, logs: dict[str, float] | None, args: Any):
-        self.update(shown_values(logs, not args.skip_on_policy_logps or args.behaviour_policy == "sampler"))
-
-    def shown(self) -> dict[str, str]:
-        return {name: value for name, value in self.items() if value}
-
-
 class RewardProgressCallback(ProgressCallback):
-    """Show the latest of [`shown_values`] behind the bar of [`~transformers.ProgressCallback`]."""
+    """Show [`LatestValues`] behind the bar of [`~transformers.ProgressCallback`]."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        self._latest = _Latest()
+        self._latest = LatestValues()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not control.should_log:  # otherwise the values of this step are about to come
+            self._draw(args, state, control)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None:
-            self._latest.add(logs, args)
-            self.training_bar.set_postfix(fitting(self.training_bar, self._latest.shown()), refresh=False)
+            self._latest.add(logs, state.global_step)
+            self._draw(args, state, control)
+            self.training_bar.refresh()
+
+    def _draw(self, args, state, control):
+        if self.training_bar is not None:
+            parts = self._latest.parts(state.global_step)
+            self.training_bar.set_postfix_str(fitting(self.training_bar, parts), refresh=False)
+        super().on_step_end(args, state, control)
 
 
 # Our display for each of transformers'
@@ -111,27 +122,36 @@ if is_in_notebook():  # IPython may not be installed elsewhere
 
         def on_train_begin(self, args, state, control, **kwargs):
             super().on_train_begin(args, state, control, **kwargs)
-            self._latest = _Latest()
+            self._latest = LatestValues()
             self.training_tracker.inner_table = None  # its columns come with the first line
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if self.training_tracker is not None:
-                self._latest.add(logs, args)
+                self._latest.add(logs, state.global_step)
+                self._draw(state)
 
         def on_step_end(self, args, state, control, **kwargs):
-            self.training_tracker.update(state.global_step, force_update=True, comment=_line(self._latest.shown()))
+            if not control.should_log:
+                self._draw(state)
+
+        def _draw(self, state):
+            text = ", ".join(self._latest.parts(state.global_step))
+            self.training_tracker.update(state.global_step, force_update=True, comment=text)
 
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
             if self.training_tracker is None:  # evaluate() on its own
                 super().on_evaluate(args, state, control, metrics, **kwargs)
                 return
-            values = {short: self._latest[short] for short in COLUMNS.values()}
-            self.training_tracker.write_line({"step": state.global_step} | values)
+            update = self._latest.update if self._latest.update_step == state.global_step else {}
+            values = update | self._latest.evaluation
+            self.training_tracker.write_line(
+                {"step": state.global_step} | {name: values.get(name, "") for name in COLUMNS}
+            )
             self.training_tracker.remove_child()
             self.prediction_bar = None
 
         def on_train_end(self, args, state, control, **kwargs):
-            self.on_step_end(args, state, control)
+            self._draw(state)
             self.training_tracker = None
 
     DISPLAYS[NotebookProgressCallback] = RewardNotebookCallback
