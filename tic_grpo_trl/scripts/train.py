@@ -1,23 +1,18 @@
-"""Train a causal language model on verifiable rewards with TIC-GRPO or another algorithm of the papers.
+r"""Train a causal language model on verifiable rewards with TIC-GRPO or another algorithm of the papers.
 
 By default this trains the package's starter, a 167k-parameter model that learns to add. It needs no GPU or download:
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml -m tic_grpo_trl.scripts.train \
-        --config examples/recipes/starter.yaml
+    tic-grpo train --config starter
 
-The papers' experiment on one H200:
+Your own data and reward function:
 
-    accelerate launch --config_file accelerate_configs/single_gpu.yaml -m tic_grpo_trl.scripts.train \
-        --config examples/recipes/qwen3_1.7b_h200.yaml
+    tic-grpo train --model_name_or_path Qwen/Qwen3-0.6B --dataset_name my.jsonl \
+        --reward_funcs my_rewards.correct --output_dir runs/mine
 
-To print what a run would do and need, on any machine and without loading a model, add `--dry_run`.
-
-To make a run resumable, add `--save_strategy steps --save_steps 1 --resume_from_checkpoint true`. The first start finds
-no checkpoint and begins from scratch. To resume, rerun the same command.
-
-`--dataset_name` takes the named sets of `tic_grpo_trl.data`, mixtures of them (`dapo_math_17k+aime_1983_2022`), or your
-own data with a column `prompt` and the columns that your reward functions read. Every field of TrainArguments,
-TICGRPOConfig and TRL's ModelConfig is a flag, and a key of the YAML file that `--config` names.
+`tic-grpo recipes` lists what is prepared, `tic-grpo dry-run` prints what a run would do and need, without loading a
+model. To make a run resumable, add `--save_strategy steps --save_steps 1 --resume_from_checkpoint true`. To resume,
+rerun the same command. `--config` takes a recipe's name, or a YAML file whose keys are flags. `accelerate launch -m
+tic_grpo_trl.scripts.train` takes the same flags as `tic-grpo train`.
 """
 
 import importlib.util
@@ -26,21 +21,25 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
+from tic_grpo_trl import ALGORITHMS, TICGRPOConfig, TICGRPOTrainer
 from tic_grpo_trl.checkpoint.storage import newest_if_any
 from tic_grpo_trl.data import drop_long_prompts, prompt_lengths
-from tic_grpo_trl.dry_run.plan import GB, Plan, PlannedConfig, load_model_config, plan_for
+from tic_grpo_trl.dry_run.plan import GB, Plan, load_model_config, plan_for
 from tic_grpo_trl.metrics.run_summary import plot_curves, summarize_run
 from tic_grpo_trl.safety.credentials import hide_credentials
+from tic_grpo_trl.scripts.command_line import CommandLine, short_errors, split_flags
+from tic_grpo_trl.scripts.recipes import accelerate_config_path, read_yaml, recipe_path
 from tic_grpo_trl.scripts.train_data import TrainArguments, import_rewards, load_data, reward_functions
 from tic_grpo_trl.starter import STARTER_MODEL
+from tic_grpo_trl.validation.model_path import missing_model
 
 
 def check_quantization(model_args: ModelConfig):
@@ -61,7 +60,7 @@ def check_quantization(model_args: ModelConfig):
 def print_plan(script_args: TrainArguments, training_args: Any, model_args: ModelConfig):
     """Print what the run will do and need (`--dry_run`)."""
     name = model_args.model_name_or_path or STARTER_MODEL
-    config, note = load_model_config(name, training_args.trust_remote_code)
+    config, note = load_model_config(name, training_args.trust_remote_code, script_args.model_command)
     problems: dict[str, Any] = {"longest_prompt": script_args.max_prompt_length}
     lines = []
     try:
@@ -69,12 +68,13 @@ def print_plan(script_args: TrainArguments, training_args: Any, model_args: Mode
             raise OSError("streamed data has no length")
         train_dataset, eval_dataset = load_data(script_args, training_args)
         problems |= {"num_prompts": len(train_dataset), "eval_prompts": eval_dataset and len(eval_dataset)}
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=training_args.trust_remote_code)
-        if script_args.max_prompt_length:
-            train_dataset = drop_long_prompts(train_dataset, tokenizer, script_args.max_prompt_length)
-            problems["num_prompts"] = len(train_dataset)
-        else:
-            problems["longest_prompt"] = max(prompt_lengths(train_dataset, tokenizer))
+        if missing_model(name, script_args.model_command) is None:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=training_args.trust_remote_code)
+            if script_args.max_prompt_length:
+                train_dataset = drop_long_prompts(train_dataset, tokenizer, script_args.max_prompt_length)
+                problems["num_prompts"] = len(train_dataset)
+            else:
+                problems["longest_prompt"] = max(prompt_lengths(train_dataset, tokenizer))
     except OSError as error:  # without the hub, the rest of the plan is still useful
         lines.append(("data", f"not read: {str(error).splitlines()[0]}"))
     memory = script_args.gpu_memory
@@ -89,17 +89,14 @@ def print_plan(script_args: TrainArguments, training_args: Any, model_args: Mode
         print(f"  {label:<17}{text}")
 
 
-def train(script_args: TrainArguments, training_args: Any, model_args: ModelConfig):
-    """Train a model, and write the weights, model card, summary and curves to `output_dir`; or print the dry run."""
+def build_trainer(script_args: TrainArguments, training_args: Any, model_args: ModelConfig) -> TICGRPOTrainer:
+    """Load data, reward functions and model, and build the trainer."""
     import_rewards(script_args)  # so that a typo fails before any download
-    if script_args.dry_run:
-        if not isinstance(training_args, PlannedConfig):
-            raise ValueError("dry_run does not work in a YAML file: give it as a flag, --dry_run.")
-        print_plan(script_args, training_args, model_args)
-        return
     check_quantization(model_args)
     sys.argv[1:] = hide_credentials(sys.argv[1:], training_args)  # wandb uploads the command line
     model_name = model_args.model_name_or_path or STARTER_MODEL
+    if missing := missing_model(model_name, script_args.model_command):
+        raise FileNotFoundError(missing)
     train_dataset, eval_dataset = load_data(script_args, training_args)
     reward_funcs = reward_functions(script_args, training_args, train_dataset)
     if script_args.max_prompt_length:
@@ -113,7 +110,7 @@ def train(script_args: TrainArguments, training_args: Any, model_args: ModelConf
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
     } | (training_args.model_init_kwargs or {})
-    trainer = TICGRPOTrainer(
+    return TICGRPOTrainer(
         model=model_name,
         reward_funcs=reward_funcs,
         args=training_args,
@@ -122,7 +119,14 @@ def train(script_args: TrainArguments, training_args: Any, model_args: ModelConf
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train(newest_if_any(training_args.resume_from_checkpoint, Path(training_args.output_dir)))
+
+
+def train(script_args: TrainArguments, training_args: Any, model_args: ModelConfig):
+    """Train a model, and write the weights, model card, summary and curves to `output_dir`."""
+    with short_errors():
+        trainer = build_trainer(script_args, training_args, model_args)
+    with short_errors(lambda: trainer.state.global_step == 0):  # such as a checkpoint that does not exist
+        trainer.train(newest_if_any(training_args.resume_from_checkpoint, Path(training_args.output_dir)))
 
     trainer.save_model()
     trainer.save_state()
@@ -145,21 +149,76 @@ def write_summary(trainer: TICGRPOTrainer, training_args: Any):
     print(f"after {summary['updates']} updates in {summary['seconds']:.0f} s; results are in {folder}")
 
 
-def main():
+# What `--help` shows
+SECTIONS = {
+    "the run": {
+        "output_dir": "folder for the weights, model card, log and figure",
+        "resume_from_checkpoint": "true for the newest checkpoint in output_dir, if any; or a folder",
+        "report_to": "wandb, trackio, tensorboard or none",
+        "accelerate_config": "topology, by name (`tic-grpo recipes`) or as a file. Default: all GPUs, or the CPU",
+        "num_processes": "processes, one per GPU",
+    },
+    "model": {
+        "model_name_or_path": "hub id or folder. Default: the starter",
+        "use_peft": "train a LoRA adapter; also --lora_r, --lora_alpha, --lora_target_modules",
+        "use_vllm": "generate with vLLM",
+    },
+    "data and reward": {
+        "dataset_name": "file, folder or hub id with your own data, or named sets joined by +",
+        "dataset_columns": "rename columns of your own data: prompt=question solution=answer",
+        "reward_funcs": "import paths of reward functions, such as my_rewards.correct",
+    },
+    "algorithm": {
+        "algorithm": f"one of {', '.join(ALGORITHMS)}",
+        "learning_rate": "learning rate of AdamW",
+        "num_generations": "responses to each prompt",
+        "max_completion_length": "longest response, in tokens",
+        "max_steps": "number of updates; or --num_train_epochs",
+    },
+}
+
+
+def parse(words: list[str], config_class: Any) -> Any:
+    """Parse a command line and the file of `--config`."""
+    return CommandLine((TrainArguments, config_class, ModelConfig), str(__doc__), SECTIONS).parse(words)
+
+
+def dry_run(words: list[str]):
+    """Print what the run would do and need, or refuse it with the same errors as the run."""
+    _, flags = split_flags(words, "config", "accelerate_config", "num_processes")
+    recipe = read_yaml(recipe_path(flags["config"])) if "config" in flags else {}
+    for settings in (flags, recipe):
+        if name := settings.get("accelerate_config"):
+            settings["accelerate_config"] = str(accelerate_config_path(name))
+    processes = int(flags["num_processes"]) if "num_processes" in flags else None
+    config_class = plan_for(flags.get("accelerate_config"), processes, os.environ, recipe)
+    if config_class is not None:
+        script_args, training_args, model_args = parse(words, config_class)
+        import_rewards(script_args)
+        print_plan(script_args, training_args, model_args)
+
+
+def main(argv: Sequence[str] | None = None):
     """Parse flags and YAML, and train or print the dry run."""
     # TRL uses names that transformers deprecated; a user of this script can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("tic_grpo_trl").setLevel(logging.INFO)
-    if "--dry_run" not in sys.argv:
-        classes: Any = (TrainArguments, TICGRPOConfig, ModelConfig)
-        train(*TrlParser(classes).parse_args_and_config())
-    elif (config_class := plan_for(sys.argv[1:], os.environ)) is not None:
-        try:
-            classes = (TrainArguments, config_class, ModelConfig)
-            train(*TrlParser(classes).parse_args_and_config())
-        except ValueError as error:
-            sys.exit(f"Dry run: refused. {error}")
+    words = list(sys.argv[1:] if argv is None else argv)
+    with short_errors():
+        if "--dry_run" in words or "--dry-run" in words:
+            dry_run(words)
+            return
+        _, flags = split_flags(words, "accelerate_config", "num_processes")
+        if flags:
+            raise ValueError(f"--{next(iter(flags))} is for `tic-grpo train`; here it would have no effect: remove it.")
+        arguments = parse(words, TICGRPOConfig)
+        if arguments[0].dry_run:
+            raise ValueError("dry_run does not work in a YAML file: give it as a flag, --dry_run.")
+    try:
+        train(*arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

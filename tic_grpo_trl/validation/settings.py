@@ -1,5 +1,6 @@
 """Check a configuration's values before anything is loaded. Every error names the option and the fix."""
 
+import difflib
 import math
 import numbers
 import os
@@ -99,7 +100,9 @@ def check_choices(config: Any):
     for name, choices in _constraints(config).items():
         value = getattr(config, name)
         if isinstance(choices, tuple) and value is not None and value not in choices:
-            raise ValueError(f"Unknown {name} {value!r}: choose one of {', '.join(choices)}.")
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f"did you mean {near[0]!r}? Choose" if near else "choose"
+            raise ValueError(f"Unknown {name} {value!r}: {hint} one of {', '.join(choices)}.")
 
 
 def check_ranges(config: Any):

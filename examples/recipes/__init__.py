@@ -1,0 +1,1 @@
+"""Recipes, which the build maps into the package as `tic_grpo_trl.recipes`."""

@@ -1,0 +1,143 @@
+"""Read flags and YAML files, with help that fits on a screen and errors of one line."""
+
+import argparse
+import difflib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from trl import TrlParser
+
+from .recipes import read_yaml, recipe_path
+
+
+SHOW_TRACEBACK = "TIC_GRPO_TRACEBACK"  # environment variable
+# Where an error about a setting, a path or a model is raised; anywhere else it is a defect, and needs its traceback
+SPEAKERS = ("tic_grpo_trl", "trl", "transformers", "accelerate", "peft", "datasets", "huggingface_hub")
+
+
+class CommandLine(TrlParser):
+    """Parse flags and the YAML file or recipe of `--config` into dataclasses.
+
+    Args:
+        classes: the dataclasses, whose fields are the flags.
+        description: printed by `--help`.
+        sections: the flags that `--help` shows, by heading, each with its help; `--help-all` shows all of them.
+
+    Raises:
+        ValueError: for an unknown flag or key, with the nearest known one, or for a value of the wrong type.
+    """
+
+    def __init__(self, classes: Sequence[Any], description: str, sections: dict[str, dict[str, str]]):
+        super().__init__(classes, allow_abbrev=False, add_help=False)
+        self.description, self.sections = description, sections
+        self.prog = "tic-grpo"
+
+    def parse(self, words: Sequence[str]) -> Any:
+        """Return one object of each class; or print the help and exit."""
+        if {"-h", "--help", "--help-all"} & {*words}:
+            print(self.format_help() if "--help-all" in words else self.format_short_help(), end="")
+            sys.exit()
+        words, found = split_flags(words, "config")
+        if "config" in found:
+            path = recipe_path(found["config"])
+            read_yaml(path)  # whose errors are shorter
+            words += ["--config", str(path)]
+        return self.parse_args_and_config(words)
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            word = unknown[0].partition("=")[0]
+            if not word.startswith("-"):
+                raise ValueError(f"{word!r} is not a flag. Write --NAME VALUE; --help lists the flags.")
+            near = _near(word, [option for option in self._option_string_actions if "-" not in option[2:]])
+            raise ValueError(f"Unknown flag {word}. {near}--help lists the common flags, --help-all all of them.")
+        return namespace, unknown
+
+    def set_defaults_with_config(self, **values: Any) -> list[str]:
+        known = {action.dest for action in self._actions}
+        for name in values:
+            if name not in known:
+                raise ValueError(f"Unknown key {name!r} in the file of --config. {_near(name, known)}".rstrip())
+        return super().set_defaults_with_config(**values)
+
+    def error(self, message: str):  # argparse would print the usage of 250 flags
+        raise ValueError(message)
+
+    def format_short_help(self) -> str:
+        """Format the help of the common flags."""
+        by_name = {action.dest: action for action in self._actions}
+        formatter = argparse.HelpFormatter(self.prog, max_help_position=34, width=min(120, _columns()))
+        lines = [str(self.description).strip(), ""]
+        for heading, flags in self.sections.items():
+            formatter.start_section(heading)
+            for name, text in flags.items():
+                placeholder = _placeholder(by_name[name])
+                formatter.add_argument(argparse.Action([f"--{name}"], name, metavar=placeholder, help=text))
+            formatter.end_section()
+        others = len({action.dest for action in self._actions})
+        end = f"--help-all shows all {others} flags. Every flag is also a key of the YAML file of --config.\n"
+        end += f"With {SHOW_TRACEBACK}=1 in the environment, errors come with their traceback.\n"
+        return "\n".join([*lines, formatter.format_help(), end])
+
+
+def _columns() -> int:
+    try:
+        return os.get_terminal_size().columns
+    except OSError:
+        return 120
+
+
+def _placeholder(action: argparse.Action) -> str:
+    kind = getattr(action.type, "__name__", "")
+    placeholder = {"int": "N", "float": "X", "string_to_bool": "true|false"}.get(kind, "VALUE")
+    return placeholder + " ..." * (action.nargs == "+")
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word.replace("-", "_").replace("__", "--", 1), known, n=1)
+    return f"Did you mean {near[0]}? " if near else ""
+
+
+def split_flags(words: Sequence[str], *names: str) -> tuple[list[str], dict[str, str]]:
+    """Take some flags out of a command line: return the other words, and the value of each flag that was given."""
+    parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
+    )
+    for name in names:
+        parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), dest=name)
+    try:
+        found, others = parser.parse_known_args(list(words))
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
+    return others, vars(found)
+
+
+@contextmanager
+def short_errors(is_starting: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Print an error about the settings as one line without a traceback, and exit with the status 2.
+
+    This is for errors of known libraries while `is_starting()`; others keep their traceback, and all do if
+    `TIC_GRPO_TRACEBACK` is set. In a run of several processes all fail in the same way. The first one prints the
+    error and its launcher ends the others, which wait for that.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get(SHOW_TRACEBACK) or not is_starting() or not _is_about_settings(error):
+            raise
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _is_about_settings(error: BaseException) -> bool:
+    """Return whether an error was raised by this package or by a library that it gives the settings to."""
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].partition(".")[0] in SPEAKERS
