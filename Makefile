@@ -37,7 +37,7 @@ eval: install ## evaluate the starter, or the model in ARGS: Avg@k with interval
 	$(BIN)/python -m tic_grpo_trl.scripts.evaluate $(ARGS)
 
 smollm2: install ## train SmolLM2-135M-Instruct with LoRA on sums: 20 minutes on one core
-	$(BIN)/python examples/smollm2.py --output_dir runs/smollm2-135m
+	$(BIN)/python -m tic_grpo_trl.scripts.smollm2 --output_dir runs/smollm2-135m
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml -m tic_grpo_trl.scripts.train \
 		--config examples/recipes/smollm2_135m.yaml $(ARGS)
 

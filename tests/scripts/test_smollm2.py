@@ -13,9 +13,9 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from examples import smollm2
 from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
 from tic_grpo_trl.rewards import math_reward
+from tic_grpo_trl.scripts import smollm2
 from tic_grpo_trl.starter.few_shot_sums import make_dataset
 
 
