@@ -103,7 +103,7 @@ def test_an_explicit_value_wins(fields, expected):
 
 
 REFUSED = [
-    ({"algorithm": "ticgrpo"}, r"Unknown algorithm 'ticgrpo': choose one of tic_grpo,"),
+    ({"algorithm": "ticgrpo"}, r"Unknown algorithm 'ticgrpo': did you mean 'tic_grpo'\? Choose one of tic_grpo,"),
     ({"importance_sampling_level": "trajektory"}, r"Unknown importance_sampling_level 'trajektory'"),
     ({"clip_mode": "upper"}, r"Unknown clip_mode 'upper': choose one of up_only"),
     ({"loss_type": "drgrpo"}, r"Unknown loss_type 'drgrpo'"),
@@ -139,6 +139,22 @@ REFUSED = [
         {"generation_batch_size": 32, "steps_per_generation": 2},
         r"generation_batch_size=32 contradicts steps_per_generation=2, which makes it 16",
     ),
+    (
+        {"responses_per_update": 64, "gradient_accumulation_steps": 4},
+        r"gradient_accumulation_steps 4 contradicts responses_per_update 64, which with per_device_train_batch_size 8 "
+        r"x 1 process makes it 8: remove one of them. Nearest: gradient_accumulation_steps 8; or responses_per_update "
+        r"32\.",
+    ),
+    (
+        {"updates_per_rollout": 4, "steps_per_generation": 5, "gradient_accumulation_steps": 2},
+        r"steps_per_generation 5 contradicts updates_per_rollout 4, which with gradient_accumulation_steps 2 makes it "
+        r"8: remove one of them. Nearest: steps_per_generation 8\.",
+    ),
+    (
+        {"responses_per_eval_batch": 64, "per_device_eval_batch_size": 16},
+        r"per_device_eval_batch_size 16 contradicts responses_per_eval_batch 64, which with 1 process makes it 64",
+    ),
+    ({"responses_per_update": 0}, r"responses_per_update=0 must be in \[1, inf\), for example 512"),
 ]
 
 
@@ -168,7 +184,7 @@ def test_vllm_corrections_by_token_go_with_weights_by_token(tmp_path):
     config("sequence_mask")
     config("sequence_truncate")
     with pytest.raises(
-        ValueError, match="Unknown vllm_importance_sampling_mode 'sequence': choose one of sequence_mask"
+        ValueError, match="Unknown vllm_importance_sampling_mode 'sequence': did you mean 'sequence_mask'"
     ):
         config("sequence")
     TICGRPOConfig(str(tmp_path), **CPU, vllm_importance_sampling_mode="token_mask")  # without vLLM it is not read
@@ -281,6 +297,30 @@ def test_round_trips(algorithm, tmp_path):
     assert dataclasses.replace(args, seed=1).resolved_algorithm == args.resolved_algorithm
 
 
+def test_batches_follow_from_the_responses_of_an_update():
+    args = config(per_device_train_batch_size=4, responses_per_update=64, updates_per_rollout=3)
+    assert (args.gradient_accumulation_steps, args.steps_per_generation) == (16, 48)
+    assert args.generation_batch_size == 3 * 64
+    assert config(updates_per_rollout=4, gradient_accumulation_steps=2).steps_per_generation == 8
+    assert config(responses_per_update=64).steps_per_generation == 8  # K = 1, TRL's default
+    assert config(responses_per_eval_batch=960).per_device_eval_batch_size == 960
+
+
+def test_batches_that_are_not_set_are_those_of_trl():
+    args = config()
+    assert (args.gradient_accumulation_steps, args.per_device_eval_batch_size, args.steps_per_generation) == (1, 8, 1)
+
+
+def test_derived_batches_round_trip():
+    args = config(responses_per_update=64, updates_per_rollout=4, responses_per_eval_batch=16)
+    saved = json.loads(args.to_json_string())
+    assert (saved["gradient_accumulation_steps"], saved["steps_per_generation"]) == (8, 32)
+    assert TICGRPOConfig(**saved).to_dict() == args.to_dict()
+    assert dataclasses.replace(args, seed=1).steps_per_generation == 32
+    with pytest.raises(ValueError, match="gradient_accumulation_steps 8 contradicts responses_per_update 32"):
+        TICGRPOConfig(**saved | {"responses_per_update": 32})
+
+
 def parse(tmp_path, yaml: str, *flags: str) -> TICGRPOConfig:
     path = tmp_path / "recipe.yaml"
     path.write_text("output_dir: unused\nuse_cpu: true\nbf16: false\n" + yaml)
@@ -300,6 +340,14 @@ def test_yaml_and_flags(tmp_path):
     assert parse(tmp_path, "algorithm: tic_grpo\n", "--epsilon", "0.1").notes == [
         "epsilon=0.1 has no effect with clip_mode='up_only'."
     ]
+
+
+def test_a_flag_changes_the_batches_of_a_recipe(tmp_path):
+    recipe = "responses_per_update: 512\nupdates_per_rollout: 4\nper_device_train_batch_size: 4\n"
+    args = parse(tmp_path, recipe, "--responses_per_update", "256")
+    assert (args.gradient_accumulation_steps, args.steps_per_generation) == (64, 256)
+    args = parse(tmp_path, recipe, "--per_device_train_batch_size", "16", "--updates_per_rollout", "2")
+    assert (args.gradient_accumulation_steps, args.steps_per_generation) == (32, 64)
 
 
 def test_help_renders(capsys):

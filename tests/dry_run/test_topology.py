@@ -43,3 +43,12 @@ def test_environment_of_accelerate_launch():
     fsdp = {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}
     assert Topology.from_environment(fsdp) == Topology(2, "as launched", fsdp=True)
     assert Topology.from_environment({}).kind == "nothing is sharded"
+
+
+@pytest.mark.parametrize("name", ["cpu", "single_gpu"])
+def test_a_file_for_one_process_starts_no_more(name):
+    assert Topology.from_file(CONFIGS / f"{name}.yaml", 1).processes == 1
+    with pytest.raises(
+        ValueError, match=rf"--accelerate_config {name} starts one process, but num_processes is 8: .*zero2"
+    ):
+        Topology.from_file(CONFIGS / f"{name}.yaml", 8)

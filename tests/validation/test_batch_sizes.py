@@ -10,6 +10,7 @@ from tic_grpo_trl.validation.batch_sizes import (
     check_batches,
     check_length,
     check_prompts,
+    derive_batches,
     nearest_divisors,
     nearest_multiples,
 )
@@ -21,6 +22,9 @@ def settings(**changes):
         "gradient_accumulation_steps": 8,
         "steps_per_generation": 32,
         "generation_batch_size": None,
+        "responses_per_update": None,
+        "updates_per_rollout": None,
+        "responses_per_eval_batch": None,
         "num_generations": 16,
         "num_iterations": 1,
         "num_generations_eval": None,
@@ -69,6 +73,77 @@ def applied(args, message):
             yield SimpleNamespace(**vars(args) | {names: int(value.replace(",", ""))})
 
 
+def derived(processes, **changes):
+    """Settings of which the batches are still to be derived, and then are."""
+    unset = dict.fromkeys(("gradient_accumulation_steps", "steps_per_generation", "per_device_eval_batch_size"))
+    args = settings(**unset | {"per_device_train_batch_size": 4} | changes, world_size=processes)
+    derive_batches(args)
+    return args
+
+
+@pytest.mark.parametrize(
+    ("processes", "window", "evaluated"), [(1, 128, 960), (2, 64, 480), (4, 32, 240), (8, 16, 120), (16, 8, 60)]
+)
+def test_the_papers_batches_on_any_number_of_processes(processes, window, evaluated):
+    args = derived(processes, responses_per_update=512, updates_per_rollout=4, responses_per_eval_batch=960)
+    assert (args.gradient_accumulation_steps, args.steps_per_generation) == (window, 4 * window)
+    assert args.per_device_eval_batch_size == evaluated
+    batches = check_batches(args, processes)
+    assert (batches.update_responses, batches.prompts, batches.updates) == (512, 128, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "nearest"),
+    [
+        ({"responses_per_update": 512, "updates_per_rollout": 4}, 3, "responses_per_update 504 or 516."),
+        (
+            {"responses_per_update": 64, "per_device_train_batch_size": 64},
+            2,
+            "responses_per_update 128; or per_device_train_batch_size 32.",
+        ),
+        # 4 x 3 = 12 responses a step: with K = 1, an update is also a rollout of complete groups of 16
+        ({"responses_per_update": 50}, 3, "responses_per_update 48 or 96."),
+        ({"responses_per_eval_batch": 900, "num_generations_eval": 32}, 8, "responses_per_eval_batch 896 or 928."),
+    ],
+)
+def test_responses_that_the_processes_cannot_share(changes, processes, nearest):
+    with pytest.raises(ValueError, match="is not divisible by") as refused:
+        derived(processes, **changes)
+    message = str(refused.value)
+    assert message.partition("Nearest: ")[2] == nearest
+    for proposal in applied(SimpleNamespace(**changes), message):
+        check_batches(derived(processes, **vars(proposal)), processes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "nearest"),
+    [
+        (
+            {"responses_per_update": 100},
+            "responses_per_update 96 or 112; or steps_per_generation 100; or num_generations 10 or 20.",
+        ),
+        (
+            {"responses_per_update": 100, "updates_per_rollout": 3},
+            "responses_per_update 96 or 112; or updates_per_rollout 4; or num_generations 15 or 20.",
+        ),
+        (
+            {"gradient_accumulation_steps": 5, "updates_per_rollout": 3},
+            "per_device_train_batch_size 16; or updates_per_rollout 4; or num_generations 15 or 20.",
+        ),
+        (
+            {"responses_per_update": 64, "responses_per_eval_batch": 50, "eval_strategy": "steps"},
+            "responses_per_eval_batch 48 or 64; or num_generations_eval 10 or 25.",
+        ),
+    ],
+)
+def test_proposals_are_settings_that_were_given(changes, nearest):
+    with pytest.raises(ValueError, match="Nearest") as refused:
+        check_batches(derived(1, **changes), 1)
+    assert str(refused.value).partition("Nearest: ")[2] == nearest
+    for proposal in applied(SimpleNamespace(**changes), str(refused.value)):
+        check_batches(derived(1, **vars(proposal)), 1)
+
+
 @pytest.mark.parametrize(
     ("changes", "processes", "says"),
     [
@@ -113,11 +188,17 @@ def test_responses_must_fit_the_engine():
 
 
 def test_data_must_fill_a_rollout():
-    batches = check_batches(settings(), 8)
-    check_prompts(batches, 128)
+    args = settings()
+    batches = check_batches(args, 8)
+    check_prompts(args, batches, 128)
     with pytest.raises(ValueError, match=r"takes 128 prompts, .* has only 127.*steps_per_generation 24") as refused:
-        check_prompts(batches, 127)
-    (fitting,) = applied(settings(), str(refused.value))
+        check_prompts(args, batches, 127)
+    (fitting,) = applied(args, str(refused.value))
     assert check_batches(fitting, 8).prompts == 96
     with pytest.raises(ValueError, match="smaller per_device_train_batch_size"):
-        check_prompts(batches, 2)
+        check_prompts(args, batches, 2)
+    args = derived(8, responses_per_update=512, updates_per_rollout=4)
+    with pytest.raises(ValueError, match=r"has only 127.*Nearest: updates_per_rollout 3\."):
+        check_prompts(args, check_batches(args, 8), 127)
+    with pytest.raises(ValueError, match="smaller responses_per_update"):
+        check_prompts(args, check_batches(args, 8), 31)
