@@ -68,7 +68,7 @@ def test_every_sample_is_kept_and_counted(run):
     assert len({s["completion"] for s in samples[:3]} | {s["completion"] for s in samples[3:6]}) > 2
 
     assert json.loads((folder / "results.json").read_text()) == result
-    assert f"| starter | – | – | – | – | {100 * one['average']:.2f} |" in (folder / "table.md").read_text()
+    assert f"| Method | starter |\n| --- | --- |\n|  | (Avg@3) |\n| starter | {100 * one['average']:.2f} |\n" in (folder / "table.md").read_text()
     assert result["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in result["versions"]["torch"]
 
 
@@ -140,7 +140,7 @@ def test_mistakes_end_before_a_model_is_loaded(tmp_path, monkeypatch):
         ({"datasets": ["aime26"]}, ValueError, "aime26"),
         ({"datasets": ["aime24@nowhere.parquet"]}, FileNotFoundError, "nowhere.parquet"),
         ({"max_completion_length": 250}, ValueError, r"do not fit into 256 positions: give --max_completion_length 2"),
-        ({"reward_func": "nothing.here"}, ValueError, "--reward_func nothing.here: give an import path"),
+        ({"reward_func": "nothing.here"}, ValueError, "--reward_func nothing.here: there is no module"),
     ):
         with pytest.raises(error, match=says):
             evaluate(EvaluationConfig(output_dir=str(folder), **change))

@@ -178,6 +178,18 @@ def test_table_with_other_sets_and_other_k():
     assert both.splitlines()[4] == "| n | – | 25.00 | – | – | – |"
 
 
+def test_without_a_set_of_table_1_there_are_no_columns_for_them():
+    table = results_table([result("m", starter=(4, 0.25)), result("n", starter=(4, 0.5), mine=(1, 1.0))])
+    assert table.split("\n\n")[0].splitlines() == [
+        "| Method | starter | mine |",
+        "| --- | --- | --- |",
+        "|  | (Avg@4) | (Avg@1) |",
+        "| m | 25.00 | – |",
+        "| n | 50.00 (+25.00) | 100.00 |",
+    ]
+    assert results_table([result("m")]).startswith("| Method |\n")
+
+
 def test_results_of_one_name_are_one_row(tmp_path):
     for i, one in enumerate((result("a", aime24=(32, 0.5)), result("a", livecodebench=(1, 1.0)), result("b"))):
         (tmp_path / f"{i}.json").write_text(json.dumps(one))

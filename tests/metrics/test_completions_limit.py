@@ -30,3 +30,15 @@ def test_a_resumed_run_keeps_what_it_writes(tmp_path):
 def test_limit_of_zero_is_refused():
     with pytest.raises(ValueError, match=r"completions_total_limit=0 must be in \[1, inf\), for example 10"):
         TICGRPOConfig("unused", use_cpu=True, completions_total_limit=0)
+
+
+def test_the_newest_tables_of_each_evaluation_stay(tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "num_generations_eval": 1, "per_device_eval_batch_size": 4}
+    trainer = make_trainer(
+        tmp_path, log_completions=True, num_completions_to_print=0, completions_total_limit=2, **settings
+    )
+    (tmp_path / "completions/notes.parquet").touch()  # a file of the user's
+    trainer.train()
+    trainer.evaluate(metric_key_prefix="again")
+    names = sorted(path.stem for path in (tmp_path / "completions").iterdir())
+    assert names == ["again_00004", *(f"{kind}_0000{n}" for kind in ("completions", "eval") for n in (3, 4)), "notes"]

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import make_trainer
 
 from tic_grpo_trl.metrics.ratios import (
     effective_sample_size,
@@ -92,6 +93,31 @@ def test_responses_without_tokens_do_not_count():
 def test_extreme_ratios_stay_finite():
     rows = rows_of([[1e4, 0.0], [-1e4, 0.0], [0.0, 0.0]], [1.0, -1.0, 0.0])
     assert all(math.isfinite(value) for value in ratio_metrics(rows).values())
+
+
+@pytest.mark.parametrize("logs_all", [False, True])
+@pytest.mark.parametrize("logging_steps", [1, 8])
+def test_a_run_logs_a_handful_of_metrics_unless_all_are_asked_for(tmp_path, logs_all, logging_steps):
+    """What is logged by default has the values that it has among all."""
+    settings = {"steps_per_generation": 4, "max_steps": 8, "skip_zero_advantage": False, "eval_strategy": "steps"}
+    settings |= {"eval_steps": 8, "logging_steps": logging_steps, "algorithm": "grpo"}
+    trainer = make_trainer(tmp_path, log_all_ratio_metrics=logs_all, **settings)
+    statistics, close = [], trainer.ratios.close
+    trainer.ratios.close = lambda *args: statistics.append((args[1], close(*args))) or statistics[-1][1]
+    trainer.train()
+    statistics = [(k, rows) for k, rows in statistics if k is not None]  # without the evaluation's
+    overall = ["ess", "log_std", "log_q05", "log_q50", "log_q95", "clip_high_pos", "clip_high_neg", "clip_low_neg"]
+    default = {*overall, "inner_1/log_std", "inner_4/ess", "inner_4/log_std"}
+    logged, evaluated = set(), set()
+    for entry in trainer.state.log_history:
+        own = {name.removeprefix("trajectory_ratio/"): v for name, v in entry.items() if name[:10] == "trajectory"}
+        merged = merge_steps(statistics[entry["step"] - logging_steps : entry["step"]]) if own else {}
+        assert own == pytest.approx({name: v for name, v in merged.items() if logs_all or name in default})
+        logged |= own.keys()
+        evaluated |= {name.removeprefix("eval_trajectory_ratio/") for name in entry if name[:15] == "eval_trajectory"}
+    every = {*overall, "log_mean", "log_min", "log_max", "share_below_0.1"}
+    assert evaluated == (every if logs_all else set(overall))
+    assert logged == (every | {f"inner_{k}/{name}" for k in (1, 2, 3, 4) for name in every} if logs_all else default)
 
 
 def test_steps_are_averaged_and_split_by_inner_step():

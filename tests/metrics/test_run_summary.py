@@ -4,7 +4,7 @@ import json
 
 import matplotlib.pyplot as plt
 import pytest
-from conftest import CPU
+from conftest import CPU, make_trainer
 
 from tic_grpo_trl import TICGRPOConfig
 from tic_grpo_trl.metrics.run_summary import inner_steps, plot_curves, ratio_means, series, smooth, summarize_run
@@ -83,6 +83,34 @@ def of_inner_steps(updates: int, total: int):
         names = {f"trajectory_ratio/{place}{name}": v for name, v in values.items() for place in ("", f"inner_{k}/")}
         history.append({"step": step + 1, "frac_non_finite": 0.25 * (step == 0), "update/skipped": 0.0} | names)
     return history
+
+
+def test_figure_and_summary_of_a_run_with_the_default_metrics(tmp_path, monkeypatch):
+    """The first and the last inner step are drawn, and quantiles over all updates."""
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    settings = {"steps_per_generation": 4, "max_steps": 16, "log_all_ratio_metrics": False}
+    trainer = make_trainer(tmp_path, **settings, skip_zero_advantage=False)
+    trainer.train()
+    history = trainer.state.log_history
+    plot_curves(history, tmp_path / "curves.png", "count_a", window=1)
+    _, _, ess, spread, quantiles, clip = figures[0].axes
+    drawn = {axis: {line.get_label(): line for line in axis.get_lines()} for axis in figures[0].axes}
+    assert [text.get_text() for text in ess.get_legend().get_texts()] == ["k = 4"]
+    assert [text.get_text() for text in spread.get_legend().get_texts()] == ["k = 1 (noise floor)", "k = 4"]
+    for axis, name in ((ess, "ess"), (spread, "log_std")):
+        assert drawn[axis]["k = 4"].get_xdata().tolist() == [4, 8, 12, 16]
+        values = [entry[f"trajectory_ratio/{name}"] for entry in history if entry["step"] % 4 == 0 and "loss" in entry]
+        assert drawn[axis]["k = 4"].get_ydata().tolist() == values
+    assert drawn[spread]["k = 1 (noise floor)"].get_ydata().tolist() == [0, 0, 0, 0]
+    assert quantiles.get_ylabel() == "quantiles of R, nats"
+    for label, name in (("5 %", "log_q05"), ("50 %", "log_q50"), ("95 %", "log_q95")):
+        values = [entry[f"trajectory_ratio/{name}"] for entry in history if "loss" in entry]
+        assert drawn[quantiles][label].get_ydata().tolist() == values
+    assert {"above the cap, A > 0", "above the cap, A < 0"} <= set(drawn[clip])
+    means = ratio_means(history)
+    assert means["inner_4/ess"] == pytest.approx(sum(drawn[ess]["k = 4"].get_ydata()) / 4)
+    assert means["log_q05"] == pytest.approx(sum(drawn[quantiles]["5 %"].get_ydata()) / 16)
 
 
 def test_means_of_the_ratios_overall_and_by_inner_step():

@@ -1,4 +1,4 @@
-"""Print the results of several runs in the form of the paper's Table 1 (v5), followed by their uncertainties."""
+"""Print the results of several runs, the papers' sets in the form of Table 1 (v5), followed by their uncertainties."""
 
 from typing import Any
 
@@ -14,7 +14,9 @@ Result = dict[str, Any]
 
 
 def results_table(results: list[Result]) -> str:
-    """Format results as Markdown: Table 1, then the uncertainty of each number.
+    """Format results as Markdown: a table of averages, then the uncertainty of each number.
+
+    If some result is of a set of Table 1, all columns of Table 1 are shown.
 
     Args:
         results: contents of `results.json` files. The first is the baseline of all differences.
@@ -22,8 +24,8 @@ def results_table(results: list[Result]) -> str:
     Returns:
         Two tables. Accuracies are in percent, differences in percentage points.
     """
-    columns = list(TABLE_1.items())
     found = dict.fromkeys((name, one["metric"]) for result in results for name, one in result["sets"].items())
+    columns = list(TABLE_1.items()) if any(name in TABLE_1 for name, _ in found) else []
     # A set of Table 1 with another metric replaces the paper's column, unless some result has that one too.
     replaced = {name for name, _ in found} - {name for name, metric in found if (name, metric) in columns}
     shown = [column for column in columns if column[0] not in replaced]

@@ -90,15 +90,15 @@ class CompletionsTable:
             is_list = isinstance(values, deque)
             logs[column] = deque(maxlen=values.maxlen) if is_list else defaultdict(values.default_factory)
         writes = self.accelerator.is_main_process
-        if writes and file.exists():
+        if keeps := writes and file.exists():
             file.rename(kept)
         try:
             yield
         finally:
             logs.update(training)
             if writes and file.exists():
-                file.rename(self._folder / f"{name}_{step:05d}.parquet")
-            if writes and kept.exists():
+                file.rename(self._folder / f"{name.replace('/', '_')}_{step:05d}.parquet")
+            if keeps:
                 kept.rename(file)
 
     def rotate(self, step: int):

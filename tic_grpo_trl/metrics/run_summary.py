@@ -42,7 +42,7 @@ def accuracy_name(reward_name: str) -> str:
 
 
 def inner_steps(log_history: LogHistory) -> list[int]:
-    """Return the inner steps k = 1 … K that have their own metrics, in order."""
+    """Return the inner steps, out of k = 1 … K, that have metrics of their own, in order."""
     return sorted({int(match[1]) for entry in log_history for match in map(INNER_STEP.fullmatch, entry) if match})
 
 
@@ -93,7 +93,9 @@ def plot_curves(log_history: LogHistory, path: str | Path, reward_name: str, win
     """Plot a run's learning curves and its ratios.
 
     The panels show reward and held-out accuracy, response length, effective sample size and spread of R per inner step,
-    quantiles of R, and clip shares by the advantage's sign.
+    quantiles of R, and clip shares by the advantage's sign. With `log_all_ratio_metrics`, up to four inner steps are
+    drawn and the quantiles are those at the last one, otherwise the first and the last inner step, and the quantiles
+    over all updates.
 
     Args:
         log_history: of the trainer's state.
@@ -133,7 +135,9 @@ def plot_curves(log_history: LogHistory, path: str | Path, reward_name: str, win
     axes[1, 0].set(ylabel="effective sample size, share of n", ylim=(0, 1.02))
     axes[1, 1].set(ylabel="standard deviation of R, nats", ylim=(0, None))
 
-    last, at = (f"inner_{inner[-1]}/", f" at k = {inner[-1]}") if inner else ("", "")
+    last, at = "", ""
+    if inner and series(log_history, f"trajectory_ratio/inner_{inner[-1]}/log_q05")[1]:
+        last, at = f"inner_{inner[-1]}/", f" at k = {inner[-1]}"
     for name, text, line in zip(QUANTILES, ("5 %", "50 %", "95 %"), (ORANGE, GREY, BLUE), strict=True):
         draw(axes[2, 0], f"trajectory_ratio/{last}{name}", text, line)
     axes[2, 0].set(ylabel=f"quantiles of R{at}, nats", xlabel="update")
