@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import count_a, make_trainer, tiny_model, tiny_moe_model
 from peft import LoraConfig
+from safetensors import safe_open
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
@@ -474,6 +475,30 @@ def test_checkpoint_with_weights_only(tmp_path, messages):
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 2
     assert [text for text in messages() if "has no tic_grpo_state_0.pt" in text]
+
+
+def test_tied_weights_are_not_reported_as_missing(tmp_path, caplog):
+    """A checkpoint has them under one of their names; others that are missing are still reported."""
+    theirs = logging.getLogger("transformers.trainer")
+    theirs.addHandler(caplog.handler)
+    try:
+        tied = {"model": small_model(tie_word_embeddings=True)}
+        trainer_in(tmp_path, **tied, max_steps=1).train()
+        trainer = trainer_in(tmp_path, **tied, max_steps=2)
+        trainer.train(resume_from_checkpoint=True)
+        assert trainer.state.global_step == 2
+        assert "missing keys" not in caplog.text
+        with safe_open(tmp_path / "checkpoint-1/model.safetensors", "pt") as file:
+            assert "lm_head.weight" not in file.keys()  # noqa: SIM118
+        rest = {"lm_head.weight": trainer.model.lm_head.weight}
+        loaded = trainer.model.load_state_dict(rest, strict=False)
+        assert "model.embed_tokens.weight" in loaded.missing_keys
+        trainer._issue_warnings_after_load(loaded)
+        assert "missing keys" in caplog.text
+        assert "model.norm.weight" in caplog.text
+        assert "embed_tokens" not in caplog.text
+    finally:
+        theirs.removeHandler(caplog.handler)
 
 
 # Plain values
