@@ -134,12 +134,13 @@ def build(tmp_path, rollouts, trl=False, model=None, prompts=32, leader=None, **
     """A trainer on fixed rollouts: ours, or TRL's own with the same settings."""
     trainer_class, config_class = (GRPOTrainer, GRPOConfig) if trl else (TICGRPOTrainer, TICGRPOConfig)
     peft_config = config.pop("peft_config", None)
+    own = {} if trl else {"log_all_ratio_metrics": True}
     torch.manual_seed(0)  # for a new adapter
     recorder = Recorder(leader)
     trainer = trainer_class(
         model=tiny_model() if model is None else copy.deepcopy(model),
         reward_funcs=rollouts[1],
-        args=config_class(output_dir=str(tmp_path), **CPU | SETTINGS | config),
+        args=config_class(output_dir=str(tmp_path), **CPU | SETTINGS | own | config),
         train_dataset=TINY_PROMPTS.select(range(prompts)),
         eval_dataset=TINY_PROMPTS.select(range(4)),
         processing_class=tiny_tokenizer(),

@@ -176,7 +176,7 @@ trainer.train();
     rows = [re.findall(r"<td>(.*?)</td>", row) for row in html.split("<tr>")[1:]]
     assert [row[0] for row in rows] == ["2", "4"]
     assert all(0 <= float(value) <= 1 for row in rows for value in row[1:])
-    assert re.search(r"\[4/4 .*reward=\d\.\d{3}, ess=\d\.\d{3}", html)
+    assert re.search(r"\[4/4 .*reward \d\.\d{3}, ess \d\.\d{3}", html)
 
 
 def outcome_is_as_claimed(name: str, found: dict[str, float]):

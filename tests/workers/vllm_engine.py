@@ -33,6 +33,7 @@ SETTINGS = {
     "lr_scheduler_type": "constant",
     "max_grad_norm": 1e9,  # gradients as they are
     "logging_steps": 1,
+    "log_all_ratio_metrics": True,
     "save_strategy": "no",
     "disable_tqdm": True,
 }
