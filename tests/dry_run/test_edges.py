@@ -55,7 +55,7 @@ def test_dry_run_names_an_engine_whose_memory_is_not_counted(flags, memory, says
 
 def test_dry_run_of_every_process_but_the_first_says_nothing():
     launched = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "ACCELERATE_MIXED_PRECISION": "no"}
-    assert plan_for([], launched) is None  # no class to read the settings with
+    assert plan_for(None, None, launched) is None  # no class to read the settings with
     assert not launched  # nothing is left that would start a group of processes
 
 

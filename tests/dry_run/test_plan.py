@@ -8,6 +8,7 @@ import sys
 import pandas
 import pytest
 import torch
+import yaml
 from launching import CONFIGS, ON_CPU, ROOT, environment_of_script, run_script
 from peft import LoraConfig
 from transformers import AutoTokenizer, LlamaConfig, Qwen3Config
@@ -23,11 +24,14 @@ RECIPES = sorted((ROOT / "examples/recipes").glob("*.yaml"))
 STARTER = ROOT / "examples/recipes/starter.yaml"
 
 
-def planned(*flags, topology=None, environ=None):
-    """Settings of the starter's recipe, read as the script's dry run reads them."""
-    words = ["--config", str(STARTER), *flags]
-    words += ["--accelerate_config", str(CONFIGS / f"{topology}.yaml")] if topology else []
-    config_class = plan_for(words, {} if environ is None else environ)
+def planned(*flags, topology=None, processes=None, environ=None, recipe=STARTER):
+    """Settings of a recipe, read as the script's dry run reads them."""
+    contents = yaml.safe_load(recipe.read_text())
+    if "accelerate_config" in contents:
+        contents["accelerate_config"] = CONFIGS / f"{contents['accelerate_config']}.yaml"
+    file = topology and CONFIGS / f"{topology}.yaml"
+    config_class = plan_for(file, processes, {} if environ is None else environ, contents)
+    words = ["--config", str(recipe), *flags]
     return TrlParser((TrainArguments, config_class, ModelConfig)).parse_args_and_config(words)[1]
 
 
@@ -53,7 +57,7 @@ def starter_plan(*flags, topology=None, **kwargs):
 def test_starter_on_one_process():
     lines = shown(starter_plan(eval_prompts=1000))
     assert lines["rollout"] == "32 prompts x 8 responses = 256 responses"
-    assert lines["updates"].startswith("K = 4 of 64 responses (8 prompts), each in at most 1 passes of 64 responses")
+    assert lines["updates"].startswith("K = 4 of 64 responses (8 prompts), each in at most 1 pass of 64 responses")
     assert lines["run"] == "200 updates; an epoch of 8,000 prompts is 250 rollouts = 1,000 updates"
     assert lines["tokens"] == "at most 64 x (21 + 48) = 4.42k an update, 17.7k a rollout"
     assert lines["evaluation"] == "1,000 prompts x 1 = 1,000 responses"
@@ -91,12 +95,84 @@ def test_launched_topology_is_read_and_nothing_is_started():
     assert (args.topology.processes, args.topology.zero_stage, args.world_size) == (4, 2, 4)
     assert args.distributed_state.num_processes == 1
     assert set(environ) == {"MASTER_ADDR", "HOME"}
-    assert plan_for([], {"RANK": "1", "WORLD_SIZE": "4"}) is None
+    assert plan_for(None, None, {"RANK": "1", "WORLD_SIZE": "4"}) is None
 
 
 def test_batch_sizes_are_checked_before_trl_sees_them():
     with pytest.raises(ValueError, match=r"Nearest: per_device_train_batch_size 63 or 70; .*num_generations 4 or 8\."):
         planned("--num_generations", "7", "--steps_per_generation", "1")
+
+
+def test_a_flag_wins_over_the_launcher_and_the_launcher_over_the_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("accelerate_config: zero3\nnum_processes: 2\nuse_cpu: true\noutput_dir: unused\n")
+    launched = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "4"}
+
+    def topology(**chosen):
+        chosen = planned(recipe=recipe, **chosen).topology
+        return chosen.kind, chosen.processes
+
+    assert topology() == ("DeepSpeed ZeRO-3", 2)
+    assert topology(processes=6) == ("DeepSpeed ZeRO-3", 6)
+    assert topology(environ=dict(launched)) == ("FSDP2", 4)
+    assert topology(environ=dict(launched), topology="zero2") == ("DeepSpeed ZeRO-2", 8)
+    assert topology(topology="multi_gpu", processes=3) == ("DDP", 3)
+    recipe.write_text("use_cpu: true\noutput_dir: unused\n")
+    assert topology() == ("nothing is sharded", 1)
+    assert topology(processes=2) == ("DDP", 2)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "topology", "processes", "says"),
+    [
+        ("starter", "", None, None, None),
+        ("starter", "", "zero3", None, "512 responses per update, 8 times the recipe's 64"),
+        ("starter", "--per_device_train_batch_size 32", "multi_gpu", 2, None),
+        (
+            "starter",
+            "--steps_per_generation 8 --per_device_train_batch_size 48",
+            None,
+            None,
+            "48 responses per update instead of the recipe's 64; K = 8 instead of the recipe's 4",
+        ),
+        ("starter", "--num_iterations 2", None, None, "K = 8 instead of the recipe's 4"),
+        ("qwen3_1.7b_h200", "", "zero2", 8, None),
+        ("qwen3_1.7b_8gpus", "", None, 4, None),
+        ("qwen3_1.7b_8gpus", "--responses_per_update 4096", None, None, "4,096 responses per update, 8 times"),
+    ],
+)
+def test_batches_other_than_the_recipes_are_named(recipe, flags, topology, processes, says):
+    path = ROOT / f"examples/recipes/{recipe}.yaml"
+    lines = shown(Plan(planned(*flags.split(), topology=topology, processes=processes, recipe=path), None))
+    assert lines.get("batch", "").startswith(says) if says else "batch" not in lines
+
+
+def test_a_recipe_without_a_topology_is_compared_on_the_planned_one(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("per_device_train_batch_size: 8\nuse_cpu: true\noutput_dir: unused\n")
+    assert "batch" not in shown(Plan(planned(recipe=recipe, processes=4), None))
+    changed = shown(Plan(planned("--per_device_train_batch_size", "16", recipe=recipe, processes=4), None))
+    assert changed["batch"] == "64 responses per update, 2 times the recipe's 32"
+    recipe.write_text("responses_per_update: 64\nper_device_train_batch_size: 48\noutput_dir: unused\n")
+    needs_the_flag = shown(Plan(planned("--per_device_train_batch_size", "16", recipe=recipe), None))
+    assert "batch" not in needs_the_flag
+
+
+def test_evaluations_that_repeat_prompts_are_named():
+    papers = ROOT / "examples/recipes/qwen3_1.7b_h200.yaml"
+
+    def evaluation(*flags, prompts=30, processes=8):
+        args = planned(*flags, recipe=papers, topology="multi_gpu", processes=processes)
+        return shown(Plan(args, None, eval_prompts=prompts))["evaluation"]
+
+    assert evaluation() == "30 prompts x 32 = 960 responses"
+    assert evaluation("--responses_per_eval_batch", "7680") == (
+        "30 prompts x 32 = 960 responses; 7,680 are generated, because the batches of 8 processes x 960 are filled up "
+        "with repeats. Set responses_per_eval_batch to 960"
+    )
+    # batches of 8 x 60 responses: 31 prompts need a third one
+    repeated = evaluation("--responses_per_eval_batch", "480", prompts=31)
+    assert repeated.endswith("1,440 are generated, because the batches of 8 processes x 60 are filled up with repeats")
 
 
 SMOLLM2 = LlamaConfig(
@@ -152,6 +228,24 @@ def test_memory_that_is_not_there_is_refused_with_a_batch_that_fits():
         Plan(planned("--gradient_checkpointing", "true"), BIG, gpu_memory=20 * GB)
 
 
+def test_a_batch_that_fits_is_proposed_by_what_was_given(tmp_path):
+    flags = "--per_device_train_batch_size 16 --gradient_checkpointing true --max_completion_length 2048".split()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("output_dir: unused\n")
+
+    def proposal(*more):
+        with pytest.raises(ValueError, match="Nearest: ") as refused:
+            Plan(planned(*flags, *more, recipe=recipe), BIG, gpu_memory=40 * GB)
+        return str(refused.value).partition("Nearest: ")[2]
+
+    given = ["--responses_per_update", "64"]
+    assert proposal(*given, "--updates_per_rollout", "4") == "per_device_train_batch_size 8."
+    assert proposal(*given) == "per_device_train_batch_size 8 with steps_per_generation 8."
+    assert proposal("--updates_per_rollout", "4") == (
+        "per_device_train_batch_size 8 with gradient_accumulation_steps 2."
+    )
+
+
 def test_share_of_the_engine():
     flags = "--use_vllm true --vllm_mode colocate --vllm_gpu_memory_utilization 0.25".split()
     plan = Plan(planned(*flags), BIG, longest_prompt=21, gpu_memory=100 * GB)
@@ -185,20 +279,20 @@ def test_activations_are_those_of_the_longest_responses():
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_has_a_dry_run(recipe, tmp_path):
-    """Run the script as the recipe's comment launches it, with the model's configuration in a local folder."""
-    launched = re.search(r"accelerate_configs/(\w+)\.yaml", recipe.read_text()).group(1)
-    config = CONFIGS / f"{launched}.yaml"
-    flags = ["--accelerate_config", config, "--output_dir", tmp_path / "out"]
+    """On the recipe's own topology, with the model's configuration in a local folder."""
+    topology = yaml.safe_load(recipe.read_text())["accelerate_config"]
+    flags = ["--output_dir", tmp_path / "out"]
     if recipe.stem != "starter":
         (SMOLLM2 if recipe.stem == "smollm2_135m" else BIG).save_pretrained(tmp_path / "model")
         AutoTokenizer.from_pretrained(STARTER_MODEL).save_pretrained(tmp_path / "model")
         flags += ["--model_name_or_path", tmp_path / "model"]
     lines, done = run_dry("--config", recipe, *flags)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert lines["topology"].startswith(f"{launched}.yaml")
+    assert lines["topology"].startswith(f"{topology}.yaml")
     assert lines["updates"].startswith("K = 4 of ")
     assert {"model", "rollout", "run", "tokens", "weights", "gradients", "AdamW", "activations", "sum"} <= set(lines)
-    if recipe.stem in ("qwen3_1.7b_h200", "qwen3_8b_2nodes"):  # the papers' batches
+    assert "batch" not in lines
+    if recipe.stem in ("qwen3_1.7b_h200", "qwen3_1.7b_8gpus", "qwen3_8b_2nodes"):  # the papers' batches
         assert lines["rollout"] == "128 prompts x 16 responses = 2,048 responses"
         assert lines["updates"].startswith("K = 4 of 512 responses (32 prompts)")
         assert "(2,000 + 18,000)" in lines["tokens"]
@@ -241,10 +335,26 @@ def test_launched_by_accelerate_only_the_first_process_speaks():
 def test_refusals_of_the_script(tmp_path):
     out = ("--output_dir", tmp_path / "out")
     _, done = run_dry("--config", STARTER, "--per_device_train_batch_size", "3", *out)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "per_device_train_batch_size 3 x" in done.stderr.strip().splitlines()[-1]
     assert "Traceback" not in done.stderr
     late = tmp_path / "late.yaml"
     late.write_text("dry_run: true\nuse_cpu: true\nbf16: false\n")
     assert "give it as a flag, --dry_run" in run_script("--config", late, *out).stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_that_makes_a_model_is_named(tmp_path):
+    """In the dry run beside the batches; the real run ends with it."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model_name_or_path: {tmp_path}/made\nmodel_command: python make.py\noutput_dir: {tmp_path}/out\n"
+    )
+    says = f"model_name_or_path {tmp_path}/made does not exist. This command makes it: python make.py"
+    lines, _ = run_dry("--config", recipe, "--use_cpu", "--bf16", "false")
+    assert lines["model"] == f"memory not estimated: {says}"
+    assert lines["rollout"] == "1 prompts x 8 responses = 8 responses"
+    done = run_script("--config", recipe, "--use_cpu", "--bf16", "false")
+    assert done.returncode != 0
+    assert says in done.stderr
+    assert not (tmp_path / "out/config.json").exists()

@@ -264,9 +264,10 @@ class Plan:
             return ""
         if ours.update_responses != recipe.update_responses:
             times, rest = divmod(ours.update_responses, recipe.update_responses)
-            text = f"{ours.update_responses:,} responses per update, "
-            text += f"{times:,} times the recipe's" if not rest else "instead of the recipe's"
-            texts.append(f"{text} {recipe.update_responses:,}")
+            compared = " instead of" if rest else f", {times:,} times"
+            texts.append(
+                f"{ours.update_responses:,} responses per update{compared} the recipe's {recipe.update_responses:,}"
+            )
         if ours.updates != recipe.updates:
             texts.append(f"K = {ours.updates:g} instead of the recipe's {recipe.updates:g}")
         return "; ".join(texts)
