@@ -88,7 +88,7 @@ def test_the_default_reward_is_what_the_solutions_ask_for(tmp_path):
     sums = write(tmp_path / "sums.csv", [{"question": "1+1", "answer": 2}, {"question": "1+2", "answer": 3}])
     columns = ("--dataset_name", sums, "--dataset_columns", "prompt=question", "solution=answer")
     dataset, evaluation, rewards = load(*columns)
-    assert (dataset["solution"][:], evaluation, rewards) == (["2", "3"], None, [math_reward])
+    assert (dataset["solution"][:], evaluation, rewards) == ([2, 3], None, [math_reward])
     tests = json.dumps({"tests": [{"input": "1", "output": "1", "type": "stdin"}], "function": None})
     programs = write(tmp_path / "programs/train.jsonl", [{"prompt": "Echo.", "solution": tests}])
     assert load("--dataset_name", programs.parent)[2] == [code_reward]
@@ -129,7 +129,7 @@ def test_own_files_with_own_columns_train_and_evaluate(tmp_path):
     steps = "--eval_strategy steps --eval_steps 1 --num_generations_eval 1".split()
     columns = ("--dataset_columns", "prompt=question", "solution=answer")
     dataset, evaluation, _ = load("--dataset_name", train, "--eval_dataset_name", held_out, *columns, *steps)
-    assert (dataset["solution"][:], evaluation["solution"][:]) == (["1", "2", "3", "4"], ["10"])
+    assert (dataset["solution"][:], evaluation["solution"][:]) == ([1, 2, 3, 4], [10])
 
 
 def test_starter_evaluates_on_its_own_held_out_sums(caplog):

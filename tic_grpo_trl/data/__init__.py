@@ -1,8 +1,9 @@
 """Problems to train and evaluate on: named sets, your own data and mixtures of them (`docs/data.md`)."""
 
 from .lengths import drop_long_prompts, prompt_lengths
-from .loading import EVALUATION_SETS, GENERATED_SETS, load_problems
+from .loading import load_problems
 from .named_sets import NAMED_SETS
+from .names import EVALUATION_SETS, GENERATED_SETS
 from .text import CODE_INSTRUCTION, DEFAULT, MATH_INSTRUCTION, normalize_answer
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from .examples import log_once
 
@@ -29,18 +29,27 @@ def prompt_lengths(
 
 
 def drop_long_prompts(
-    dataset: Dataset,
+    dataset: Any,
     processing_class: Any,
     max_prompt_length: int,
     chat_template_kwargs: dict[str, Any] | None = None,
-) -> Dataset:
+) -> Any:
     """Drop the examples whose prompt has more than `max_prompt_length` tokens, and log how many.
+
+    The prompts of an `IterableDataset` are measured as they are read.
 
     Raises:
         ValueError: if `max_prompt_length` is not positive, or no prompt is short enough.
     """
     if max_prompt_length < 1:
         raise ValueError(f"max_prompt_length is {max_prompt_length}; it must be a positive number of tokens.")
+    if isinstance(dataset, IterableDataset):
+
+        def fits(example: dict[str, Any]) -> bool:
+            one = Dataset.from_dict({"prompt": [example["prompt"]]})
+            return prompt_lengths(one, processing_class, chat_template_kwargs)[0] <= max_prompt_length
+
+        return dataset.filter(fits)
     lengths = prompt_lengths(dataset, processing_class, chat_template_kwargs)
     fitting = [i for i, length in enumerate(lengths) if length <= max_prompt_length]
     if not fitting:

@@ -1,26 +1,16 @@
 """Load a data set, or several joined by `+`, from its name."""
 
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
+from datasets import Dataset
 
-from datasets import Dataset, concatenate_datasets
-
-from ..starter import few_shot_sums, task
 from .examples import log_once, make_examples
 from .named_sets import NAMED_SETS
-from .sources import PLACES, is_hub_id, read
+from .names import EVALUATION_SETS, GENERATED_SETS, parse, split_names
+from .sources import read
 from .text import DEFAULT, choose_instruction
-from .user_data import convert_user_data
+from .user_data import convert_user_data, join, pick_split
 
 
-GENERATED_SETS: dict[str, Callable[..., Dataset]] = {
-    "starter": task.make_dataset,
-    "few_shot_sums": few_shot_sums.make_dataset,
-}
 GENERATED_SIZES = {"train": 8000, "test": 1000}
-EVALUATION_SETS = tuple(name for name, known in NAMED_SETS.items() if known.evaluation)
-KNOWN_NAMES = ", ".join([*NAMED_SETS, *GENERATED_SETS])
 
 
 def load_problems(
@@ -45,15 +35,17 @@ def load_problems(
         instruction: template for each problem, with `{problem}` in it. `"default"` selects the papers' instruction for
             mathematics (`MATH_INSTRUCTION`) and `CODE_INSTRUCTION` for `livecodebench`. `None` or an empty string
             leaves the bare problem. Prompts that are already lists of messages are not changed.
-        columns: names of the columns `prompt` (string or messages) and `solution` in your own data.
+        columns: new names of columns in your own data, as `{"prompt": "question", "solution": "answer"}`. It needs a
+            column `prompt` (strings or messages) and a column `solution`.
         config: configuration of a hub data set or of a copy; only with a single part.
         size: number of problems that `starter` and `few_shot_sums` generate; by default 8000 for `train`, 1000 for
             `test`.
         seed: random seed of the generated problems.
 
     Returns:
-        A dataset with exactly the columns `prompt` (messages with `role` and `content`), `solution` (str; JSON with the
-        tests for `livecodebench`) and `source` (str, the part without its location).
+        A dataset with the columns `prompt` (messages with `role` and `content`), `solution` (str; JSON with the tests
+        for `livecodebench`) and `source` (str, the part without its location). Your own data keeps its other columns;
+        examples of other parts have `None` there.
 
     Raises:
         ValueError: if an argument is wrong, a column is missing, a set is empty, a file cannot be read, an
@@ -62,7 +54,7 @@ def load_problems(
         ConnectionError: if the hub cannot be reached; the message says how to use a copy.
     """
     choose_instruction(instruction, "{problem}")
-    parts = [_parse(part) for part in _split_names(name)]
+    parts = [parse(part) for part in split_names(name)]
     _check_arguments([part for part, _ in parts], split, columns, config)
     loaded = [
         _generate(part, split, size, seed)
@@ -70,34 +62,7 @@ def load_problems(
         else _load(part, location, split, instruction, columns or {}, config)
         for part, location in parts
     ]
-    return loaded[0] if len(loaded) == 1 else concatenate_datasets(loaded)
-
-
-def _split_names(name: str) -> list[str]:
-    _, _, location = name.partition("@")
-    if any(text and Path(text).expanduser().exists() for text in (name, location)):
-        return [name]  # a path may contain a plus sign
-    return [part.strip() for part in name.split("+")]
-
-
-def _parse(part: str) -> tuple[str, str | None]:
-    """Return the name of a set and its location, `None` for the set's default; for your own data, the path twice."""
-    name, at, location = part.partition("@")
-    if not part:
-        raise ValueError(f"a data set's name is empty; the named sets are {KNOWN_NAMES}. For other data give {PLACES}.")
-    if name in GENERATED_SETS and at:
-        raise ValueError(f"{part}: {name} is generated and has no location; remove @{location}.")
-    if name in NAMED_SETS and at and not location:
-        raise ValueError(f"{part}: give a location after @: {PLACES}.")
-    if name in NAMED_SETS or name in GENERATED_SETS:
-        return name, location or None
-    if Path(part).expanduser().exists() or is_hub_id(part):
-        return part, part
-    if at:
-        raise ValueError(f"{part!r}: only named sets accept @LOCATION, and {name!r} is not one of {KNOWN_NAMES}.")
-    if "/" in part or Path(part).suffix:
-        raise FileNotFoundError(f"there is no file or folder {part!r}; give {PLACES}.")
-    raise ValueError(f"there is no data set {part!r}; the named sets are {KNOWN_NAMES}. For other data give {PLACES}.")
+    return join(name, loaded)
 
 
 def _check_arguments(names: list[str], split: str, columns: dict[str, str] | None, config: str | None) -> None:
@@ -111,11 +76,8 @@ def _check_arguments(names: list[str], split: str, columns: dict[str, str] | Non
     if 0 < len(others) < len(names):
         evaluation = ", ".join(name for name in names if name in EVALUATION_SETS)
         raise ValueError(f"{evaluation} cannot be mixed with {', '.join(others)}: it is for evaluation. Load it alone.")
-    if columns is not None:
-        if unknown := set(columns) - {"prompt", "solution"}:
-            raise ValueError(f"columns has the keys {sorted(unknown)}; only 'prompt' and 'solution' are allowed.")
-        if all(name in NAMED_SETS or name in GENERATED_SETS for name in names):
-            raise ValueError(f"columns is for your own data, and {', '.join(names)} has fixed columns. Remove columns.")
+    if columns is not None and all(name in NAMED_SETS or name in GENERATED_SETS for name in names):
+        raise ValueError(f"columns is for your own data, and {', '.join(names)} has fixed columns. Remove columns.")
     if config is not None and (len(names) > 1 or names[0] in GENERATED_SETS):
         raise ValueError(f"config={config!r} needs a single data set from the hub or a copy, not {'+'.join(names)}.")
 
@@ -128,11 +90,11 @@ def _load(
     splits = read(name, place, config, named is not None)
     if named:  # the copy of a named set may store its only split under another name
         split = next(iter(splits)) if len(splits) == 1 else named.split
-    if split not in splits:
-        raise ValueError(f"{name}: there is no split {split!r}; the splits are {', '.join(map(repr, splits))}.")
-    examples = splits[split]
-    convert = named.convert if named else partial(convert_user_data, columns=columns)
-    converted = convert(name, examples, instruction)
+    examples = pick_split(name, splits, split)
+    if named:
+        converted = named.convert(name, examples, instruction)
+    else:
+        converted = convert_user_data(name, examples, instruction, columns)
     if len(converted) == 0:
         raise ValueError(f"{name}: no problem is left of the {len(examples):,} examples in {place}; is the path right?")
     return converted

@@ -1,10 +1,17 @@
 """Read examples from a local file, a folder or the hub. Code that comes with a data set never runs."""
 
+import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+import datasets
+from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
+
+from .suggestions import near_files
 
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -21,44 +28,81 @@ def is_hub_id(location: str) -> bool:
     return bool(_HUB_ID.fullmatch(location)) and location[0] not in "./~" and Path(location).suffix not in BUILDERS
 
 
-def read(name: str, location: str, config: str | None, named: bool) -> dict[str, Dataset]:
+def read(name: str, location: str, config: str | None, named: bool, streaming: bool = False) -> dict[str, Any]:
     """Read all splits of a file, folder or hub data set, with the examples as they are stored.
 
-    A single file or `Dataset` is the split `train` unless it says otherwise.
+    A single file or `Dataset` is the split `train` unless it says otherwise. With `streaming`, a split is an
+    `IterableDataset`, except in a `save_to_disk` folder, which is never read into memory.
     """
     path = Path(location).expanduser()
     if path.is_file():
-        loaded = _read_file(name, path)
+        loaded = _read_file(name, path, streaming)
     elif path.is_dir():
-        loaded = _read_folder(name, path, config)
+        loaded = _read_folder(name, path, config, streaming)
     elif is_hub_id(location):
-        loaded = _read_hub(name, location, config, named)
+        loaded = _read_hub(name, location, config, named, streaming)
     else:
-        raise FileNotFoundError(f"{name}: there is no file or folder {location!r}; give {PLACES}.")
+        hint = near_files(location, BUILDERS)
+        raise FileNotFoundError(f"{name}: there is no file or folder {location!r}.{hint} Give {PLACES}.")
     if isinstance(loaded, Dataset):
         return {str(loaded.split or "train"): loaded}
     return {str(split): examples for split, examples in loaded.items()}
 
 
-def _read_file(name: str, path: Path) -> DatasetDict:
-    builder = BUILDERS.get(path.suffix.lower())
-    if builder is None:
-        raise ValueError(f"{name}: {path} has an unknown file type; give {KINDS}.")
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave errors to the exception: `datasets` would log some of them as well."""
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        return load_dataset(builder, data_files=str(path))
+        yield
+    finally:
+        datasets.logging.set_verbosity(before)
+
+
+def _read_file(name: str, path: Path, streaming: bool) -> Any:
+    ending = path.suffix.lower()
+    if ending not in BUILDERS:
+        raise ValueError(f"{name}: {path} has an unknown file type; give {KINDS}.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{name}: the file is empty; give one record per example.")
+    try:
+        with _quiet():
+            return load_dataset(BUILDERS[ending], data_files=str(path), streaming=streaming)
     except Exception as error:  # each format fails in its own way
+        reason = (_wrong_line(path) if ending == ".jsonl" else None) or _reason(error)
+        if "corresponds to no data" in reason or "BatchSize must be greater than 0" in reason:  # csv, parquet
+            raise ValueError(f"{name}: the file has no examples; give one record per example.") from error
         raise ValueError(
-            f"{name}: {path} cannot be read as {path.suffix} ({_reason(error)}). Check that it is complete and has one "
-            "record per problem, with named columns."
+            f"{name}: {path} cannot be read as {ending} ({reason}). Check that it is complete and has one record per "
+            "example, with named columns."
         ) from error
 
 
-def _read_folder(name: str, path: Path, config: str | None) -> Dataset | DatasetDict:
+def _wrong_line(path: Path) -> str | None:
+    """Say which line of a file of JSON lines is the first that is no JSON object, and why."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    return f"line {number} is no JSON object: {_start(line)}"
+            except ValueError as error:
+                return f"line {number} is not JSON, {error}: {_start(line)}"
+    return None
+
+
+def _start(line: bytes) -> str:
+    text = line.decode(errors="replace").strip()
+    return repr(text if len(text) <= 60 else text[:60] + "…")
+
+
+def _read_folder(name: str, path: Path, config: str | None, streaming: bool) -> Any:
     saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
     if not saved and not any(file.suffix.lower() in BUILDERS for file in path.rglob("*")):
         raise ValueError(f"{name}: the folder {path} contains no data; give {KINDS}.")
     try:
-        return load_from_disk(path) if saved else load_dataset(str(path), name=config)
+        with _quiet():
+            return load_from_disk(path) if saved else load_dataset(str(path), name=config, streaming=streaming)
     except Exception as error:
         raise ValueError(
             f"{name}: the folder {path} cannot be read ({_reason(error)}). It must be a complete save_to_disk folder "
@@ -66,12 +110,12 @@ def _read_folder(name: str, path: Path, config: str | None) -> Dataset | Dataset
         ) from error
 
 
-def _read_hub(name: str, hub_id: str, config: str | None, named: bool) -> DatasetDict:
+def _read_hub(name: str, hub_id: str, config: str | None, named: bool, streaming: bool) -> Any:
     advice = f"On a machine with internet access, run: hf download {hub_id} --repo-type dataset --local-dir DIR; then "
     advice += f"give the copy: {name}@DIR" if named else "give the copy: DIR"
-    missing = "" if named else "There is no local file or folder with this name either. "
+    missing = "" if named else f"There is no local file or folder with this name either.{near_files(hub_id, BUILDERS)} "
     try:
-        return load_dataset(hub_id, name=config or CONFIGS.get(hub_id))
+        return load_dataset(hub_id, name=config or CONFIGS.get(hub_id), streaming=streaming)
     except DatasetNotFoundError as error:
         raise FileNotFoundError(
             f"{name}: the hub has no data set {hub_id!r}, or it needs a login (hf auth login) or consent to its terms "

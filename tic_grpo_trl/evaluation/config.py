@@ -43,7 +43,16 @@ class EvaluationConfig:
     temperature: float | None = field(default=None, metadata={"help": "0 is greedy. Default: the set's protocol."})
     top_p: float | None = field(default=None, metadata={"help": "Nucleus threshold. Default: the set's protocol."})
     max_completion_length: int | None = field(default=None, metadata={"help": "Longest answer in tokens."})
-    split: str | None = field(default=None, metadata={"help": "Split of your own data. Default: test."})
+    split: str | None = field(
+        default=None, metadata={"help": "Split of your own data. Default: test, or the only one."}
+    )
+    dataset_columns: list[str] | None = field(
+        default=None, metadata={"help": "New names of your own data's columns: prompt=question solution=answer."}
+    )
+    instruction: str | None = field(
+        default=None,
+        metadata={"help": "Template with {problem} around string prompts. Default: the papers' for named sets only."},
+    )
     limit: int | None = field(default=None, metadata={"help": "Use only this many problems of each set."})
     reward_func: str | None = field(default=None, metadata={"help": "Import path of a reward function from 0 to 1."})
     backend: Literal["auto", "vllm", "transformers"] = field(

@@ -12,7 +12,9 @@ from typing import Any
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from ..data import GENERATED_SETS, load_problems
+from ..data import DEFAULT, GENERATED_SETS, load_problems
+from ..data.names import is_named, split_names
+from ..data.user_data import UserData, parse_columns
 from .config import EvaluationConfig, Protocol, set_name
 from .run_folder import SampleStore, summarize, write_results
 from .sampling import Sampler, adapter_base, load_tokenizer, text_config, transformers_sampler, vllm_sampler
@@ -92,17 +94,27 @@ def evaluate(config: EvaluationConfig) -> Result:
 def load_set(dataset: str, config: EvaluationConfig, tokenizer: Any) -> ProblemSet:
     """Load a set, choose its reward function and tokenize its prompts."""
     name = set_name(dataset)
-    size = (config.limit or GENERATED_LIMIT) if dataset in GENERATED_SETS else None
-    split = config.split or ("train" if Path(dataset).is_file() else "test")
-    problems = load_problems(dataset, split, size=size)
+    problems = load_examples(dataset, config)
     problems = problems.select(range(min(len(problems), config.limit or len(problems))))
     template = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
     prompts = [
-        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **template)
-        for messages in problems["prompt"]
+        tokenizer(text=prompt)["input_ids"]  # as in training, plain text has no chat template
+        if isinstance(prompt, str)
+        else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False, **template)
+        for prompt in problems["prompt"]
     ]
     ids = [f"{i}:{digest(problem)[:8]}" for i, problem in enumerate(problems)]
     return ProblemSet(name, problems, config.protocol(name), choose_reward(problems, config.reward_func), prompts, ids)
+
+
+def load_examples(dataset: str, config: EvaluationConfig) -> Dataset:
+    """Load a named set or own data, with prompts and columns as the training script would pass them."""
+    columns = parse_columns(config.dataset_columns)
+    if not any(map(is_named, split_names(dataset))):
+        return UserData(dataset).examples(config.split, columns, config.instruction)
+    size = (config.limit or GENERATED_LIMIT) if dataset in GENERATED_SETS else None
+    instruction = DEFAULT if config.instruction is None else config.instruction
+    return load_problems(dataset, config.split or "test", size=size, instruction=instruction)
 
 
 def check_positions(config: EvaluationConfig, sets: list[ProblemSet]) -> None:
@@ -141,7 +153,7 @@ def describe(config: EvaluationConfig, sets: list[ProblemSet]) -> dict[str, Any]
 
 def digest(value: Any) -> str:
     """Return the SHA-256 of a JSON value in hexadecimal."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def weights_digest(model: str) -> str | None:

@@ -1,35 +1,51 @@
 """The flags of the training script, and the data sets and reward functions that they select."""
 
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
+from transformers.trainer_utils import IntervalStrategy
 from trl import ScriptArguments
 from trl.rewards import get_soft_overlong_punishment
 
 from ..config import TICGRPOConfig
-from ..data import DEFAULT, EVALUATION_SETS, GENERATED_SETS, NAMED_SETS, load_problems
-from ..evaluation.scoring import choose_reward, import_reward
+from ..data import DEFAULT, EVALUATION_SETS, GENERATED_SETS, load_problems
+from ..data.examples import log_once
+from ..data.names import is_named, split_names
+from ..data.user_data import UserData, parse_columns
+from ..evaluation.scoring import choose_reward
+from ..rewards import math_reward
+from ..rewards.importing import import_reward
+
+
+ANSWER_FORMS = ("boxed", "Answer:")  # what a prompt for `math_reward` asks for
 
 
 @dataclass
 class TrainArguments(ScriptArguments):
     """Select data, rewards and the dry run. The help text of each field describes it."""
 
-    dataset_name: str = field(default="starter", metadata={"help": "Named sets joined by +, or your own data."})
+    dataset_name: str = field(
+        default="starter", metadata={"help": "Your own file, folder or hub id, or a named set; joined by +."}
+    )
     dataset_columns: list[str] | None = field(
-        default=None, metadata={"help": "Columns of your own data: prompt=question solution=answer. Drops all others."}
+        default=None, metadata={"help": "New names of your own data's columns: prompt=question solution=answer."}
     )
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Data to evaluate on, such as aime24."})
     train_size: int = field(default=8000, metadata={"help": "Training problems of starter and few_shot_sums."})
     test_size: int = field(default=1000, metadata={"help": "Held-out problems of starter and few_shot_sums."})
-    instruction: str = field(default=DEFAULT, metadata={"help": "Template of each problem, with {problem} in it."})
+    instruction: str | None = field(
+        default=None,
+        metadata={"help": "Template with {problem} around string prompts. Default: the papers' for named sets only."},
+    )
     max_prompt_length: int | None = field(default=None, metadata={"help": "Drop prompts with more tokens than this."})
     reward_funcs: list[str] | None = field(
         default=None,
-        metadata={"help": "Import paths; the first is the accuracy. Default: exact match, code_reward or math_reward."},
+        metadata={"help": "Paths such as my_rewards.correct, first the accuracy. Default: what the solutions ask for."},
+    )
+    model_command: str | None = field(
+        default=None, metadata={"help": "Command that makes the folder model_name_or_path, named if it doesn't exist."}
     )
     soft_punish_cache: int | None = field(
         default=None, metadata={"help": "Tokens before max_completion_length where DAPO's soft punishment starts."}
@@ -41,41 +57,85 @@ class TrainArguments(ScriptArguments):
 
 
 def load_data(script_args: TrainArguments, training_args: TICGRPOConfig) -> tuple[Any, Any]:
-    """Load the training data, and the evaluation data if `eval_strategy` is set (otherwise `None`)."""
+    """Load the training data, and the evaluation data if `eval_strategy` is set (otherwise `None`).
+
+    Raises:
+        ValueError: if a set is unknown, cannot be read, or lacks a column that a reward function reads.
+        FileNotFoundError: if a path or hub data set does not exist.
+        ConnectionError: if the hub cannot be reached.
+    """
     name = script_args.dataset_name
-    sets = [part.partition("@")[0].strip() for part in name.split("+")]
-    if held_out := [part for part in sets if part in EVALUATION_SETS]:
-        raise ValueError(f"--dataset_name {name}: {', '.join(held_out)} is for evaluation, not for training.")
-    is_generated = name in GENERATED_SETS
-    is_named = is_generated or any(part in NAMED_SETS for part in sets)
-    pairs = [column.partition("=") for column in script_args.dataset_columns or []]
-    columns = {ours: theirs for ours, _, theirs in pairs} or None
-    instruction, test_split = script_args.instruction, script_args.dataset_test_split
-    needs_eval = training_args.eval_strategy != "no"
-    eval_dataset: Any = None
-    if needs_eval and (eval_name := script_args.eval_dataset_name):
-        split = "train" if Path(eval_name).is_file() else test_split
-        is_known = eval_name.partition("@")[0] in (*EVALUATION_SETS, *GENERATED_SETS)
-        options: dict[str, Any] = {"columns": None if is_known else columns, "size": script_args.test_size}
-        eval_dataset = load_problems(eval_name, split, instruction=instruction, **options)
-    elif needs_eval and is_generated:
-        eval_dataset = load_problems(name, "test", size=script_args.test_size)
-    elif needs_eval and is_named:
-        raise ValueError(f"--eval_strategy: {name} has no held-out data; add --eval_dataset_name, such as aime24.")
+    if held_out := {part.partition("@")[0] for part in split_names(name)} & {*EVALUATION_SETS}:
+        raise ValueError(f"--dataset_name {name}: {', '.join(sorted(held_out))} is for evaluation, not for training.")
+    columns, instruction = parse_columns(script_args.dataset_columns), script_args.instruction
+    own = None if is_any_named(name) else read_user_data(name, script_args)
+    if own is not None:
+        dataset = own.examples(script_args.dataset_train_split, columns, instruction)
+    else:
+        generated = {"size": script_args.train_size, "seed": training_args.seed}
+        dataset = load_named(name, "train", script_args, columns, config=script_args.dataset_config, **generated)
+    if name not in GENERATED_SETS and (own is None or instruction):
+        show_prompt(dataset)
+    eval_dataset = None
+    if (strategy := IntervalStrategy(training_args.eval_strategy).value) != "no":
+        eval_dataset = load_eval_data(script_args, strategy, own, columns)
+    for examples in (dataset, eval_dataset):  # every reward function reads both
+        paths: Sequence[str | None] = script_args.reward_funcs or [None]
+        for path in paths if examples is not None else []:
+            choose_reward(examples, path, "--reward_funcs")
+    return dataset, eval_dataset
 
-    if is_named or columns:
-        options = {"instruction": instruction, "columns": columns, "config": script_args.dataset_config}
-        if needs_eval and eval_dataset is None:
-            eval_dataset = load_problems(name, test_split, **options)
-        split = "train" if is_named else script_args.dataset_train_split
-        dataset = load_problems(name, split, size=script_args.train_size, seed=training_args.seed, **options)
-        return dataset, eval_dataset
 
-    # As in TRL's scripts, all columns reach the reward functions.
-    splits = load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
-    if needs_eval and eval_dataset is None:
-        eval_dataset = splits[test_split]
-    return splits[script_args.dataset_train_split], eval_dataset
+def load_eval_data(
+    script_args: TrainArguments, strategy: str, own: UserData | None, columns: dict[str, str] | None
+) -> Any:
+    """Load the data of `--eval_dataset_name`, or else the held-out split of the training data, `own` or generated."""
+    name, eval_name, split = script_args.dataset_name, script_args.eval_dataset_name, script_args.dataset_test_split
+    if eval_name and is_any_named(eval_name):
+        return load_named(eval_name, split, script_args, None, size=script_args.test_size)
+    if eval_name:
+        own, only_one = read_user_data(eval_name, script_args), split == "test"  # the flag's default
+        return own.examples(None if only_one else split, columns, script_args.instruction)
+    if own is None and name in GENERATED_SETS:
+        return load_problems(name, "test", size=script_args.test_size)
+    if own is None:
+        raise ValueError(
+            f"--eval_strategy {strategy}: {name} has no held-out data; add --eval_dataset_name, such as aime24."
+        )
+    if split not in own.splits:
+        raise ValueError(
+            f"--eval_strategy {strategy} needs held-out data, and {name} has no split {split!r}, only "
+            f"{', '.join(map(repr, own.splits))}: add --eval_dataset_name held_out.jsonl, or set --eval_strategy no."
+        )
+    return own.examples(split, columns, script_args.instruction)
+
+
+def is_any_named(name: str) -> bool:
+    """Return whether a set, or a part of a mixture, is one that the package knows by name."""
+    return any(map(is_named, split_names(name)))
+
+
+def read_user_data(name: str, script_args: TrainArguments) -> UserData:
+    """Read own data, with the configuration and streaming that the flags select."""
+    is_training = name == script_args.dataset_name
+    return UserData(name, script_args.dataset_config if is_training else None, script_args.dataset_streaming)
+
+
+def load_named(name: str, split: str, script_args: TrainArguments, columns: dict[str, str] | None, **options: Any):
+    """Load a named set or a mixture with one, with the papers' instruction unless the flag gives another."""
+    instruction = DEFAULT if script_args.instruction is None else script_args.instruction
+    return load_problems(name, split, instruction=instruction, columns=columns, **options)
+
+
+def first_prompt(dataset: Any) -> str:
+    """Return the text of a data set's first prompt."""
+    prompt = next(iter(dataset))["prompt"]
+    return prompt if isinstance(prompt, str) else "\n".join(str(message["content"]) for message in prompt)
+
+
+def show_prompt(dataset: Any):
+    """Log the first prompt as a whole, so that its instruction is seen before any compute."""
+    log_once("The first prompt:\n" + textwrap.indent(first_prompt(dataset), "  | ", lambda line: True))
 
 
 def import_rewards(script_args: TrainArguments) -> list[Callable]:
@@ -87,9 +147,12 @@ def reward_functions(script_args: TrainArguments, training_args: Any, train_data
     """Return the reward functions that the flags name, or the default for the data's solutions."""
     functions = import_rewards(script_args)
     if not functions:
-        if "solution" not in (train_dataset.column_names or []):
-            raise ValueError("--reward_funcs: the data has no column `solution`; name your own reward function.")
-        functions = [choose_reward(train_dataset)]
+        functions = [choose_reward(train_dataset, None, "--reward_funcs")]
+        if functions == [math_reward] and not any(form in first_prompt(train_dataset) for form in ANSWER_FORMS):
+            log_once(
+                "math_reward looks for \\boxed{…} or a line `Answer: …` at the end of a response, and the first prompt "
+                "asks for neither. To ask for one, add --instruction default, or change your prompts."
+            )
     cache = script_args.soft_punish_cache
     if cache is not None:
         if not 0 < cache < training_args.max_completion_length:
