@@ -21,7 +21,7 @@ from tic_grpo_trl.starter import STARTER_MODEL, make_dataset
 RECIPE = ROOT / "examples/recipes/qwen3_1.7b_lora_24gb.yaml"
 # what a CPU and a tiny model need otherwise; everything else is the recipe's
 ON_CPU = "--use_cpu --bf16 false --gradient_checkpointing false --use_vllm false --max_completion_length 32".split()
-SMALL = "--gradient_accumulation_steps 8 --steps_per_generation 32 --max_steps 8 --learning_rate 5e-4".split()
+SMALL = "--responses_per_update 32 --max_steps 8 --learning_rate 5e-4".split()
 
 
 def train(folder, *arguments):

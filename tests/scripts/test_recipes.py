@@ -40,9 +40,9 @@ def test_papers_run_end_to_end(tmp_path):
         *("--dataset_name", f"dapo_math_17k@{dapo}+aime_1983_2022@{aime}", "--eval_dataset_name", f"aime24@{aime24}"),
         *("--instruction", "{problem}", "--max_prompt_length", 64, "--output_dir", tmp_path / "out"),
         *"--use_vllm false --use_cpu --bf16 false --gradient_checkpointing false --report_to none".split(),
-        *"--num_generations 4 --per_device_train_batch_size 4 --gradient_accumulation_steps 2".split(),
-        *"--steps_per_generation 8 --max_completion_length 32 --learning_rate 1e-4".split(),
-        *"--num_generations_eval 8 --eval_steps 4 --per_device_eval_batch_size 24 --save_strategy no".split(),
+        *"--num_generations 4 --per_device_train_batch_size 4 --responses_per_update 8".split(),
+        *"--max_completion_length 32 --learning_rate 1e-4".split(),
+        *"--num_generations_eval 8 --eval_steps 4 --responses_per_eval_batch 24 --save_strategy no".split(),
         config=CONFIGS / "single_gpu.yaml",
         flags="--num_processes 1 --mixed_precision no".split(),
     )
@@ -68,7 +68,7 @@ def test_papers_run_end_to_end(tmp_path):
     assert f"| training data | dapo_math_17k@{dapo}+" in card
 
 
-@pytest.mark.parametrize("name", ["qwen3_1.7b_h200", "qwen3_8b_2nodes"])
+@pytest.mark.parametrize("name", ["qwen3_1.7b_h200", "qwen3_1.7b_8gpus", "qwen3_8b_2nodes"])
 def test_every_value_of_the_papers_has_its_source(name):
     text = (RECIPES / f"{name}.yaml").read_text()
     settings = yaml.safe_load(text)
@@ -80,6 +80,16 @@ def test_every_value_of_the_papers_has_its_source(name):
     for key in ("max_completion_length", "num_train_epochs", "learning_rate", "lr_scheduler_type", "temperature"):
         assert re.search(rf"^{key}: .*  # (v5|the authors' run|verl)", text, re.MULTILINE), key
     assert (settings["learning_rate"], settings["num_generations"], settings["num_train_epochs"]) == (1e-6, 16, 1)
+    assert (settings["responses_per_update"], settings["updates_per_rollout"]) == (512, 4)
+
+
+def test_eight_gpus_take_the_papers_run():
+    """Only where it runs and how much memory it has differ from the recipe for one GPU."""
+    one, eight = (yaml.safe_load((RECIPES / f"qwen3_1.7b_{name}.yaml").read_text()) for name in ("h200", "8gpus"))
+    differ = {name for name in one | eight if one.get(name) != eight.get(name)}
+    assert differ == {
+        *("accelerate_config", "num_processes", "gpu_memory", "vllm_gpu_memory_utilization", "output_dir"),
+    }
 
 
 def test_the_default_reward_is_what_the_solutions_ask_for(tmp_path):
