@@ -43,6 +43,7 @@ SETTINGS: dict[str, Any] = {
     "lr_scheduler_type": "constant",
     "adam_beta2": 0.99,
     "logging_steps": 1,
+    "log_all_ratio_metrics": True,
     "per_device_eval_batch_size": 500,
     "num_generations_eval": 1,
     "save_total_limit": 1,
