@@ -3,7 +3,9 @@
 import json
 import shutil
 import signal
+import sys
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -16,7 +18,7 @@ from tic_grpo_trl.checkpoint.output_lock import LOCK
 from tic_grpo_trl.checkpoint.storage import checkpoints_in, find_damage, read_manifest
 
 
-STEPS = 24
+STEPS = 60
 FLAGS = f"""--config {ROOT}/examples/recipes/starter.yaml --reward_funcs killing.even_letters
     --per_device_train_batch_size 4 --num_generations 4 --steps_per_generation 4 --train_size 8 --max_steps {STEPS}
     --max_completion_length 12 --temperature 3 --eval_strategy no --eval_on_start false --save_strategy no
@@ -40,7 +42,8 @@ def run(topology, script, folder, *flags):
 def stop_in_the_middle(number, topology, script, folder, *flags, **environment):
     """Send a signal to the launcher after a few updates; return its exit code and what all processes printed."""
     log = folder.with_suffix(".log")
-    with started(command(topology, script, folder, *flags), log, PYTHONUNBUFFERED="1", **environment) as process:
+    environment |= {"PYTHONUNBUFFERED": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
+    with started(command(topology, script, folder, *flags), log, **environment) as process:
         latest = time.monotonic() + 120
         while log.read_text().count("'grad_norm'") < 6:
             assert process.poll() is None, log.read_text()[-3000:]
@@ -48,7 +51,7 @@ def stop_in_the_middle(number, topology, script, folder, *flags, **environment):
             time.sleep(0.01)
         members = family(process)
         process.send_signal(number)
-        code = process.wait(60)
+        code = process.wait(150)
         _, alive = psutil.wait_procs(members, timeout=60)
         assert not alive
     return code, log.read_text()
@@ -79,6 +82,23 @@ def test_a_launcher_that_dies_of_sigterm_leaves_a_checkpoint_and_no_process(tmp_
     run("cpu", SCRIPT, tmp_path / "run", "--resume_from_checkpoint", "true")
     shutil.rmtree(checkpoint)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_changed_parent_means_nothing_without_a_launcher(tmp_path, launched):
+    """A run under `nohup` outlives its shell."""
+    folder, log = tmp_path / "run", tmp_path / "log.txt"
+    folder.mkdir()
+    script = [sys.executable, ROOT / "tests/workers/orphan.py", folder]
+    environment = {"ACCELERATE_MIXED_PRECISION": "no"} if launched else {}
+    shell = 'pid=$1; shift; "$@" & while [ ! -s "$pid" ]; do sleep 0.1; done'
+    with started(["sh", "-c", shell, "sh", folder / "pid", *script], log, **environment) as process:
+        assert process.wait(120) == 0
+        with suppress(psutil.NoSuchProcess):
+            psutil.Process(int((folder / "pid").read_text())).wait(60)
+    steps = [path.name for path in checkpoints_in(folder)]
+    assert (steps, (folder / "finished").exists()) == ((["checkpoint-1"], False) if launched else ([], True))
+    assert ("Stopped because the launcher has ended after update 1 of 2." in log.read_text()) == launched
 
 
 def test_wandb_shows_a_run_that_failed(tmp_path):

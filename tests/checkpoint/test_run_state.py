@@ -236,7 +236,8 @@ def test_what_is_relied_on_in_transformers():
     loop = {"epoch", "steps_in_epoch", "resume_from_checkpoint", "epochs_trained", "steps_trained_in_current_epoch"}
     assert loop < inspect.signature(Trainer._run_epoch).parameters.keys()
     overridden = ("_init_training_state", "_evaluate", "_maybe_log_save_evaluate", "_finalize_training")
-    for name in (*overridden, "_get_output_dir", "_save_checkpoint", "_push_from_checkpoint", "_load_from_checkpoint"):
+    loading = ("_load_from_checkpoint", "_issue_warnings_after_load")
+    for name in (*overridden, *loading, "_get_output_dir", "_save_checkpoint", "_push_from_checkpoint"):
         theirs = list(inspect.signature(getattr(Trainer, name)).parameters)
         assert len(inspect.signature(getattr(TICGRPOTrainer, name)).parameters) == len(theirs), name
 

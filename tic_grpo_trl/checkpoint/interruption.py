@@ -115,6 +115,8 @@ class Interruption:
             trainer._save_checkpoint(model, trial)
             trainer.control = trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
         trainer.accelerator.wait_for_everyone()  # torchrun kills the others when the first one exits
+        if trainer.accelerator.num_processes > 1:
+            trainer.accelerator.end_training()  # communication ends in order before the processes do
         self._stop(cause, trainer._get_output_dir(trial))
 
     def _stop(self, cause: Cause, run_dir: str) -> NoReturn:
