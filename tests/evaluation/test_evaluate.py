@@ -342,3 +342,27 @@ def test_the_papers_table_from_copies_of_its_sets(tmp_path):
     lines = (folder / "table.md").read_text().splitlines()
     assert lines[0] == "| Method | AIME24 | AIME25 | MATH500 | LiveCodeBench |"
     assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == ["TIC-GRPO", "0.00", "0.00", "0.00", "0.00"]
+
+
+def test_own_data_is_evaluated_as_it_is_trained_on(tmp_path, monkeypatch):
+    """Plain prompts without instruction and chat template, which a base model lacks; renamed columns; an own reward."""
+    model = tmp_path / "model"
+    shutil.copytree(STARTER_MODEL, model)
+    (model / "chat_template.jinja").unlink()
+    write(tmp_path / "sums.jsonl", [{"question": f"{n}+2=?", "result": n + 2, "level": "easy"} for n in range(3)])
+    (tmp_path / "my_score.py").write_text(
+        "def length(completions, answer, level, **kwargs):\n"
+        "    return [len(text) + right + (level == ['easy'] * 3) for text, right in zip(completions, answer)]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [str(tmp_path), *sys.path])
+    own = {"dataset_columns": ["prompt=question", "answer=result"], "reward_func": "my_score.length"}
+    settings = (str(model), ["sums.jsonl"])
+    evaluate(EvaluationConfig(*settings, output_dir="plain", max_completion_length=8, **own))
+    samples = samples_of("plain")
+    assert [sample["prompt"] for sample in samples] == ["0+2=?", "1+2=?", "2+2=?"]
+    assert [sample["reward"] for sample in samples] == [len(s["completion"]) + n + 3 for n, s in enumerate(samples)]
+    with pytest.raises(ValueError, match="model has no chat template"):
+        evaluate(EvaluationConfig(*settings, output_dir="told", instruction="Q: {problem}", **own))
+    with pytest.raises(ValueError, match="--reward_func: the data has no column `solution`"):
+        evaluate(EvaluationConfig(*settings, output_dir="none", dataset_columns=["prompt=question"]))

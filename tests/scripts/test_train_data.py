@@ -243,13 +243,17 @@ def test_evaluation_without_held_out_data(folder):
 def test_mistyped_names(folder):
     write(folder / "sums.jsonl", SUMS)
     (folder / "notes.txt").write_text("no data")
-    assert "no data set 'dapo_mth_17k'. Did you mean 'dapo_math_17k'?" in refused("--dataset_name", "dapo_mth_17k")
+    assert "--dataset_name dapo_mth_17k: there is no data set 'dapo_mth_17k'. Did you mean 'dapo_math_17k'?" in refused(
+        "--dataset_name", "dapo_mth_17k"
+    )
     assert "Did you mean 'starter'?" in refused("--dataset_name", "Startr")
     assert "Did you mean 'sums.jsonl'?" in refused("--dataset_name", "sums")
     gone = {"error": FileNotFoundError}
     assert "no file or folder 'sum.jsonl'. Did you mean 'sums.jsonl'?" in refused("--dataset_name", "sum.jsonl", **gone)
     assert "Did you mean 'sums.jsonl'?" in refused("--dataset_name", "sums.parquet", **gone)
     assert "Did you mean" not in refused("--dataset_name", "notes.jsonl", **gone)
+    write(folder / "my.jsonl", SUMS)
+    assert "Did you mean 'my.jsonl'?" in refused("--dataset_name", "mi.jsonl", **gone)
     assert "Did you mean" not in refused("--dataset_name", "gone/sums.jsonl", **gone)
     write(folder / "data/sums.jsonl", SUMS)
     assert "Did you mean 'data/sums.jsonl'?" in refused("--dataset_name", "data/sums", error=ConnectionError)
@@ -261,8 +265,8 @@ def test_missing_columns(folder):
     write(folder / "sums.jsonl", [{"id": 1, "question": "1 + 1?", "answer": 2}])
     flags = ("--dataset_name", "sums.jsonl")
     assert refused(*flags) == (
-        "sums.jsonl: there is no column 'prompt'; the columns are 'id', 'question', 'answer'. Name it with "
-        "--dataset_columns prompt=question, or in Python columns={'prompt': 'question'}."
+        "--dataset_name sums.jsonl: there is no column 'prompt'; the columns are 'id', 'question', 'answer'. "
+        "Name it with --dataset_columns prompt=question, or in Python columns={'prompt': 'question'}."
     )
     columns = (*flags, "--dataset_columns")
     assert "--dataset_columns solution=answer" in refused(*columns, "prompt=question")  # for the default reward
@@ -288,13 +292,16 @@ def test_columns_that_a_reward_function_reads(folder):
     assert "my_rewards.short does not accept completion_ids, log_extra" in refused(*flags, "my_rewards.short")
     write(folder / "held_out.jsonl", [{"prompt": "2 + 2?"}])
     evaluation = ("--dataset_columns", "answer=result", "--eval_dataset_name", "held_out.jsonl", *STEPS)
-    assert "no column 'result' to rename to 'answer'" in refused(*flags, "my_rewards.correct", *evaluation)
+    message = refused(*flags, "my_rewards.correct", *evaluation)
+    assert message.startswith("--eval_dataset_name held_out.jsonl: there is no column 'result' to rename to 'answer'")
 
 
 def test_files_without_examples(folder):
     for name, text in {"a.jsonl": "", "b.csv": "", "c.csv": "prompt,answer\n", "d.jsonl": "\n"}.items():
         (folder / name).write_text(text)
-        assert re.match(rf"{name}: .*(empty|no examples|cannot be read)", refused("--dataset_name", name, *MINE)), name
+        assert re.match(
+            rf"--dataset_name {name}: .*(empty|no examples|cannot be read)", refused("--dataset_name", name, *MINE)
+        ), name
 
 
 def test_files_that_are_no_json_lines_name_the_line(folder, capfd):

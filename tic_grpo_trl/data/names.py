@@ -6,9 +6,9 @@ from pathlib import Path
 from datasets import Dataset
 
 from ..starter import few_shot_sums, task
+from ..validation.suggestions import did_you_mean, near_files
 from .named_sets import NAMED_SETS
 from .sources import BUILDERS, PLACES, is_hub_id
-from .suggestions import did_you_mean, near_files
 
 
 GENERATED_SETS: dict[str, Callable[..., Dataset]] = {

@@ -11,7 +11,7 @@ import datasets
 from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 
-from .suggestions import near_files
+from ..validation.suggestions import near_files
 
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}

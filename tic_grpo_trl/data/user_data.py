@@ -5,10 +5,10 @@ from typing import Any
 
 from datasets import Dataset, Value, concatenate_datasets
 
+from ..validation.suggestions import did_you_mean
 from .examples import checked_answer, log_once, make_examples
 from .names import parse, split_names
 from .sources import read
-from .suggestions import did_you_mean
 from .text import MATH_INSTRUCTION, choose_instruction, user_message
 
 

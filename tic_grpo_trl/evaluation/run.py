@@ -96,6 +96,9 @@ def load_set(dataset: str, config: EvaluationConfig, tokenizer: Any) -> ProblemS
     name = set_name(dataset)
     problems = load_examples(dataset, config)
     problems = problems.select(range(min(len(problems), config.limit or len(problems))))
+    if tokenizer.chat_template is None and not isinstance(problems[0]["prompt"], str):
+        model = config.model_name_or_path
+        raise ValueError(f"{model} has no chat template: set tokenizer.chat_template and save the tokenizer")
     template = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
     prompts = [
         tokenizer(text=prompt)["input_ids"]  # as in training, plain text has no chat template

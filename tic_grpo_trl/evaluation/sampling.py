@@ -44,8 +44,6 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a model with left padding; for an adapter without one, its base's."""
     source = model if Path(model, "tokenizer_config.json").is_file() else adapter_base(model) or model
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=trust_remote_code)
-    if tokenizer.chat_template is None:
-        raise ValueError(f"{model} has no chat template: set tokenizer.chat_template and save the tokenizer")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 

@@ -1,7 +1,8 @@
 """The flags of the training script, and the data sets and reward functions that they select."""
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,12 +69,14 @@ def load_data(script_args: TrainArguments, training_args: TICGRPOConfig) -> tupl
     if held_out := {part.partition("@")[0] for part in split_names(name)} & {*EVALUATION_SETS}:
         raise ValueError(f"--dataset_name {name}: {', '.join(sorted(held_out))} is for evaluation, not for training.")
     columns, instruction = parse_columns(script_args.dataset_columns), script_args.instruction
-    own = None if is_any_named(name) else read_user_data(name, script_args)
-    if own is not None:
-        dataset = own.examples(script_args.dataset_train_split, columns, instruction)
-    else:
-        generated = {"size": script_args.train_size, "seed": training_args.seed}
-        dataset = load_named(name, "train", script_args, columns, config=script_args.dataset_config, **generated)
+    own: UserData | None = None
+    with naming("--dataset_name", name):
+        if not is_any_named(name):
+            own = read_user_data(name, script_args)
+            dataset = own.examples(script_args.dataset_train_split, columns, instruction)
+        else:
+            generated = {"size": script_args.train_size, "seed": training_args.seed}
+            dataset = load_named(name, "train", script_args, columns, config=script_args.dataset_config, **generated)
     if name not in GENERATED_SETS and (own is None or instruction):
         show_prompt(dataset)
     eval_dataset = None
@@ -91,11 +94,13 @@ def load_eval_data(
 ) -> Any:
     """Load the data of `--eval_dataset_name`, or else the held-out split of the training data, `own` or generated."""
     name, eval_name, split = script_args.dataset_name, script_args.eval_dataset_name, script_args.dataset_test_split
-    if eval_name and is_any_named(eval_name):
-        return load_named(eval_name, split, script_args, None, size=script_args.test_size)
     if eval_name:
-        own, only_one = read_user_data(eval_name, script_args), split == "test"  # the flag's default
-        return own.examples(None if only_one else split, columns, script_args.instruction)
+        with naming("--eval_dataset_name", eval_name):
+            if is_any_named(eval_name):
+                return load_named(eval_name, split, script_args, None, size=script_args.test_size)
+            only_one = split == "test"  # the flag's default
+            own = read_user_data(eval_name, script_args)
+            return own.examples(None if only_one else split, columns, script_args.instruction)
     if own is None and name in GENERATED_SETS:
         return load_problems(name, "test", size=script_args.test_size)
     if own is None:
@@ -108,6 +113,18 @@ def load_eval_data(
             f"{', '.join(map(repr, own.splits))}: add --eval_dataset_name held_out.jsonl, or set --eval_strategy no."
         )
     return own.examples(split, columns, script_args.instruction)
+
+
+@contextmanager
+def naming(flag: str, name: str) -> Iterator[None]:
+    """Begin the errors about a data set with the flag that names it."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, ConnectionError) as error:
+        kind = next(k for k in (FileNotFoundError, ConnectionError, ValueError) if isinstance(error, k))
+        parts = [name, *(part.partition("@")[0] for part in split_names(name))]
+        begins = str(error).startswith(tuple(f"{part}:" for part in parts))
+        raise kind(f"{flag} {error}" if begins else f"{flag} {name}: {error}") from error
 
 
 def is_any_named(name: str) -> bool:
