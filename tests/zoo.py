@@ -1,8 +1,8 @@
 """A tiny random model of every causal language model architecture of the installed transformers."""
 
 import copy
-import dataclasses
 import functools
+import inspect
 import re
 from typing import Any
 
@@ -133,7 +133,8 @@ def _kept(per_layer: list[list], count: int) -> list[int]:
 def _arguments(default: PreTrainedConfig) -> dict[str, Any]:
     """Compute the arguments of a small configuration of the same class."""
     named = default.attribute_map.get
-    fields = {named(field.name, field.name): field.default for field in dataclasses.fields(default)}
+    parameters = inspect.signature(type(default)).parameters.values()
+    fields = {named(parameter.name, parameter.name): parameter.default for parameter in parameters}
     values = {name: value for name, value in vars(default).items() if name in fields}
     count = getattr(default, "num_hidden_layers", 0)
     lists, indices = [], []
