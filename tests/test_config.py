@@ -105,7 +105,7 @@ def test_an_explicit_value_wins(fields, expected):
 REFUSED = [
     ({"algorithm": "ticgrpo"}, r"Unknown algorithm 'ticgrpo': did you mean 'tic_grpo'\? Choose one of tic_grpo,"),
     ({"importance_sampling_level": "trajektory"}, r"Unknown importance_sampling_level 'trajektory'"),
-    ({"clip_mode": "upper"}, r"Unknown clip_mode 'upper': choose one of up_only"),
+    ({"clip_mode": "upper"}, r"Unknown clip_mode 'upper'. Choose one of up_only"),
     ({"loss_type": "drgrpo"}, r"Unknown loss_type 'drgrpo'"),
     ({"scale_rewards": "std"}, r"Unknown scale_rewards 'std'"),
     (

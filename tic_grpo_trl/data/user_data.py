@@ -69,7 +69,10 @@ class UserData:
         if not isinstance(first[columns.get("prompt", "prompt")], str):
             return examples
         if instruction is None:
-            log_once(f"{part}: the prompts are strings, used as they are, without instruction and chat template")
+            log_once(
+                f"{part}: prompts and responses are strings, without a chat template. For a chat model, add "
+                "--instruction '{problem}', or write the prompts as messages."
+            )
             return examples
         template = choose_instruction(instruction, MATH_INSTRUCTION)
         if not isinstance(examples, Dataset):

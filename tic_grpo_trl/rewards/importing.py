@@ -11,7 +11,7 @@ from types import ModuleType
 
 from trl import rewards as trl_rewards
 
-from ..data.suggestions import did_you_mean
+from ..validation.suggestions import did_you_mean
 from .mathematics import MathReward
 from .programs import CodeReward
 

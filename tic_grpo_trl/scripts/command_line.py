@@ -1,17 +1,17 @@
 """Read flags and YAML files, with help that fits on a screen and errors of one line."""
 
 import argparse
-import difflib
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from trl import TrlParser
 
+from ..validation.suggestions import did_you_mean
 from .recipes import read_yaml, recipe_path
 
 
@@ -55,15 +55,16 @@ class CommandLine(TrlParser):
             word = unknown[0].partition("=")[0]
             if not word.startswith("-"):
                 raise ValueError(f"{word!r} is not a flag. Write --NAME VALUE; --help lists the flags.")
-            near = _near(word, [option for option in self._option_string_actions if "-" not in option[2:]])
-            raise ValueError(f"Unknown flag {word}. {near}--help lists the common flags, --help-all all of them.")
+            known = [option for option in self._option_string_actions if "-" not in option[2:]]
+            near = did_you_mean("--" + word.lstrip("-").replace("-", "_"), known)
+            raise ValueError(f"Unknown flag {word}.{near} --help lists the common flags, --help-all all of them.")
         return namespace, unknown
 
     def set_defaults_with_config(self, **values: Any) -> list[str]:
         known = {action.dest for action in self._actions}
         for name in values:
             if name not in known:
-                raise ValueError(f"Unknown key {name!r} in the file of --config. {_near(name, known)}".rstrip())
+                raise ValueError(f"Unknown key {name!r} in the file of --config.{did_you_mean(name, known)}")
         return super().set_defaults_with_config(**values)
 
     def error(self, message: str):  # argparse would print the usage of 250 flags
@@ -99,11 +100,6 @@ def _placeholder(action: argparse.Action) -> str:
     return placeholder + " ..." * (action.nargs == "+")
 
 
-def _near(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word.replace("-", "_").replace("__", "--", 1), known, n=1)
-    return f"Did you mean {near[0]}? " if near else ""
-
-
 def split_flags(words: Sequence[str], *names: str) -> tuple[list[str], dict[str, str]]:
     """Take some flags out of a command line: return the other words, and the value of each flag that was given."""
     parser = argparse.ArgumentParser(
@@ -132,7 +128,7 @@ def short_errors(is_starting: Callable[[], bool] = lambda: True) -> Iterator[Non
         if os.environ.get(SHOW_TRACEBACK) or not is_starting() or not _is_about_settings(error):
             raise
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)
+            time.sleep(30)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 

@@ -7,7 +7,6 @@ The files are those of `examples/recipes/` and `accelerate_configs/` in the repo
 package.
 """
 
-import difflib
 import sys
 from collections.abc import Sequence
 from importlib import resources
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from ..validation.suggestions import did_you_mean
 
 
 # The package that holds the files of a kind, and what an error calls one
@@ -34,9 +35,8 @@ def _find(name: str, option: str, package: str, kind: str) -> Path:
     files = named_files(package)
     if name.removesuffix(".yaml") in files:
         return files[name.removesuffix(".yaml")]
-    near = difflib.get_close_matches(Path(name).stem, files, n=1)
-    hint = f"Did you mean {near[0]}? " if near else ""
-    raise ValueError(f"{option} {name}: there is no such file or {kind}. {hint}The names are {', '.join(files)}.")
+    hint = did_you_mean(Path(name).stem, files)
+    raise ValueError(f"{option} {name}: there is no such file or {kind}.{hint} The names are {', '.join(files)}.")
 
 
 def recipe_path(name: str) -> Path:
@@ -69,8 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(__doc__.strip())
         return
     if unknown := [name for name in wanted if name not in by_name]:
-        near = difflib.get_close_matches(unknown[0], by_name, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(unknown[0], by_name)
         raise ValueError(f"{unknown[0]}: there is no such recipe or accelerate config.{hint}")
     for name in wanted:
         print(by_name[name].read_text(), end="")

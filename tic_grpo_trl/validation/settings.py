@@ -1,6 +1,5 @@
 """Check a configuration's values before anything is loaded. Every error names the option and the fix."""
 
-import difflib
 import math
 import numbers
 import os
@@ -15,6 +14,7 @@ from transformers.hf_argparser import string_to_bool
 
 from ..algorithms import ANCHORED_LOSS_TYPES, OTHER_LOSS_TYPES
 from ..objective import CORRECTION_MODES
+from .suggestions import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,8 @@ def check_choices(config: Any):
     for name, choices in _constraints(config).items():
         value = getattr(config, name)
         if isinstance(choices, tuple) and value is not None and value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1)
-            hint = f"did you mean {near[0]!r}? Choose" if near else "choose"
-            raise ValueError(f"Unknown {name} {value!r}: {hint} one of {', '.join(choices)}.")
+            hint = did_you_mean(str(value), choices)
+            raise ValueError(f"Unknown {name} {value!r}.{hint} Choose one of {', '.join(choices)}.")
 
 
 def check_ranges(config: Any):

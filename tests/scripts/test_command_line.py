@@ -1,0 +1,148 @@
+"""Flags, YAML files, help and errors of the commands."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from launching import CONFIGS, ROOT, environment_of_script, launch_command
+
+from tic_grpo_trl import ALGORITHMS
+from tic_grpo_trl.scripts import evaluate, recipes, train
+from tic_grpo_trl.scripts.command_line import short_errors, split_flags
+
+
+CPU = "--use_cpu --bf16 false --output_dir unused".split()
+
+
+def refused(capsys, main, *words) -> str:
+    """Run a command that refuses its settings, and return its only line."""
+    with pytest.raises(SystemExit) as exit_:
+        main(list(words))
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("--algoritm grpo", "Unknown flag --algoritm. Did you mean '--algorithm'?"),
+        ("--learning-rat 1", "Did you mean '--learning_rate'?"),
+        ("--learn 1e-5", "Unknown flag --learn"),  # a prefix is not an abbreviation
+        ("starter", "'starter' is not a flag"),
+        ("--algorithm tic_grop", "Unknown algorithm 'tic_grop'. Did you mean 'tic_grpo'?"),
+        ("--max_steps many", "--max_steps"),
+        ("--config startr", "Did you mean 'starter'?"),
+        ("--config nowhere/my.yaml", "--config nowhere/my.yaml: there is no such file or recipe"),
+        ("--config", "expected one argument"),
+        ("--accelerate_config zero3", "--accelerate_config is for `tic-grpo train`"),
+        ("--num_processes 2", "--num_processes is for `tic-grpo train`"),
+    ],
+)
+def test_errors_of_the_command_line_are_one_line(words, wanted, capsys):
+    assert wanted in refused(capsys, train.main, *words.split())
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ("lerning_rate: 1", "Unknown key 'lerning_rate' in the file of --config. Did you mean 'learning_rate'?"),
+        ("learning_rate: fast", "invalid float value: 'fast'"),
+        ("a: [1", "this is no valid YAML"),
+        ("only text", "this file must have lines of the form `name: value`"),
+        ("dry_run: true", "give it as a flag, --dry_run"),
+        ("clip_mode: twosided", "Did you mean 'two_sided'?"),
+    ],
+)
+def test_errors_of_a_yaml_file_are_one_line(content, wanted, tmp_path, capsys):
+    (tmp_path / "my.yaml").write_text(content + "\n")
+    assert wanted in refused(capsys, train.main, "--config", str(tmp_path / "my.yaml"))
+
+
+def test_dry_run_and_evaluation_refuse_in_the_same_way(capsys):
+    assert "Did you mean '--algorithm'?" in refused(capsys, train.main, "--dry_run", "--algoritm", "grpo")
+    assert "Did you mean 'zero3'?" in refused(capsys, train.main, "--dry_run", "--accelerate_config", "zero9")
+    assert "Did you mean '--datasets'?" in refused(capsys, evaluate.main, "--dataset", "aime24")
+
+
+def test_one_line_under_the_launcher_from_every_process(tmp_path):
+    """Both processes fail; the first speaks, and torchrun ends the other before it would."""
+    command = [*launch_command(CONFIGS / "multi_gpu.yaml", "--num_processes", 2, "--mixed_precision", "no", "--cpu")]
+    command += ["-m", "tic_grpo_trl.scripts.train", "--algorithm", "tic_grop", "--output_dir", tmp_path / "run"]
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=ROOT,
+        env=environment_of_script(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("error: Unknown algorithm 'tic_grop'") == 1
+    assert "train.py" not in done.stderr  # no traceback of ours
+
+
+def test_flags_and_recipe_reach_the_dataclasses(tmp_path):
+    words = ["--config=starter", *CPU, "--learning-rate", "2e-4"]
+    script_args, training_args, model_args = train.parse(words, train.TICGRPOConfig)
+    assert (training_args.learning_rate, training_args.max_steps) == (2e-4, 200)  # flag before file
+    assert script_args.dataset_name == "starter"
+    assert model_args.model_name_or_path is None
+
+
+def test_split_flags_takes_both_spellings():
+    words = ["--num-processes", "2", "--config=a.yaml", "--learning_rate", "-1", "--num_process", "3"]
+    others, found = split_flags(words, "config", "num_processes")
+    assert found == {"config": "a.yaml", "num_processes": "2"}
+    assert others == ["--learning_rate", "-1", "--num_process", "3"]
+
+
+def test_help_shows_the_common_flags_and_help_all_every_one(capsys):
+    shown = {}
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as exit_:
+            train.main([flag])
+        assert exit_.value.code is None
+        shown[flag] = capsys.readouterr().out
+    assert all(f"--{name} " in shown["--help"] for of_section in train.SECTIONS.values() for name in of_section)
+    assert all(name in shown["--help"] for name in ALGORITHMS)
+    assert "--adam_beta2" not in shown["--help"]
+    assert "--adam_beta2" in shown["--help-all"]
+    assert len(shown["--help"].splitlines()) < 60
+
+
+def test_defects_keep_their_traceback():
+    def defect():
+        raise ValueError("not about a setting")
+
+    with pytest.raises(ValueError, match="not about"), short_errors():
+        defect()
+    with pytest.raises(ValueError, match="no such"), short_errors(lambda: False):  # training has begun
+        recipes.recipe_path("nowhere")
+
+
+def test_traceback_on_request(monkeypatch):
+    monkeypatch.setenv("TIC_GRPO_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no such file or recipe"), short_errors():
+        recipes.recipe_path("nowhere")
+
+
+def test_commands_of_the_module(tmp_path):
+    def run(*words):
+        command = [sys.executable, "-m", "tic_grpo_trl", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+
+    assert "dry-run" in run().stdout
+    wrong = run("trian")
+    assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
+    wrong = run("recipes", "startre")
+    assert (wrong.returncode, wrong.stderr) == (
+        2,
+        "error: startre: there is no such recipe or accelerate config. Did you mean 'starter'?\n",
+    )
+    plan = run("dry-run", "--config", "starter", "--max_steps", "12")
+    assert plan.returncode == 0, plan.stderr
+    assert "12 updates" in plan.stdout
+    assert os.listdir(tmp_path) == []
