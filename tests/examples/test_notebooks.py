@@ -73,7 +73,9 @@ def execute(name: str, folder: Path) -> nbformat.NotebookNode:
     environment = environment_of_script() | quiet | {"TMPDIR": str(folder)}
     environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{environment['PYTHONPATH']}"  # ratios.ipynb imports research
     resources = {"metadata": {"path": str(folder)}}
-    client = NotebookClient(notebook, timeout=900, kernel_name="python3", record_timing=False, resources=resources)
+    client = NotebookClient(
+        notebook, timeout=900, coalesce_streams=True, kernel_name="python3", record_timing=False, resources=resources
+    )
     client.execute(env=environment)
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},

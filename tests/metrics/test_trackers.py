@@ -26,7 +26,13 @@ def tracked(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tracked")
     recipe = yaml.safe_load((ROOT / "examples/recipes/starter.yaml").read_text())
     recipe |= {"report_to": ["wandb", "trackio", "tensorboard"], "run_name": "tracked", "project": "sums"}
-    recipe |= {"log_completions": True, "num_completions_to_print": 2, "eval_strategy": "no", "eval_on_start": False}
+    recipe |= {
+        "log_completions": True,
+        "log_all_ratio_metrics": True,
+        "num_completions_to_print": 2,
+        "eval_strategy": "no",
+        "eval_on_start": False,
+    }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     places = {"WANDB_MODE": "offline", "WANDB_DIR": folder, "TRACKIO_DIR": folder / "trackio", "COLUMNS": 200}
     with pytest.MonkeyPatch.context() as patch:
@@ -66,7 +72,7 @@ def test_wandb_offline_run_holds_history_and_configuration(tracked):
     frames = [pd.DataFrame(table["data"], columns=table["columns"]) for table in tables]
     assert {step for frame in frames for step in frame["step"]} == set(range(1, 9))
     for frame in frames:
-        assert {"prompt", "completion", "accuracy_reward", "advantage"} <= set(frame)
+        assert {"prompt", "completion", "exact_match_reward", "advantage"} <= set(frame)
         own = pd.read_parquet(folder / f"out/completions/completions_{frame['step'][0]:05d}.parquet")
         assert frame["trajectory_ratio"].dropna().tolist() == own["trajectory_ratio"].dropna().tolist() != []
 
@@ -111,11 +117,11 @@ def test_completions_show_text_reward_advantage_and_trajectory_ratio(tracked):
             assert (table["advantage"][new.index] != 0).all()
         assert shown[3].notna().equals(tables[first]["advantage"] != 0)
         table = tables[first]
-        assert set(table["accuracy_reward"]) == {0.0, 1.0}
+        assert set(table["exact_match_reward"]) == {0.0, 1.0}
         for start in range(0, 64, 8):  # groups of eight responses to a prompt
             group = table[start : start + 8]
             assert len({str(prompt) for prompt in group["prompt"]}) == 1
-            above_mean = group["accuracy_reward"] - group["accuracy_reward"].mean()
+            above_mean = group["exact_match_reward"] - group["exact_match_reward"].mean()
             assert group["advantage"].tolist() == pytest.approx(above_mean.tolist(), abs=1e-6)
         texts = [message["content"] for (message,) in table["completion"]]
         assert sum("\\boxed{" in text for text in texts) > 48
