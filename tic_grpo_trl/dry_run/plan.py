@@ -68,8 +68,10 @@ def plan_for(
         topology = Topology.from_file(own_file, num_processes or own_processes)
     else:
         topology = Topology.of(num_processes or own_processes or 1)
-    if own_file or own_processes:
-        own = Topology.from_file(own_file, own_processes) if own_file else Topology.of(own_processes)
+    if own_file:
+        own = Topology.from_file(own_file, own_processes)
+    elif own_processes:
+        own = Topology.of(own_processes)
     is_first = environ.get("RANK", "0") == "0"
     for name in list(environ):
         if name.startswith("ACCELERATE_") or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
