@@ -1,5 +1,7 @@
 """A launched run is stopped by a signal to its launcher: it leaves a checkpoint and no process, and resumes exactly."""
 
+import functools
+import importlib.util
 import json
 import shutil
 import signal
@@ -11,6 +13,7 @@ import psutil
 import pytest
 from killing import assert_same_run
 from launching import CONFIGS, ON_CPU, ROOT, family, finish, free_port, launch_command, started
+from test_interruption import default_handlers  # noqa: F401  # for every test here
 from topologies import EXPECTED
 from wandb_files import wandb_records
 
@@ -44,7 +47,7 @@ def stop_in_the_middle(number, topology, script, folder, *flags, **environment):
     log = folder.with_suffix(".log")
     environment |= {"PYTHONUNBUFFERED": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
     with started(command(topology, script, folder, *flags), log, **environment) as process:
-        latest = time.monotonic() + 120
+        latest = time.monotonic() + 240
         while log.read_text().count("'grad_norm'") < 6:
             assert process.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < latest, log.read_text()[-3000:]
@@ -93,7 +96,7 @@ def test_a_changed_parent_means_nothing_without_a_launcher(tmp_path, launched):
     environment = {"ACCELERATE_MIXED_PRECISION": "no"} if launched else {}
     shell = 'pid=$1; shift; "$@" & while [ ! -s "$pid" ]; do sleep 0.1; done'
     with started(["sh", "-c", shell, "sh", folder / "pid", *script], log, **environment) as process:
-        assert process.wait(120) == 0
+        assert process.wait(240) == 0
         with suppress(psutil.NoSuchProcess):
             psutil.Process(int((folder / "pid").read_text())).wait(60)
     steps = [path.name for path in checkpoints_in(folder)]
@@ -111,26 +114,38 @@ def test_wandb_shows_a_run_that_failed(tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Return the folder of an undisturbed run of two processes."""
-    folder = tmp_path_factory.mktemp("ddp") / "whole"
-    run("multi_gpu", DESCRIBED, folder)
-    return folder
+    """Return the folder of a topology's undisturbed run of two processes."""
+
+    @functools.cache
+    def of(topology):
+        folder = tmp_path_factory.mktemp(topology) / "whole"
+        run(topology, DESCRIBED, folder)
+        return folder
+
+    return of
+
+
+CASES = {
+    "DDP, SIGTERM": ("multi_gpu", signal.SIGTERM, "by SIGTERM"),
+    "DDP, Ctrl-C": ("multi_gpu", signal.SIGINT, "by Ctrl-C"),
+    "ZeRO-3, SIGTERM": ("zero3", signal.SIGTERM, "by SIGTERM"),
+}
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("number", "reason"), [(signal.SIGTERM, "by SIGTERM"), (signal.SIGINT, "by Ctrl-C")], ids=["SIGTERM", "SIGINT"]
-)
-def test_two_processes_stop_after_the_same_update(whole, tmp_path, number, reason):
+@pytest.mark.parametrize(("topology", "number", "reason"), CASES.values(), ids=CASES)
+def test_two_processes_stop_after_the_same_update(whole, tmp_path, topology, number, reason):
     """torchrun's agent passes signals on."""
-    code, log = stop_in_the_middle(number, "multi_gpu", DESCRIBED, tmp_path / "run")
+    if topology == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed (extra [deepspeed]).")
+    code, log = stop_in_the_middle(number, topology, DESCRIBED, tmp_path / "run")
     assert code != 0
     checkpoint = assert_stopped(tmp_path / "run", log, reason, 2)
     assert "forcefully exiting" not in log
-    run("multi_gpu", DESCRIBED, tmp_path / "run", "--resume_from_checkpoint", "true")
-    for folder in (whole, tmp_path / "run"):
+    run(topology, DESCRIBED, tmp_path / "run", "--resume_from_checkpoint", "true")
+    for folder in (whole(topology), tmp_path / "run"):
         described = json.loads(folder.with_name(f"{folder.name}.json").read_text())
         assert described["num_processes"] == 2
-        assert {name: described[name] for name in EXPECTED["multi_gpu"]} == EXPECTED["multi_gpu"]
+        assert {name: described[name] for name in EXPECTED[topology]} == EXPECTED[topology]
     shutil.rmtree(checkpoint)
-    assert_same_run(tmp_path / "run", whole)
+    assert_same_run(tmp_path / "run", whole(topology))

@@ -26,7 +26,7 @@ def test_a_second_process_is_refused_until_the_first_one_is_gone(tmp_path):
     """A killed process leaves the file, but no lock."""
     folder, log = tmp_path / "run", tmp_path / "log.txt"
     with started([sys.executable, ROOT / "tests/workers/holds_folder.py", folder], log) as first:
-        latest = time.monotonic() + 120
+        latest = time.monotonic() + 240
         while not (folder / "waits").exists():
             assert first.poll() is None, log.read_text()
             assert time.monotonic() < latest
@@ -95,7 +95,7 @@ def test_both_of_two_processes_are_refused(tmp_path):
     folder.mkdir()
     launcher = launch_command(CONFIGS / "multi_gpu.yaml", *ON_CPU, "--main_process_port", free_port())
     with FileLock(folder / LOCK), started([*launcher, script, folder], log) as process:
-        assert process.wait(120) == 0, log.read_text()[-3000:]
+        assert process.wait(240) == 0, log.read_text()[-3000:]
     for rank in range(2):
         processes, kind, error = (folder / f"rank-{rank}").read_text().split(", ", 2)
         assert (processes, kind) == ("2", "DistributedType.MULTI_CPU")
