@@ -23,6 +23,7 @@ from .algorithms import (
 )
 from .objective import CLIP_MODES, LEVELS, Clip
 from .safety.credentials import WithoutCredentials
+from .safety.third_party import silence_libraries
 from .validation.batch_sizes import check_batches, derive_batches
 from .validation.settings import Range, check_choices, check_combinations, check_ranges, convert_types
 
@@ -181,7 +182,7 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
     )
     completions_total_limit: Annotated[int | None, Range("[1, inf)", 10)] = _option(
         None,
-        "Keep only this many of the newest log_completions tables (completions/*.parquet). All by default.",
+        "Keep only this many of the newest log_completions tables of training, and of each evaluation. All by default.",
     )
     log_all_ratio_metrics: bool = _option(
         False,
@@ -205,8 +206,10 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
         self.scale_rewards = {"true": "group", "false": "none"}.get(str(self.scale_rewards).lower(), self.scale_rewards)
         convert_types(self)
         check_choices(self)
-        if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
-            self.bf16 = False
+        silence_libraries()
+        if self.use_cpu or not torch.accelerator.is_available():
+            self.bf16 = bool(self.bf16)
+            self.dataloader_pin_memory = False  # which is for copies to a GPU; torch warns of it
         if self.vllm_importance_sampling_correction is None:
             self.vllm_importance_sampling_correction = self.behaviour_policy != "sampler"
         self._resolve_algorithm()

@@ -113,8 +113,8 @@ class CompletionsTable:
             if number.isdigit():
                 tables[name][int(number)] = path
         for of_name in tables.values():
-            for number in sorted(number for number in of_name if number <= step)[:-limit]:
-                of_name[number].unlink()
+            for written in sorted(at for at in of_name if at <= step)[:-limit]:
+                of_name[written].unlink()
 
     @property
     def _column(self) -> Any:
