@@ -19,7 +19,6 @@ Print several runs in one table, with differences from the first:
 
 import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +59,6 @@ SECTIONS = {
 
 def main(argv: Sequence[str] | None = None):
     """Parse flags and YAML, and evaluate or print a table."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("tic_grpo_trl").setLevel(logging.INFO)
     words = sys.argv[1:] if argv is None else argv

@@ -200,8 +200,8 @@ def dry_run(words: list[str]):
 
 def main(argv: Sequence[str] | None = None):
     """Parse flags and YAML, and train or print the dry run."""
-    # TRL uses names that transformers deprecated; a user of this script can do nothing about it.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    if os.environ.get("RANK", "0") != "0":
+        warnings.simplefilter("ignore")  # the first process gives the same ones
     logging.basicConfig(format="%(message)s")
     logging.getLogger("tic_grpo_trl").setLevel(logging.INFO)
     words = list(sys.argv[1:] if argv is None else argv)
