@@ -2,6 +2,10 @@
 
 python examples/train_on_own_data.py          # all weights; half a minute on a laptop CPU
 python examples/train_on_own_data.py --lora   # a LoRA adapter
+
+The command does the same with a data file and a reward function in my_rewards.py:
+
+tic-grpo train --dataset_name my.jsonl --reward_funcs my_rewards.correct --output_dir runs/own_data
 """
 
 import random
@@ -16,7 +20,7 @@ from tic_grpo_trl.starter import STARTER_MODEL
 
 
 # A column `prompt`, and any columns that the reward function reads. From a file:
-# datasets.load_dataset("json", data_files="my_data.jsonl", split="train")
+# datasets.load_dataset("json", data_files="my.jsonl", split="train")
 terms = [random.Random(i).choices(range(10), k=4) for i in range(400)]
 prompts = [[{"role": "user", "content": "+".join(map(str, t)) + "=?"}] for t in terms]
 dataset = Dataset.from_dict({"prompt": prompts, "answer": [sum(t) for t in terms]})
@@ -32,8 +36,9 @@ lora = "--lora" in sys.argv
 args = TICGRPOConfig(
     output_dir="runs/own_data",
     num_generations=8,  # responses per prompt
-    per_device_train_batch_size=64,  # responses per update, here 8 prompts
-    steps_per_generation=4,  # updates per rollout, K
+    responses_per_update=64,  # here 8 prompts
+    per_device_train_batch_size=64,  # as many as fit into memory
+    updates_per_rollout=4,  # K
     max_completion_length=48,  # tokens
     max_steps=60,
     learning_rate=1e-3 if lora else 2e-4,

@@ -352,7 +352,8 @@ def test_own_data_is_evaluated_as_it_is_trained_on(tmp_path, monkeypatch):
     write(tmp_path / "sums.jsonl", [{"question": f"{n}+2=?", "result": n + 2, "level": "easy"} for n in range(3)])
     (tmp_path / "my_score.py").write_text(
         "def length(completions, answer, level, **kwargs):\n"
-        "    return [len(text) + right + (level == ['easy'] * 3) for text, right in zip(completions, answer)]\n"
+        "    assert level == ['easy'] * 3\n"
+        "    return [(len(text) + right) / 100 for text, right in zip(completions, answer)]\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [str(tmp_path), *sys.path])
@@ -361,7 +362,9 @@ def test_own_data_is_evaluated_as_it_is_trained_on(tmp_path, monkeypatch):
     evaluate(EvaluationConfig(*settings, output_dir="plain", max_completion_length=8, **own))
     samples = samples_of("plain")
     assert [sample["prompt"] for sample in samples] == ["0+2=?", "1+2=?", "2+2=?"]
-    assert [sample["reward"] for sample in samples] == [len(s["completion"]) + n + 3 for n, s in enumerate(samples)]
+    assert [sample["reward"] for sample in samples] == [
+        (len(s["completion"]) + n + 2) / 100 for n, s in enumerate(samples)
+    ]
     with pytest.raises(ValueError, match="model has no chat template"):
         evaluate(EvaluationConfig(*settings, output_dir="told", instruction="Q: {problem}", **own))
     with pytest.raises(ValueError, match="--reward_func: the data has no column `solution`"):

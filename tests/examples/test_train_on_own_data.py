@@ -20,7 +20,7 @@ def test_reward_rises_and_the_model_is_saved(tmp_path, flags):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    rewards = [float(reward) for reward in re.findall(r"reward=(\d\.\d+)", done.stderr)]
+    rewards = [float(reward) for reward in re.findall(r"[ ,]reward (\d\.\d+)", done.stderr)]
     assert rewards[-1] > rewards[0] + 0.2
     saved = "adapter_model.safetensors" if flags else "model.safetensors"
     assert (tmp_path / "runs/own_data" / saved).exists()
