@@ -7,7 +7,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from conftest import CPU
 from launching import ROOT
-from trl import ModelConfig, TrlParser
+from trl import TrlParser
 
 import tic_grpo_trl
 from research.lighteval.runs import LightevalConfig
@@ -16,7 +16,8 @@ from tic_grpo_trl.dry_run.plan import plan_for
 from tic_grpo_trl.evaluation import EvaluationConfig
 from tic_grpo_trl.rollout.schedule import RolloutSchedule
 from tic_grpo_trl.scripts.evaluate import TableArguments
-from tic_grpo_trl.scripts.train import TrainArguments
+from tic_grpo_trl.scripts.launch import split_command
+from tic_grpo_trl.scripts.train import parse
 
 
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))]
@@ -25,9 +26,12 @@ EVALUATE = {
     "tic_grpo_trl.scripts.evaluate": (TableArguments, EvaluationConfig),
     "research.lighteval": (LightevalConfig,),
 }
+# The same by the name of a command
+COMMANDS = {TRAIN: "(train|dry-run)", "tic_grpo_trl.scripts.evaluate": "evaluate"}
 # What a reader replaces
 PLACEHOLDERS = {
     "<address of the first node>": "10.0.0.1",
+    "RECIPE ": "starter ",
     "RECIPE.yaml": "examples/recipes/starter.yaml",
     "my_run.yaml": "examples/recipes/starter.yaml",
     "…": "",
@@ -35,28 +39,31 @@ PLACEHOLDERS = {
 
 
 def commands(module: str, pages=PAGES) -> list[str]:
-    """Commands that run a module, from all shell blocks; not the template with CONFIG and FLAGS."""
+    """Commands that run a module, also by name, from all shell blocks; not the template with CONFIG and FLAGS."""
     blocks = [
         block for page in pages for block in re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     ]
     text = "\n".join(blocks).replace("\\\n", " ")
     for placeholder, value in PLACEHOLDERS.items():
         text = text.replace(placeholder, value)
-    lines = [line for line in text.splitlines() if re.search(rf"-m {module}\s", line) and "CONFIG" not in line]
+    starts = rf"-m {module}\s" + (rf"|\btic-grpo {COMMANDS[module]}\s" if module in COMMANDS else "")
+    lines = [line for line in text.splitlines() if re.search(starts, line) and "CONFIG" not in line]
     return list(dict.fromkeys(lines))
 
 
 def parsed(line: str):
     """accelerate's arguments, if it launches the script, and the script's, read as a dry run: no GPU is needed."""
     words = shlex.split(line, comments=True)
-    at = words.index(TRAIN)
-    flags, launch = words[at + 1 :], None
-    if "launch" in words:
-        launch = launch_command_parser().parse_args(words[words.index("launch") + 1 : at + 1])
-        flags += ["--accelerate_config", launch.config_file]
-        flags += ["--num_processes", str(launch.num_processes)] if launch.num_processes else []
-    classes = (TrainArguments, plan_for(flags, {}), ModelConfig)
-    return launch, TrlParser(classes).parse_args_and_config(flags)
+    if "tic-grpo" in words:
+        launch_words, flags = split_command(words[words.index("tic-grpo") + 2 :])
+        launch = launch_command_parser().parse_args([*launch_words, "-m", TRAIN])
+    else:
+        at = words.index(TRAIN)
+        flags, launch = words[at + 1 :], None
+        if "launch" in words:
+            launch = launch_command_parser().parse_args(words[words.index("launch") + 1 : at + 1])
+    config_class = plan_for(launch and launch.config_file, launch and launch.num_processes, {})
+    return launch, parse([word for word in flags if word != "--dry_run"], config_class)
 
 
 @pytest.mark.parametrize("line", commands(TRAIN))
@@ -69,16 +76,18 @@ def test_training_commands_are_known_to_accelerate_and_the_script(line, monkeypa
 @pytest.mark.parametrize(("module", "line"), [(module, line) for module in EVALUATE for line in commands(module)])
 def test_evaluation_commands_are_known_to_the_script(module, line):
     words = shlex.split(line, comments=True)
-    TrlParser(EVALUATE[module]).parse_args_and_config(words[words.index(module) + 1 :])
+    start = words.index(module) + 1 if module in words else words.index("tic-grpo") + 2
+    TrlParser(EVALUATE[module]).parse_args_and_config(words[start:])
 
 
 def test_a_mistyped_flag_is_noticed():
-    with pytest.raises(ValueError, match="not used"):
+    with pytest.raises(ValueError, match="Unknown flag --steps_per_rollout"):
         parsed(f"accelerate launch --config_file accelerate_configs/cpu.yaml -m {TRAIN} --steps_per_rollout 4")
 
 
-PAPERS = [line for line in commands(TRAIN) if "recipes/qwen3_1.7b_h200" in line or "recipes/qwen3_8b_2nodes" in line]
-TRAINING = [line for line in PAPERS if "--dry_run" not in line]
+TRAINING = [
+    line for line in commands(TRAIN) if re.search(r"tic-grpo train .*qwen3_(1.7b_h200|1.7b_8gpus|8b_2nodes)", line)
+]
 
 
 @pytest.mark.parametrize("line", TRAINING)
