@@ -1,5 +1,6 @@
 """trainer.py: parity with TRL, every inherited option under the trajectory level, and what is relied on inside TRL."""
 
+import inspect
 import math
 from collections import Counter
 
@@ -244,7 +245,58 @@ def test_inputs_of_the_buffered_rollout_are_left_alone(tmp_path):
     assert all(torch.equal(inputs[name], before[name]) for name in before)
 
 
-# What anchoring relies on inside TRL. If one of these fails after an upgrade, read TRL's _compute_loss before anything.
+# What the trainer relies on inside TRL and transformers. If one of these fails after an upgrade, its message says what
+# has changed; read TRL's `_compute_loss` before anything.
+
+# Methods that are overridden, with what TRL and transformers pass to them. More is allowed only where it is passed on.
+OVERRIDDEN = {
+    "_tokenize_prompts": "prompts",
+    "_generate_single_turn": "prompt_ids images multimodal_fields num_generations has_tool_images",
+    "_calculate_rewards": "inputs prompts completions completion_ids_list",
+    "_generate_and_score_completions": "inputs",
+    "_prepare_inputs": "generation_batch",
+    "training_step": "model inputs num_items_in_batch",
+    "compute_loss": "model inputs return_outputs num_items_in_batch",
+    "_compute_loss": "model inputs",
+    "_get_per_token_logps_and_entropies": "model input_ids attention_mask "
+    "logits_to_keep batch_size compute_entropy compute_aux_loss",
+    "_clip_grad_norm": "model",
+    "_get_grad_norm": "model grad_norm",
+    "log": "logs start_time",
+    "evaluate": "eval_dataset ignore_keys metric_key_prefix",
+    "create_model_card": "model_name dataset_name tags",
+    "_get_output_dir": "trial",
+    "_save_checkpoint": "model trial",
+    "_push_from_checkpoint": "checkpoint_folder",
+    "train": "resume_from_checkpoint trial ignore_keys_for_eval",
+    "_init_training_state": "max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint trial",
+    "_load_from_checkpoint": "resume_from_checkpoint model",
+    "_load_best_model": "",
+    "_issue_warnings_after_load": "load_result",
+    "_get_train_sampler": "dataset",
+    "_run_epoch": "model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch "
+    "trial ignore_keys_for_eval start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch",
+    "_evaluate": "trial ignore_keys_for_eval skip_scheduler",
+    "_maybe_log_save_evaluate": "tr_loss grad_norm model trial epoch ignore_keys_for_eval start_time learning_rate",
+    "_finalize_training": "trial num_train_samples start_time",
+}
+PASSED_ON = {"_get_per_token_logps_and_entropies"}
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_guard_overridden_methods_take_what_they_took(name):
+    assert hasattr(GRPOTrainer, name), f"{name} is gone: what it did is not overridden any more"
+    theirs = list(inspect.signature(getattr(GRPOTrainer, name)).parameters)[1:]
+    expected = OVERRIDDEN[name].split()
+    if name in PASSED_ON:
+        theirs = theirs[: len(expected)]
+    assert theirs == expected, f"{name} took ({', '.join(expected)}) and takes ({', '.join(theirs)}) now"
+
+
+def test_guard_no_other_method_is_overridden():
+    """Else the table above would have no say in it."""
+    names = {name for name, value in vars(TICGRPOTrainer).items() if callable(value) and hasattr(GRPOTrainer, name)}
+    assert names - {"__init__"} == OVERRIDDEN.keys()
 
 
 class Recorder(dict):
@@ -277,9 +329,10 @@ def test_guard_old_log_probabilities_are_read_after_the_one_forward_pass(tmp_pat
 
     trainer._get_per_token_logps_and_entropies = recorded
     loss_and_gradients(trainer, inputs)
-    assert inputs.events.count("forward") == 1
-    assert inputs.events.count("old_per_token_logps") == 1
-    assert inputs.events.index("forward") < inputs.events.index("old_per_token_logps")
+    assert inputs.events.count("forward") == 1, "_compute_loss does not have one forward pass"
+    assert inputs.events.count("old_per_token_logps") == 1, "_compute_loss does not read old_per_token_logps once"
+    order = inputs.events.index("forward") < inputs.events.index("old_per_token_logps")
+    assert order, "_compute_loss reads old_per_token_logps before the forward pass, so they can't be anchored"
 
 
 def test_guard_token_ratio_is_exp_of_the_difference_and_lets_old_carry_gradient(tmp_path):
@@ -302,9 +355,11 @@ def test_guard_token_ratio_is_exp_of_the_difference_and_lets_old_carry_gradient(
     reference = tiny_model()
     mask, logp = inputs["completion_mask"], logps(reference, inputs)
     weight = shift.exp() * inputs["advantages"].unsqueeze(1) * mask / 48
-    torch.testing.assert_close(loss, -weight.sum(), rtol=1e-5, atol=0)
+    changed = "_compute_loss: a token's ratio is not exp(log π − old) within epsilon_low and epsilon_high any more"
+    assert loss.item() == pytest.approx(-weight.sum().item(), rel=1e-5), changed
     (-(weight * (shift <= 0) * logp).sum()).backward()
-    assert relative_error(gradients, {name: p.grad for name, p in reference.named_parameters()}) < 1e-5
+    error = relative_error(gradients, {name: p.grad for name, p in reference.named_parameters()})
+    assert error < 1e-5, "_compute_loss cuts the gradient of old_per_token_logps, so the ratio's can't be cancelled"
 
 
 def test_guard_off_policy_mask_prefers_the_sampler_log_probabilities(tmp_path):
@@ -316,7 +371,7 @@ def test_guard_off_policy_mask_prefers_the_sampler_log_probabilities(tmp_path):
     trainer.get_off_policy_mask = lambda **kwargs: seen.update(kwargs) or mask_function(**kwargs)
     marker = torch.zeros_like(inputs["old_per_token_logps"])
     loss_and_gradients(trainer, inputs | {"sampling_per_token_logps": marker})
-    assert seen["sampling_per_token_logps"] is marker
+    assert seen.get("sampling_per_token_logps") is marker, "the off-policy mask is not made from the sampler's any more"
 
 
 def test_a_trl_that_skips_the_hook_is_refused(tmp_path, monkeypatch):
