@@ -87,7 +87,8 @@ def _wrong_line(path: Path) -> str | None:
                 if line.strip() and not isinstance(json.loads(line), dict):
                     return f"line {number} is no JSON object: {_start(line)}"
             except json.JSONDecodeError as error:
-                return f"line {number} is not JSON, {error.msg.removesuffix(' at')} at column {error.colno}: {_start(line)}"
+                what = error.msg.removesuffix(" at")
+                return f"line {number} is not JSON, {what} at column {error.colno}: {_start(line)}"
             except ValueError as error:  # such as bytes that are no UTF-8
                 return f"line {number} is not JSON, {error}: {_start(line)}"
     return None
