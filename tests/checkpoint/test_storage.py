@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from collections import defaultdict, deque
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,7 @@ def test_manifest_lists_every_file_and_what_the_rollout_was_made_with(whole):
         assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "tic_grpo_state_0.pt"} < files.keys()
         assert manifest["settings"]["steps_per_generation"] == 2
         assert manifest["settings"]["number of processes"] == 1
-        assert manifest["versions"]["torch"] == torch.__version__
+        assert manifest["versions"]["torch"] == version("torch")
         assert find_damage(checkpoint) is None
     assert names(whole) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
 
@@ -353,11 +354,20 @@ def test_weights_that_have_other_names_on_disk_are_loaded(tmp_path):
 # What may change
 
 
+class FirstStep(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.step = state.global_step
+
+
+def first_and_last_step(trainer, **training) -> tuple[int, int]:
+    trainer.add_callback(first := FirstStep())
+    trainer.train(**training)
+    return first.step, trainer.state.global_step
+
+
 @pytest.mark.parametrize("text", ["true", "True"])
 def test_flag_means_the_newest_checkpoint(run_dir, text):
-    trainer = trainer_in(run_dir)
-    trainer.train(resume_from_checkpoint=text)
-    assert (trainer._initial_global_step, trainer.state.global_step) == (3, 3)
+    assert first_and_last_step(trainer_in(run_dir), resume_from_checkpoint=text) == (3, 3)
 
 
 def test_the_same_command_starts_and_resumes_a_run(whole, tmp_path):
@@ -374,9 +384,7 @@ def test_the_same_command_starts_and_resumes_a_run(whole, tmp_path):
 
 @pytest.mark.parametrize("nothing", [None, False, "false"])
 def test_no_resume(run_dir, nothing):
-    trainer = trainer_in(run_dir, max_steps=1)
-    trainer.train(resume_from_checkpoint=nothing)
-    assert (trainer._initial_global_step, trainer.state.global_step) == (0, 1)
+    assert first_and_last_step(trainer_in(run_dir, max_steps=1), resume_from_checkpoint=nothing) == (0, 1)
 
 
 def generations(trainer) -> list[int]:
