@@ -108,5 +108,5 @@ def test_quantisation_is_refused_where_it_cannot_work(tmp_path, monkeypatch, fla
     parser = TrlParser((train_script.TrainArguments, TICGRPOConfig, ModelConfig))
     arguments = parser.parse_args_and_config(["--config", str(RECIPE), *ON_CPU, *flags])
     with pytest.raises(ValueError, match=re.escape(message)):
-        train_script.train(*arguments)
+        train_script.build_trainer(*arguments)
     assert not any(tmp_path.iterdir())

@@ -78,7 +78,8 @@ def train_by_script(folder, tmp_path, *flags):
     quick += "--per_device_train_batch_size 4 --num_generations 2 --max_completion_length 2 --train_size 8".split()
     flags = [*quick, "--model_name_or_path", str(folder), "--output_dir", str(tmp_path / "out"), *flags]
     parser = TrlParser((train_script.TrainArguments, TICGRPOConfig, ModelConfig))
-    train_script.train(*parser.parse_args_and_config(flags))
+    parsed = parser.parse_args_and_config(flags)
+    train_script.train(train_script.build_trainer(*parsed), parsed[0].dataset_name)
 
 
 def evaluate_folder(folder, tmp_path, **settings):

@@ -113,7 +113,7 @@ def run(name, flags):
         [*common, *flags]
     )
     split_every_parameter(parsed[1])
-    train_script.train(*parsed)
+    train_script.train(train_script.build_trainer(*parsed), parsed[0].dataset_name)
     trainer = NotingTrainer.last
     trainer.model.eval()
     batch = fixed_batch()

@@ -121,7 +121,7 @@ def train(flags):
     split_every_parameter(parsed[1])
     if "DIE_AT_RENAME" in os.environ:
         die_at_rename(int(os.environ["DIE_AT_RENAME"]))
-    train_script.train(*parsed)
+    train_script.train(train_script.build_trainer(*parsed), parsed[0].dataset_name)
 
 
 folder = Path(sys.argv[1])

@@ -121,27 +121,23 @@ def build_trainer(script_args: TrainArguments, training_args: Any, model_args: M
     )
 
 
-def train(script_args: TrainArguments, training_args: Any, model_args: ModelConfig):
-    """Train a model, and write the weights, model card, summary and curves to `output_dir`."""
-    with short_errors():
-        trainer = build_trainer(script_args, training_args, model_args)
-    with short_errors(lambda: trainer.state.global_step == 0):  # such as a checkpoint that does not exist
-        trainer.train(newest_if_any(training_args.resume_from_checkpoint, Path(training_args.output_dir)))
-
+def train(trainer: TICGRPOTrainer, data: str):
+    """Train, and write the weights, model card, summary and curves to `output_dir`; `data` names the training data."""
+    folder = Path(str(trainer.args.output_dir))
+    trainer.train(newest_if_any(trainer.args.resume_from_checkpoint, folder))
     trainer.save_model()
     trainer.save_state()
-    trainer.create_model_card(dataset_name=script_args.dataset_name)
+    trainer.create_model_card(dataset_name=data)
     if trainer.accelerator.is_main_process:
-        write_summary(trainer, training_args)
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        write_summary(trainer, folder)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(dataset_name=data)
     trainer.end()
 
 
-def write_summary(trainer: TICGRPOTrainer, training_args: Any):
+def write_summary(trainer: TICGRPOTrainer, folder: Path):
     """Write `summary.json` and `curves.png`, and print the outcome."""
-    folder = Path(training_args.output_dir)
-    summary = summarize_run(trainer.state.log_history, training_args, trainer.reward_func_names[0])
+    summary = summarize_run(trainer.state.log_history, trainer.args, trainer.reward_func_names[0])
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot_curves(trainer.state.log_history, folder / "curves.png", trainer.reward_func_names[0])
     if summary["accuracy_after"] is not None:
@@ -205,18 +201,22 @@ def main(argv: Sequence[str] | None = None):
     logging.basicConfig(format="%(message)s")
     logging.getLogger("tic_grpo_trl").setLevel(logging.INFO)
     words = list(sys.argv[1:] if argv is None else argv)
-    with short_errors():
-        if "--dry_run" in words or "--dry-run" in words:
-            dry_run(words)
-            return
-        _, flags = split_flags(words, "accelerate_config", "num_processes")
-        if flags:
-            raise ValueError(f"--{next(iter(flags))} is for `tic-grpo train`; here it would have no effect: remove it.")
-        arguments = parse(words, TICGRPOConfig)
-        if arguments[0].dry_run:
-            raise ValueError("dry_run does not work in a YAML file: give it as a flag, --dry_run.")
     try:
-        train(*arguments)
+        with short_errors():
+            if "--dry_run" in words or "--dry-run" in words:
+                dry_run(words)
+                return
+            _, flags = split_flags(words, "accelerate_config", "num_processes")
+            if flags:
+                raise ValueError(
+                    f"--{next(iter(flags))} is for `tic-grpo train`; here it would have no effect: remove it."
+                )
+            script_args, training_args, model_args = parse(words, TICGRPOConfig)
+            if script_args.dry_run:
+                raise ValueError("dry_run does not work in a YAML file: give it as a flag, --dry_run.")
+            trainer = build_trainer(script_args, training_args, model_args)
+        with short_errors(lambda: trainer.state.global_step == 0):  # such as a checkpoint that does not exist
+            train(trainer, script_args.dataset_name)
     except KeyboardInterrupt:
         sys.exit(130)
 
