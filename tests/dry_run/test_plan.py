@@ -170,6 +170,8 @@ def test_evaluations_that_repeat_prompts_are_named():
         "30 prompts x 32 = 960 responses; 7,680 are generated, because the batches of 8 processes x 960 are filled up "
         "with repeats. Set responses_per_eval_batch to 960"
     )
+    starter = shown(Plan(planned(topology="zero2"), None, eval_prompts=1000))["evaluation"]  # 8 x 500
+    assert starter.endswith("filled up with repeats. Set per_device_eval_batch_size to 125")
     # batches of 8 x 60 responses: 31 prompts need a third one
     repeated = evaluation("--responses_per_eval_batch", "480", prompts=31)
     assert repeated.endswith("1,440 are generated, because the batches of 8 processes x 60 are filled up with repeats")

@@ -285,7 +285,9 @@ class Plan:
             text += f"; {generated:,} are generated, because the batches of {b.processes} processes x "
             text += f"{args.per_device_eval_batch_size} are filled up with repeats"
             if responses % math.lcm(b.processes, group) == 0 and a_round > responses:
-                text += f". Set responses_per_eval_batch to {responses}"
+                by_device = args.responses_per_eval_batch is None
+                text += ". Set per_device_eval_batch_size to" if by_device else ". Set responses_per_eval_batch to"
+                text += f" {responses // b.processes if by_device else responses}"
         return text
 
     def _run_line(self) -> str:
