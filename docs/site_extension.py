@@ -7,6 +7,7 @@ import os
 import pydoc
 import re
 import shutil
+from importlib.metadata import metadata
 from pathlib import Path
 
 from docutils import nodes
@@ -27,7 +28,10 @@ NOTEBOOKS = ROOT / "examples" / "notebooks"
 # Pages that show a file of the repository's root
 PAGES_OF_ROOT = {"index": "README.md", "changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md"}
 TOCTREE = re.compile(r"^```\{toctree\}.*?^```$", re.DOTALL | re.MULTILINE)
-LINK = re.compile(r"(?<=\]\()([^()\s#:]+)((?:#[^()\s]*)?)(?=\))")
+# A link in a text, or the target of one at the end of a page
+LINK = re.compile(r"((?<=\]\()|^\[[^\]\n]+\]: )([^()\s#:]+)((?:#[^()\s]*)?)(?=\)|$)", re.MULTILINE)
+# README.md, which a package index shows too, has absolute links to files of the repository
+HOME = re.compile(re.escape(metadata("tic-grpo-trl")["Home-page"]) + r"/(?:blob|raw|tree)/main/")
 
 
 def target_on_site(path: Path, anchor: str) -> str | None:
@@ -63,15 +67,16 @@ def read_source(app: Sphinx, docname: str, content: list[str]) -> None:
         source = NOTEBOOKS / source.name
 
     def rewritten(match: re.Match) -> str:
-        path = (source.parent / match[1]).resolve()
+        path = (source.parent / match[2]).resolve()
         if not path.exists():
             return match[0]  # Sphinx warns of it
         if path.is_dir() and (path / "README.md").exists():
             path = path / "README.md"
-        target = target_on_site(path, match[2])
-        return target or "/" + Path(os.path.relpath(path, DOCS)).as_posix()
+        target = target_on_site(path, match[3])
+        return match[1] + (target or "/" + Path(os.path.relpath(path, DOCS)).as_posix())
 
-    content[0] = LINK.sub(rewritten, content[0])
+    text = HOME.sub("", content[0]) if source == ROOT / "README.md" else content[0]
+    content[0] = LINK.sub(rewritten, text)
 
 
 def mathml(node, as_block: bool) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from html.parser import HTMLParser
+from importlib.metadata import metadata
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -70,6 +71,18 @@ def anchors_of(page: str) -> set[str]:
 
 
 # Links
+
+# README.md, which a package index shows too, has absolute links to files of the repository
+HOME = metadata("tic-grpo-trl")["Home-page"]
+
+
+def test_links_of_the_readme_lead_to_files_of_the_repository():
+    links = [link for link in links_of("README.md") if link.startswith(HOME)]
+    assert len(links) > 20
+    for link in links:
+        match = re.fullmatch(rf"{re.escape(HOME)}/(?:blob|raw)/main/([^#]+)(?:#(.*))?", link)
+        assert (ROOT / match[1]).is_file(), link
+        assert match[2] is None or match[2] in anchors_of(match[1]), link
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -65,17 +65,20 @@ def print_plan(script_args: TrainArguments, training_args: Any, model_args: Mode
     lines = []
     try:
         if script_args.dataset_streaming:
-            raise OSError("streamed data has no length")
+            raise ConnectionError("streamed data has no length")
         train_dataset, eval_dataset = load_data(script_args, training_args)
         problems |= {"num_prompts": len(train_dataset), "eval_prompts": eval_dataset and len(eval_dataset)}
         if missing_model(name, script_args.model_command) is None:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=training_args.trust_remote_code)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=training_args.trust_remote_code)
+            except OSError as error:
+                raise ConnectionError(f"prompts not measured: {error}") from error
             if script_args.max_prompt_length:
                 train_dataset = drop_long_prompts(train_dataset, tokenizer, script_args.max_prompt_length)
                 problems["num_prompts"] = len(train_dataset)
             else:
                 problems["longest_prompt"] = max(prompt_lengths(train_dataset, tokenizer))
-    except OSError as error:  # without the hub, the rest of the plan is still useful
+    except ConnectionError as error:  # without the hub, the rest of the plan is still useful
         lines.append(("data", f"not read: {str(error).splitlines()[0]}"))
     memory = script_args.gpu_memory
     if memory is None and torch.cuda.is_available():
@@ -132,7 +135,7 @@ def train(trainer: TICGRPOTrainer, data: str):
         write_summary(trainer, folder)
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=data)
-    trainer.end()
+    trainer.accelerator.end_training()  # trackers and process group
 
 
 def write_summary(trainer: TICGRPOTrainer, folder: Path):

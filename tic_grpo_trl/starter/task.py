@@ -89,5 +89,5 @@ def exact_match_reward(completions: list[list[Message]] | list[str], solution: l
     for text, right in zip(texts, solution, strict=True):
         _, box, rest = text.rpartition(BOX)
         answer, brace, _ = rest.partition("}")
-        rewards.append(float(bool(box and brace) and answer.strip() == right.strip()))
+        rewards.append(float(bool(box and brace) and answer.strip() == str(right).strip()))
     return rewards
