@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from launching import ROOT
 from packaging.requirements import Requirement
+from packaging.version import Version
 from setuptools import find_packages
 
 import tic_grpo_trl
@@ -65,7 +66,17 @@ def fresh(distributions, tmp_path_factory) -> Path:
     (packages / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")  # without running its .pth files
     install = "from pip._internal.cli.main import main; main()"
     subprocess.run(
-        [folder / "bin/python", "-c", install, "install", "-q", "--no-deps", "--no-index", "--ignore-installed", distributions[1]],
+        [
+            folder / "bin/python",
+            "-c",
+            install,
+            "install",
+            "-q",
+            "--no-deps",
+            "--no-index",
+            "--ignore-installed",
+            distributions[1],
+        ],
         check=True,
         timeout=120,
     )
@@ -153,11 +164,27 @@ def test_editable_installs_find_the_recipes_of_the_checkout():
     assert accelerate_config_path("zero3").resolve() == ROOT / "accelerate_configs/zero3.yaml"
 
 
+def pins(name: str) -> dict[str, str]:
+    return dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / name).read_text(), re.MULTILINE))
+
+
 def test_tested_versions_are_those_of_the_constraints():
     """The extra `tested` is for users without a checkout."""
-    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    pinned = pins("constraints.txt")
     tested = {name: str(each.specifier).removeprefix("==") for name, each in requirements("tested").items()}
     assert tested == {name: pinned[name] for name in requirements()}
+
+
+@pytest.mark.parametrize("extra", ["", "test", "wandb"])
+def test_oldest_versions_are_the_lower_bounds(extra):
+    """Those of the tests' tools too, where `make test-oldest` needs them."""
+    pinned = pins("constraints-oldest.txt")
+    for name, requirement in requirements(extra).items():
+        (lowest,) = [Version(each.version).release for each in requirement.specifier if each.operator == ">="]
+        if name in pinned or not extra:
+            found = Version(pinned[name])
+            assert requirement.specifier.contains(found), f"{name} {found} in constraints-oldest.txt is not allowed"
+            assert found.release[: len(lowest)] == lowest, f"{name} {found} in constraints-oldest.txt is not the lowest"
 
 
 @pytest.mark.parametrize(("found", "wanted"), [("1.99.0", "TRL 1.99.0 is installed"), (None, "TRL is not installed")])
