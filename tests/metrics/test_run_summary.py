@@ -49,7 +49,7 @@ def test_a_reward_of_zero_is_drawn_and_an_unused_bound_is_not(tmp_path, monkeypa
     monkeypatch.setattr(plt, "close", figures.append)
     zeros = [{"step": step, "reward": 0.0, "trajectory_ratio/clip_low_neg": 0.0} for step in (1, 2)]
     plot_curves(zeros, tmp_path / "curves.png", "match")
-    reward, clip = figures[0].axes[0], figures[0].axes[-1]
+    reward, clip = figures[-1].axes[0], figures[-1].axes[-1]
     assert [text.get_text() for text in reward.get_legend().get_texts()] == ["training reward"]
     assert clip.get_legend() is None
 

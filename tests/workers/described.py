@@ -10,11 +10,12 @@ from tic_grpo_trl.scripts import train as train_script
 
 
 class DescribedTrainer(TICGRPOTrainer):
-    def end(self):
+    def train(self, *args, **kwargs):
+        output = super().train(*args, **kwargs)
         described = describe(self)
         if self.accelerator.is_main_process:
             Path(f"{self.args.output_dir}.json").write_text(json.dumps(described))
-        super().end()
+        return output
 
 
 prepare()

@@ -13,4 +13,4 @@ try:
 except ValueError as error:
     noted = f"{accelerator.num_processes}, {accelerator.distributed_type}, {error}"
     (Path(sys.argv[1]) / f"rank-{accelerator.process_index}").write_text(noted)
-trainer.end()
+accelerator.end_training()

@@ -76,14 +76,11 @@ class WatchedTrainer(TICGRPOTrainer):
     def train(self, *args, **kwargs):
         self._phases[0] = "loading"
         self._show()
-        return super().train(*args, **kwargs)
-
-    def end(self):
-        """Afterwards: how it ran."""
+        output = super().train(*args, **kwargs)
         described = describe(self) if dist.is_initialized() else {}
         if RANK == 0:
             (job / "ended.json").write_text(json.dumps(described | {"times": self.times}))
-        super().end()
+        return output
 
 
 def die_at_rename(number):
