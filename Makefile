@@ -38,16 +38,14 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 environments: install $(VLLM_PACKAGES) $(OLDEST_INSTALLED) $(LIGHTEVAL_INSTALLED) ## build the environments of all targets; faster with -j3
 
 train: install ## train the embedded starter on this CPU; accuracy and curves in runs/starter
-	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml -m tic_grpo_trl.scripts.train \
-		--config examples/recipes/starter.yaml $(ARGS)
+	$(BIN)/tic-grpo train --config starter $(ARGS)
 
 eval: install ## evaluate the starter, or the model in ARGS: Avg@k with intervals, all samples, a table
-	$(BIN)/python -m tic_grpo_trl.scripts.evaluate $(ARGS)
+	$(BIN)/tic-grpo evaluate $(ARGS)
 
 smollm2: install ## train SmolLM2-135M-Instruct with LoRA on sums: 20 minutes on one core
 	$(BIN)/python -m tic_grpo_trl.scripts.smollm2 --output_dir runs/smollm2-135m
-	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml -m tic_grpo_trl.scripts.train \
-		--config examples/recipes/smollm2_135m.yaml $(ARGS)
+	$(BIN)/tic-grpo train --config smollm2_135m $(ARGS)
 
 test: lint ## lint, type check, and all tests except those of the next four targets, in two processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)

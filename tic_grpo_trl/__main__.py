@@ -41,14 +41,10 @@ def main() -> None:
         require_tested_trl()
     except (ValueError, ImportError) as error:
         refuse(str(error))
-    if command == "train":
+    if command in ("train", "dry-run"):
         from .scripts import launch
 
-        launch.main(words)
-    elif command == "dry-run":
-        from .scripts import train
-
-        train.main(["--dry_run", *words])
+        launch.main(words if command == "train" else ["--dry_run", *words])
     elif command == "evaluate":
         from .scripts import evaluate
 

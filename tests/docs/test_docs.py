@@ -80,8 +80,8 @@ def test_links_of_the_readme_lead_to_files_of_the_repository():
     links = [link for link in links_of("README.md") if link.startswith(HOME)]
     assert len(links) > 20
     for link in links:
-        match = re.fullmatch(rf"{re.escape(HOME)}/(?:blob|raw)/main/([^#]+)(?:#(.*))?", link)
-        assert (ROOT / match[1]).is_file(), link
+        match = re.fullmatch(rf"{re.escape(HOME)}/(?:blob|raw|tree)/main/([^#]+)(?:#(.*))?", link)
+        assert (ROOT / match[1]).exists(), link
         assert match[2] is None or match[2] in anchors_of(match[1]), link
 
 

@@ -43,8 +43,8 @@ def split_command(words: Sequence[str]) -> tuple[list[str], list[str]]:
     rest, launch = split_flags(words, "config", "accelerate_config", *LAUNCH_FLAGS)
     config, topology = launch.pop("config", None), launch.pop("accelerate_config", None)
     recipe = read_yaml(recipe_path(config)) if config is not None else {}
-    if topology is None and "accelerate_config" in recipe:
-        topology = str(recipe["accelerate_config"])
+    if topology is None:  # the recipe's own counts, with its number of processes
+        topology = recipe.get("accelerate_config")
         launch = {"num_processes": str(recipe["num_processes"])} | launch if "num_processes" in recipe else launch
     processes = launch.get("num_processes")
     if processes is not None and not (processes.isdigit() and int(processes)):
@@ -85,6 +85,17 @@ def run(launch: Callable[[], None]) -> int:
     return 0
 
 
+def plan(words: Sequence[str]) -> None:
+    """Print what the run would do and need, with the topology that it would have."""
+    from . import train
+
+    with short_errors():
+        (_, path, *flags), rest = split_command(words)
+        _, known = split_flags(flags, "num_processes")
+    processes = ["--num_processes", known["num_processes"]] if known else []
+    train.main(["--dry_run", "--accelerate_config", path, *processes, *rest])
+
+
 def refuse(message: str):
     """Report what argparse finds wrong, without the usage of accelerate's hundred flags."""
     raise ValueError(message)
@@ -93,10 +104,13 @@ def refuse(message: str):
 def main(argv: Sequence[str] | None = None) -> None:
     """Launch the training processes, and exit with their status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help", "--help-all", "--dry_run"} & {*words}:  # one process is enough
+    if {"-h", "--help", "--help-all"} & {*words}:
         from . import train
 
         train.main(words)
+        return
+    if {"--dry_run", "--dry-run"} & {*words}:
+        plan([word for word in words if word not in ("--dry_run", "--dry-run")])
         return
     with short_errors():
         launch_words, training_words = split_command(words)
