@@ -143,6 +143,7 @@ REFUSED = {
         {"eval_dataset": TINY_PROMPTS.select([]), "eval_strategy": "steps", "eval_steps": 1},
         "eval_dataset is empty",
     ),
+    "an evaluation without data": ({"eval_on_start": True}, "eval_on_start=True needs data to evaluate on"),
     "one of several without prompts": (
         {
             "eval_dataset": {"sums": TINY_PROMPTS, "code": TINY_PROMPTS.rename_column("prompt", "task")},

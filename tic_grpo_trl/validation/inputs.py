@@ -40,6 +40,11 @@ def check_inputs(model: Any, reward_funcs: Any, args: TICGRPOConfig, train_datas
     if isinstance(train_dataset, Dataset | IterableDataset):
         batches = RolloutSchedule.of(args, args.world_size)
         check_prompts(args, batches, _check_examples("train_dataset", train_dataset, batches.prompts))
+    if args.eval_on_start and others.get("eval_dataset") is None:
+        raise ValueError(
+            "eval_on_start=True needs data to evaluate on: set eval_strategy='steps' and give an eval_dataset, or set "
+            "eval_on_start=False."
+        )
     evaluated = others.get("eval_dataset") if args.eval_strategy != "no" else None
     for name, dataset in (evaluated if isinstance(evaluated, dict) else {"eval_dataset": evaluated}).items():
         if isinstance(dataset, Dataset | IterableDataset):
