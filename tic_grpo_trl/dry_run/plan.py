@@ -1,4 +1,4 @@
-"""Plan a run for `--dry_run`: batches, updates and memory from the settings alone, before anything is loaded."""
+"""Plan a run for `tic-grpo dry-run`: batches, updates and memory from the settings alone, before anything is loaded."""
 
 import math
 from collections.abc import Mapping, MutableMapping
@@ -224,7 +224,7 @@ class Plan:
             )
 
     def lines(self) -> list[tuple[str, str]]:
-        """Describe the plan as labels and texts, which `--dry_run` prints."""
+        """Describe the plan as labels and texts, which `tic-grpo dry-run` prints."""
         args, b, topology = self.args, self.batches, self.args.topology
         model, remark = self.note, ""
         if self.model is not None:

@@ -58,7 +58,7 @@ def check_quantization(model_args: ModelConfig):
 
 
 def print_plan(script_args: TrainArguments, training_args: Any, model_args: ModelConfig):
-    """Print what the run will do and need (`--dry_run`)."""
+    """Print what the run will do and need, for `tic-grpo dry-run`."""
     name = model_args.model_name_or_path or STARTER_MODEL
     config, note = load_model_config(name, training_args.trust_remote_code, script_args.model_command)
     problems: dict[str, Any] = {"longest_prompt": script_args.max_prompt_length}
