@@ -67,9 +67,8 @@ def environment_of_script() -> dict[str, str]:
     return os.environ | own
 
 
-def run_script(*arguments, config: Path = CONFIGS / "cpu.yaml", flags=(), cwd: Path = ROOT, seconds: float = 300):
-    """Run the example script to its end, whatever that is, and return what it printed."""
-    command = [*launch_command(config, *flags), "-m", "tic_grpo_trl.scripts.train", *arguments]
+def run_command(command, cwd: Path, seconds: float = 300) -> subprocess.CompletedProcess:
+    """Run a command to its end, whatever that is, and return what it printed."""
     return subprocess.run(
         list(map(str, command)),
         cwd=cwd,
@@ -79,6 +78,11 @@ def run_script(*arguments, config: Path = CONFIGS / "cpu.yaml", flags=(), cwd: P
         timeout=seconds,
         check=False,
     )
+
+
+def run_script(*arguments, config: Path = CONFIGS / "cpu.yaml", flags=(), cwd: Path = ROOT, seconds: float = 300):
+    """Run the training script through `accelerate launch`, as [`run_command`] does."""
+    return run_command([*launch_command(config, *flags), "-m", "tic_grpo_trl.scripts.train", *arguments], cwd, seconds)
 
 
 @contextmanager

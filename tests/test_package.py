@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from launching import ROOT
+from markdown_it import MarkdownIt
 from packaging.requirements import Requirement
 from packaging.version import Version
 from setuptools import find_packages
@@ -130,8 +131,10 @@ def test_metadata_is_complete_and_has_absolute_links_only(distributions):
     assert "Typing :: Typed" in metadata.get_all("Classifier")
     assert {url.partition(",")[0] for url in metadata.get_all("Project-URL")} >= {"Homepage", "Documentation", "Issues"}
     assert {"vllm", "deepspeed", "wandb"} <= set(metadata.get_all("Provides-Extra"))
-    links = re.findall(r"\]\(([^)\s]+)\)", metadata.get_payload())
-    assert len(links) > 10
+    blocks = MarkdownIt("commonmark").enable("table").parse(metadata.get_payload())
+    tokens = [token for block in blocks for token in block.children or []]
+    links = [token.attrs[name] for token in tokens for name in ("href", "src") if name in token.attrs]
+    assert len(links) > 20
     assert [link for link in links if not link.startswith("https://")] == []
 
 

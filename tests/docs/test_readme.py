@@ -3,14 +3,13 @@
 import json
 import re
 import shlex
-import subprocess
 import sys
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from conftest import CPU
 from datasets import Dataset
-from launching import ROOT, environment_of_script
+from launching import ROOT, run_command
 from trl import TrlParser
 
 import tic_grpo_trl
@@ -127,14 +126,7 @@ def test_the_first_command_trains_as_printed(own_data):
     (command,) = [block for block in blocks("bash") if "sums.jsonl" in block]
     words = shlex.split(command.replace("\\\n", " "))
     assert words[0] == "tic-grpo"
-    done = subprocess.run(
-        [sys.executable, "-m", "tic_grpo_trl", *words[1:], "--report_to", "none"],
-        env=environment_of_script(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run_command([sys.executable, "-m", "tic_grpo_trl", *words[1:], "--report_to", "none"], own_data)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((own_data / "runs/mine/summary.json").read_text())["updates"] == 3 * 4  # epochs and K
 

@@ -1,9 +1,8 @@
 """What a plain script prints besides its own output."""
 
-import subprocess
 import sys
 
-from launching import environment_of_script
+from launching import run_command
 
 
 SCRIPT = """
@@ -19,15 +18,7 @@ TICGRPOTrainer(STARTER_MODEL, exact_match_reward, args, train_dataset=make_datas
 
 def test_a_plain_script_shows_no_warning_of_a_library(tmp_path):
     """With gradient checkpointing, DeepSpeed installed and a checkpoint, which all used to warn."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        cwd=tmp_path,
-        env=environment_of_script(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = run_command([sys.executable, "-c", SCRIPT], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run/checkpoint-2").exists()
     warned = [line for line in done.stderr.replace("\r", "\n").splitlines() if "warn" in line.lower()]

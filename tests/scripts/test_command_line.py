@@ -1,11 +1,10 @@
 """Flags, YAML files, help and errors of the commands."""
 
 import os
-import subprocess
 import sys
 
 import pytest
-from launching import CONFIGS, ROOT, environment_of_script, launch_command
+from launching import CONFIGS, ROOT, launch_command, run_command
 
 from tic_grpo_trl import ALGORITHMS
 from tic_grpo_trl.scripts import evaluate, recipes, train
@@ -70,15 +69,7 @@ def test_one_line_under_the_launcher_from_every_process(tmp_path):
     """Both processes fail; the first speaks, and torchrun ends the other before it would."""
     command = [*launch_command(CONFIGS / "multi_gpu.yaml", "--num_processes", 2, "--mixed_precision", "no", "--cpu")]
     command += ["-m", "tic_grpo_trl.scripts.train", "--algorithm", "tic_grop", "--output_dir", tmp_path / "run"]
-    done = subprocess.run(
-        list(map(str, command)),
-        cwd=ROOT,
-        env=environment_of_script(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = run_command(command, ROOT)
     assert done.returncode != 0
     assert done.stderr.count("error: Unknown algorithm 'tic_grop'") == 1
     assert "train.py" not in done.stderr  # no traceback of ours
@@ -131,8 +122,7 @@ def test_traceback_on_request(monkeypatch):
 
 def test_commands_of_the_module(tmp_path):
     def run(*words):
-        command = [sys.executable, "-m", "tic_grpo_trl", *words]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+        return run_command([sys.executable, "-m", "tic_grpo_trl", *words], tmp_path)
 
     assert "dry-run" in run().stdout
     wrong = run("trian")
