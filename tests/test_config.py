@@ -103,7 +103,7 @@ def test_an_explicit_value_wins(fields, expected):
 
 
 REFUSED = [
-    ({"algorithm": "ticgrpo"}, r"Unknown algorithm 'ticgrpo': did you mean 'tic_grpo'\? Choose one of tic_grpo,"),
+    ({"algorithm": "ticgrpo"}, r"Unknown algorithm 'ticgrpo'. Did you mean 'tic_grpo'\? Choose one of tic_grpo,"),
     ({"importance_sampling_level": "trajektory"}, r"Unknown importance_sampling_level 'trajektory'"),
     ({"clip_mode": "upper"}, r"Unknown clip_mode 'upper'. Choose one of up_only"),
     ({"loss_type": "drgrpo"}, r"Unknown loss_type 'drgrpo'"),
@@ -184,7 +184,7 @@ def test_vllm_corrections_by_token_go_with_weights_by_token(tmp_path):
     config("sequence_mask")
     config("sequence_truncate")
     with pytest.raises(
-        ValueError, match="Unknown vllm_importance_sampling_mode 'sequence': did you mean 'sequence_mask'"
+        ValueError, match="Unknown vllm_importance_sampling_mode 'sequence'. Did you mean 'sequence_mask'"
     ):
         config("sequence")
     TICGRPOConfig(str(tmp_path), **CPU, vllm_importance_sampling_mode="token_mask")  # without vLLM it is not read

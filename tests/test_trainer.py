@@ -673,9 +673,9 @@ def test_a_default_without_an_inner_loop_says_how_to_have_one(tmp_path, messages
     make_trainer(tmp_path, gradient_accumulation_steps=2)
     (warning,) = messages()
     assert "K = 1" in warning
-    assert "steps_per_generation=8 " in warning
+    assert "updates_per_rollout=4 " in warning
     assert "num_iterations=4 " in warning
-    for k_is_4 in ({"steps_per_generation": 8}, {"num_iterations": 4}):
+    for k_is_4 in ({"updates_per_rollout": 4}, {"steps_per_generation": 8}, {"num_iterations": 4}):
         make_trainer(tmp_path, gradient_accumulation_steps=2, **k_is_4)
     make_trainer(tmp_path, algorithm="grpo")  # whose ratio acts on nothing else either, as in TRL
     assert len(messages()) == 1

@@ -95,7 +95,7 @@ def test_mistakes_end_before_any_training(tmp_path):
     recipe = ("--config", ROOT / "examples/recipes/starter.yaml", "--output_dir", tmp_path / "out")
     wrong_reward = run_script(*recipe, "--reward_funcs", "my_rewards.nothing")
     assert wrong_reward.returncode != 0
-    assert "--reward_funcs my_rewards.nothing: give an import path" in wrong_reward.stderr
+    assert "--reward_funcs my_rewards.nothing: there is no module 'my_rewards'" in wrong_reward.stderr
     wrong_option = run_script(*recipe, "--epsilon_high", "-1")
     assert wrong_option.returncode != 0
     assert "epsilon_high=-1.0 must be in (0, inf)" in wrong_option.stderr
