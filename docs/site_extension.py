@@ -30,8 +30,9 @@ PAGES_OF_ROOT = {"index": "README.md", "changelog": "CHANGELOG.md", "contributin
 TOCTREE = re.compile(r"^```\{toctree\}.*?^```$", re.DOTALL | re.MULTILINE)
 # A link in a text, or the target of one at the end of a page
 LINK = re.compile(r"((?<=\]\()|^\[[^\]\n]+\]: )([^()\s#:]+)((?:#[^()\s]*)?)(?=\)|$)", re.MULTILINE)
+HOME = metadata("tic-grpo-trl")["Home-page"]
 # README.md, which a package index shows too, has absolute links to files of the repository
-HOME = re.compile(re.escape(metadata("tic-grpo-trl")["Home-page"]) + r"/(?:blob|raw|tree)/main/")
+ABSOLUTE = re.compile(re.escape(HOME) + r"/(?:blob|raw|tree)/main/")
 
 
 def target_on_site(path: Path, anchor: str) -> str | None:
@@ -70,12 +71,14 @@ def read_source(app: Sphinx, docname: str, content: list[str]) -> None:
         path = (source.parent / match[2]).resolve()
         if not path.exists():
             return match[0]  # Sphinx warns of it
-        if path.is_dir() and (path / "README.md").exists():
+        if path.is_dir() and not (path / "README.md").exists():
+            return f"{match[1]}{HOME}/tree/main/{path.relative_to(ROOT).as_posix()}"
+        if path.is_dir():
             path = path / "README.md"
         target = target_on_site(path, match[3])
         return match[1] + (target or "/" + Path(os.path.relpath(path, DOCS)).as_posix())
 
-    text = HOME.sub("", content[0]) if source == ROOT / "README.md" else content[0]
+    text = ABSOLUTE.sub("", content[0]) if source == ROOT / "README.md" else content[0]
     content[0] = LINK.sub(rewritten, text)
 
 
