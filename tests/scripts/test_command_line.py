@@ -75,6 +75,14 @@ def test_one_line_under_the_launcher_from_every_process(tmp_path):
     assert "train.py" not in done.stderr  # no traceback of ours
 
 
+def test_one_line_from_the_script_itself(tmp_path):
+    """Run as a module, its name is `__main__`."""
+    done = run_command([sys.executable, "-m", "tic_grpo_trl.scripts.train", "--load_in_4bit", "true", *CPU], tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: --load_in_4bit without --use_peft")
+    assert "Traceback" not in done.stderr
+
+
 def test_flags_and_recipe_reach_the_dataclasses(tmp_path):
     words = ["--config=starter", *CPU, "--learning-rate", "2e-4"]
     script_args, training_args, model_args = train.parse(words, train.TICGRPOConfig)

@@ -135,5 +135,7 @@ def short_errors(is_starting: Callable[[], bool] = lambda: True) -> Iterator[Non
 
 def _is_about_settings(error: BaseException) -> bool:
     """Return whether an error was raised by this package or by a library that it gives the settings to."""
-    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return bool(frames) and frames[-1].partition(".")[0] in SPEAKERS
+    *_, (last, _) = traceback.walk_tb(error.__traceback__)
+    spec = last.f_globals.get("__spec__")  # of a module that runs with `python -m`, the name is in its spec alone
+    name = spec.name if spec is not None else last.f_globals.get("__name__", "")
+    return name.partition(".")[0] in SPEAKERS

@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     with short_errors():
         launch_words, training_words = split_command(words)
-        print(f"tic-grpo: accelerate launch {' '.join(launch_words)} -m {TRAINING} {' '.join(training_words)}")
+        print(f"tic-grpo: accelerate launch {' '.join(launch_words)} -m {TRAINING} ...")  # the rest may hold a token
         parser = launch_command_parser()
         parser.error = refuse
         arguments = parser.parse_args([*launch_words, "-m", TRAINING, *training_words])
