@@ -184,7 +184,7 @@ def test_vllm_corrections_by_token_go_with_weights_by_token(tmp_path):
     config("sequence_mask")
     config("sequence_truncate")
     with pytest.raises(
-        ValueError, match="Unknown vllm_importance_sampling_mode 'sequence'. Did you mean 'sequence_mask'"
+        ValueError, match=r"Unknown vllm_importance_sampling_mode 'sequence'\. Did you mean 'sequence_mask'"
     ):
         config("sequence")
     TICGRPOConfig(str(tmp_path), **CPU, vllm_importance_sampling_mode="token_mask")  # without vLLM it is not read
