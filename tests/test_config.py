@@ -140,6 +140,10 @@ REFUSED = [
         r"generation_batch_size=32 contradicts steps_per_generation=2, which makes it 16",
     ),
     (
+        {"generation_batch_size": 16, "updates_per_rollout": 4},
+        r"generation_batch_size=16 contradicts updates_per_rollout=4, which makes it 32: remove one of them\.",
+    ),
+    (
         {"responses_per_update": 64, "gradient_accumulation_steps": 4},
         r"gradient_accumulation_steps 4 contradicts responses_per_update 64, which with per_device_train_batch_size 8 "
         r"x 1 process makes it 8: remove one of them. Nearest: gradient_accumulation_steps 8; or responses_per_update "

@@ -235,9 +235,10 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
                 check_batches(self, self.world_size)
             raise
         if generation_batch_size not in (None, self.generation_batch_size):
+            by = "steps_per_generation" if self.updates_per_rollout is None else "updates_per_rollout"
             raise ValueError(
-                f"generation_batch_size={generation_batch_size} contradicts steps_per_generation="
-                f"{self.steps_per_generation}, which makes it {self.generation_batch_size}: remove one of them."
+                f"generation_batch_size={generation_batch_size} contradicts {by}={getattr(self, by)}, which makes it "
+                f"{self.generation_batch_size}: remove one of them."
             )
 
     @property
