@@ -15,6 +15,7 @@ from trl.rewards import accuracy_reward, think_format_reward
 from tic_grpo_trl import TICGRPOConfig
 from tic_grpo_trl.data import drop_long_prompts
 from tic_grpo_trl.rewards import math_reward
+from tic_grpo_trl.scripts.recipes import recipe_path
 from tic_grpo_trl.scripts.train_data import TrainArguments, import_rewards, load_data, reward_functions
 from tic_grpo_trl.starter import STARTER_MODEL
 
@@ -237,6 +238,15 @@ def test_evaluation_without_held_out_data(folder):
     )
 
 
+def test_evaluation_on_start_needs_held_out_data():
+    flags = ("--config", recipe_path("starter"), "--train_size", 8, "--test_size", 8)
+    assert len(load(*flags)[1]) == 8
+    assert refused(*flags, "--eval_strategy", "no") == (
+        "--eval_on_start true needs held-out data: add --eval_strategy steps, or set --eval_on_start false."
+    )
+    assert load(*flags, "--eval_strategy", "no", "--eval_on_start", "false")[1] is None
+
+
 # Names and files with a mistake
 
 
@@ -369,8 +379,49 @@ def test_a_reward_that_its_module_lacks(folder):
     assert wrong_reward("my_rewards.corect").endswith(
         "the module my_rewards has no function 'corect'; it has correct, short. Did you mean 'correct'?"
     )
-    assert "it has math_reward" not in wrong_reward("my_rewards.py")
     assert "Did you mean 'math_reward'?" in wrong_reward("tic_grpo_trl.rewards.maths_reward")  # an exported object
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "./my_rewards.py:correct",
+        "my_rewards.py:correct",
+        "my_rewards:correct",
+        "./my_rewards:correct",
+        "./my_rewards.correct",
+    ],
+)
+def test_the_path_of_a_file_is_told_what_to_give(folder, path):
+    assert wrong_reward(path) == f"--reward_funcs {path}: give an import path: my_rewards.correct."
+    absolute = folder / path
+    assert wrong_reward(str(absolute)).endswith("give an import path: my_rewards.correct.")
+
+
+def test_a_file_without_a_function_is_told_which_it_has(folder):
+    assert wrong_reward("my_rewards.py").endswith("give an import path: my_rewards.correct or my_rewards.short.")
+    assert wrong_reward("no_rewards.py").endswith("give an import path: MODULE.FUNCTION, such as my_rewards.correct.")
+    (folder / "lib").mkdir()
+    (folder / "lib/scores.py").write_text(REWARDS)
+    assert wrong_reward("lib/scores.py:short").endswith("give an import path: lib.scores.short.")
+    assert wrong_reward("lib/scores.py").endswith("give an import path: lib.scores.correct or lib.scores.short.")
+
+
+def test_a_file_elsewhere_needs_its_folder_on_the_path(folder, monkeypatch):
+    (folder / "work").mkdir()
+    monkeypatch.chdir(folder / "work")
+    assert wrong_reward("../my_rewards.py:correct").endswith(
+        f"give an import path: my_rewards.correct. Add {folder} to PYTHONPATH."
+    )
+
+
+def test_a_reward_with_a_parameter_by_position_only(folder):
+    (folder / "by_position.py").write_text("def correct(completions, /, **kwargs):\n    return [1.0]\n")
+    write(folder / "sums.jsonl", SUMS)
+    assert refused("--dataset_name", "sums.jsonl", "--reward_funcs", "by_position.correct") == (
+        "--reward_funcs by_position.correct takes 'completions' by position only, but TRL passes every argument by "
+        "name: remove the / from its parameters."
+    )
 
 
 def test_a_reward_that_cannot_be_called(folder):

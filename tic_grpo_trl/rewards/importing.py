@@ -39,6 +39,8 @@ def import_reward(path: str, option: str) -> Callable:
     """
     if path in SHORT_NAMES:
         return SHORT_NAMES[path]()
+    if path.endswith(".py") or ":" in path or os.sep in path:
+        raise ValueError(f"{option} {path}: {_instead_of_file(path, option)}")
     module_name, dot, name = path.rpartition(".")
     if not dot:
         raise ValueError(
@@ -59,6 +61,22 @@ def import_reward(path: str, option: str) -> Callable:
     if function is trl_rewards.get_soft_overlong_punishment:
         raise ValueError(f"{option} {path}: {name} makes a reward function; give --soft_punish_cache instead.")
     return function
+
+
+def _instead_of_file(path: str, option: str) -> str:
+    """Say what to give instead of the path of a file, or of `module:function`."""
+    file, _, function = path.partition(":")
+    relative = os.path.relpath(os.path.expanduser(file.removesuffix(".py")))
+    _, outside, module = relative.rpartition(os.pardir + os.sep)
+    if not file.endswith(".py") and not function:  # such as ./my_rewards.correct
+        module, _, function = module.rpartition(".")
+    module = module.replace(os.sep, ".")
+    names = [function] if function else []
+    if not names and not outside and os.path.isfile(file):
+        names = _functions(_import_module(module, f"{option} {path}"))
+    advice = " or ".join(f"{module}.{name}" for name in names) or "MODULE.FUNCTION, such as my_rewards.correct"
+    where = os.path.dirname(os.path.abspath(os.path.expanduser(file)))
+    return f"give an import path: {advice}." + f" Add {where} to PYTHONPATH." * bool(outside)
 
 
 def _import_module(name: str, where: str) -> ModuleType:
@@ -122,6 +140,12 @@ def check_columns(reward: Callable, columns: Sequence[str], where: str) -> None:
         parameters = inspect.signature(reward).parameters.values()
     except (TypeError, ValueError):  # not written in Python
         return
+    for p in parameters:
+        if p.kind is p.POSITIONAL_ONLY and p.default is p.empty:
+            raise ValueError(
+                f"{where} takes {p.name!r} by position only, but TRL passes every argument by name: remove the / from "
+                "its parameters."
+            )
     passed = {*PASSED, *columns} - {"prompt"}
     needed = {
         p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)

@@ -61,10 +61,12 @@ def load_data(script_args: TrainArguments, training_args: TICGRPOConfig) -> tupl
     """Load the training data, and the evaluation data if `eval_strategy` is set (otherwise `None`).
 
     Raises:
-        ValueError: if a set is unknown, cannot be read, or lacks a column that a reward function reads.
+        ValueError: if a flag has a wrong value, or a set is unknown, cannot be read, or lacks a column that a reward
+            function reads.
         FileNotFoundError: if a path or hub data set does not exist.
         ConnectionError: if the hub cannot be reached.
     """
+    check_values(script_args, training_args)
     name = script_args.dataset_name
     if held_out := {part.partition("@")[0] for part in split_names(name)} & {*EVALUATION_SETS}:
         raise ValueError(f"--dataset_name {name}: {', '.join(sorted(held_out))} is for evaluation, not for training.")
@@ -87,6 +89,20 @@ def load_data(script_args: TrainArguments, training_args: TICGRPOConfig) -> tupl
         for path in paths if examples is not None else []:
             choose_reward(examples, path, "--reward_funcs")
     return dataset, eval_dataset
+
+
+def check_values(script_args: TrainArguments, training_args: TICGRPOConfig):
+    """Check the flags whose values depend on others."""
+    if training_args.eval_on_start and IntervalStrategy(training_args.eval_strategy).value == "no":
+        raise ValueError(
+            "--eval_on_start true needs held-out data: add --eval_strategy steps, or set --eval_on_start false."
+        )
+    cache, longest = script_args.soft_punish_cache, training_args.max_completion_length
+    if cache is not None and (longest is None or not 0 < cache < longest):
+        raise ValueError(
+            f"--soft_punish_cache {cache} must be between 0 and max_completion_length {longest}; DAPO uses a fifth of "
+            "it."
+        )
 
 
 def load_eval_data(
@@ -172,10 +188,5 @@ def reward_functions(script_args: TrainArguments, training_args: Any, train_data
             )
     cache = script_args.soft_punish_cache
     if cache is not None:
-        if not 0 < cache < training_args.max_completion_length:
-            raise ValueError(
-                f"--soft_punish_cache {cache} must be between 0 and max_completion_length "
-                f"{training_args.max_completion_length}; DAPO uses a fifth of it."
-            )
         functions.append(get_soft_overlong_punishment(training_args.max_completion_length, cache))
     return functions
