@@ -1,5 +1,6 @@
 """The command `tic-grpo`, also `python -m tic_grpo_trl`."""
 
+import signal
 import sys
 from typing import NoReturn
 
@@ -22,6 +23,8 @@ usage: tic-grpo COMMAND [FLAG VALUE ...]
 
 def main() -> None:
     """Run one of the commands. Each imports what it needs: torch and TRL take seconds."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the process
     command, words = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
     if command in ("-h", "--help"):
         print(USAGE, end="")

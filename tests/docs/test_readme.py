@@ -19,7 +19,7 @@ from tic_grpo_trl.dry_run.plan import plan_for
 from tic_grpo_trl.evaluation import EvaluationConfig
 from tic_grpo_trl.rollout.schedule import RolloutSchedule
 from tic_grpo_trl.scripts.evaluate import TableArguments
-from tic_grpo_trl.scripts.launch import split_command
+from tic_grpo_trl.scripts.launch import Launch
 from tic_grpo_trl.scripts.train import parse
 from tic_grpo_trl.starter import STARTER_MODEL
 
@@ -59,8 +59,8 @@ def parsed(line: str):
     """accelerate's arguments, if it launches the script, and the script's, read as a dry run: no GPU is needed."""
     words = shlex.split(line, comments=True)
     if "tic-grpo" in words:
-        launch_words, flags = split_command(words[words.index("tic-grpo") + 2 :])
-        launch = launch_command_parser().parse_args([*launch_words, "-m", TRAIN])
+        command = Launch.of(words[words.index("tic-grpo") + 2 :])
+        launch, flags = launch_command_parser().parse_args([*command.words(), "-m", TRAIN]), command.training
     else:
         at = words.index(TRAIN)
         flags, launch = words[at + 1 :], None

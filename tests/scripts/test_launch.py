@@ -24,8 +24,8 @@ def pairs(words: list[str]) -> dict[str, str]:
 
 
 def config_and_flags(words: str) -> tuple[str, list[str], list[str]]:
-    (_, path, *flags), training = launch.split_command(words.split())
-    return path.rpartition("/")[2], flags, training
+    command = launch.Launch.of(words.split())
+    return command.config.name, command.words()[2:], command.training
 
 
 @pytest.mark.skipif(not CPU_ONLY, reason="the choice depends on the machine's GPUs")

@@ -86,9 +86,6 @@ class NotingTrainer(TICGRPOTrainer):
 
         return noted
 
-    def end(self):
-        """The next case needs the process group."""
-
 
 def fixed_batch():
     """Answers right and wrong to a few problems; the same in every process."""

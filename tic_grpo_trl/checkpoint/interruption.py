@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 # accelerate or torchrun has started this process. Read early: some versions of transformers set one of them themselves.
 IS_LAUNCHED = not os.environ.keys().isdisjoint(("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
-SAME_SIGNAL = 2.0  # seconds in which a signal may arrive twice, from a launcher and from the terminal
+SAME_SIGNAL = 2.0  # seconds in which a signal may arrive twice, from the launcher and from the terminal
 
 
 class Cause(IntEnum):
@@ -88,7 +88,7 @@ class Interruption:
             self._cause, self._since = Cause(number), time.monotonic()
             if self._trainer.is_world_process_zero():
                 os.write(2, f"\n{NOTICES[self._cause]}\n".encode())  # `print` fails inside another `print`
-        elif number == signal.SIGINT and time.monotonic() - self._since > SAME_SIGNAL:
+        elif number == signal.SIGINT and (not IS_LAUNCHED or time.monotonic() - self._since > SAME_SIGNAL):
             self._restore_handlers()
             signal.raise_signal(number)
 

@@ -1,6 +1,7 @@
 """Read flags and YAML files, with help that fits on a screen and errors of one line."""
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -11,6 +12,8 @@ from typing import Any
 
 from trl import TrlParser
 
+from ..rewards.failures import RewardError
+from ..safety.non_finite import NonFiniteError
 from ..validation.suggestions import did_you_mean
 from .recipes import read_yaml, recipe_path
 
@@ -27,14 +30,22 @@ class CommandLine(TrlParser):
         classes: the dataclasses, whose fields are the flags.
         description: printed by `--help`.
         sections: the flags that `--help` shows, by heading, each with its help; `--help-all` shows all of them.
+        of_launcher: keys of the file that are for `tic-grpo train` alone, and are passed over here.
 
     Raises:
         ValueError: for an unknown flag or key, with the nearest known one, or for a value of the wrong type.
     """
 
-    def __init__(self, classes: Sequence[Any], description: str, sections: dict[str, dict[str, str]]):
+    def __init__(
+        self,
+        classes: Sequence[Any],
+        description: str,
+        sections: dict[str, dict[str, str]],
+        of_launcher: Sequence[str] = (),
+    ):
         super().__init__(classes, allow_abbrev=False, add_help=False)
-        self.description, self.sections = description, sections
+        self.description, self.sections, self.of_launcher = description, sections, of_launcher
+        self.dict_fields = {name for each in classes for name in getattr(each, "_VALID_DICT_FIELDS", ())}
         self.prog = "tic-grpo"
 
     def parse(self, words: Sequence[str]) -> Any:
@@ -58,10 +69,18 @@ class CommandLine(TrlParser):
             known = [option for option in self._option_string_actions if "-" not in option[2:]]
             near = did_you_mean("--" + word.lstrip("-").replace("-", "_"), known)
             raise ValueError(f"Unknown flag {word}.{near} --help lists the common flags, --help-all all of them.")
+        for name in self.dict_fields:
+            text = getattr(namespace, name, None)
+            if isinstance(text, str) and text.startswith("{"):
+                try:
+                    json.loads(text)
+                except ValueError as error:
+                    raise ValueError(f"--{name} {text}: this is no valid JSON ({error}).") from None
         return namespace, unknown
 
     def set_defaults_with_config(self, **values: Any) -> list[str]:
         known = {action.dest for action in self._actions}
+        values = {name: value for name, value in values.items() if name in known or name not in self.of_launcher}
         for name in values:
             if name not in known:
                 raise ValueError(f"Unknown key {name!r} in the file of --config.{did_you_mean(name, known)}")
@@ -118,24 +137,38 @@ def split_flags(words: Sequence[str], *names: str) -> tuple[list[str], dict[str,
 def short_errors(is_starting: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Print an error about the settings as one line without a traceback, and exit with the status 2.
 
-    This is for errors of known libraries while `is_starting()`; others keep their traceback, and all do if
-    `TIC_GRPO_TRACEBACK` is set. In a run of several processes all fail in the same way. The first one prints the
-    error and its launcher ends the others, which wait for that.
+    This is for errors of known libraries while `is_starting()`; others keep their traceback. An error that says all by
+    itself, of a reward function or of NaN updates, is printed at any time, with the status 1. All errors have their
+    traceback if `TIC_GRPO_TRACEBACK` is set. In a run of several processes all fail in the same way. The first one
+    prints the error and its launcher ends the others, which wait for that.
     """
     try:
         yield
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if os.environ.get(SHOW_TRACEBACK) or not is_starting() or not _is_about_settings(error):
+    except (RewardError, NonFiniteError) as error:
+        _end(str(error), 1)
+    except Exception as error:
+        speaker = _speaker(error)
+        is_known = isinstance(error, ValueError | TypeError | OSError | ImportError) and speaker in SPEAKERS
+        if not is_starting() or not (is_known or type(error).__module__.startswith("wandb.errors")):
             raise
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(30)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        message = " ".join(str(error).split())
+        _end(message if speaker == "tic_grpo_trl" else f"{message} ({speaker}; {SHOW_TRACEBACK}=1 shows where)", 2)
 
 
-def _is_about_settings(error: BaseException) -> bool:
-    """Return whether an error was raised by this package or by a library that it gives the settings to."""
-    *_, (last, _) = traceback.walk_tb(error.__traceback__)
-    spec = last.f_globals.get("__spec__")  # of a module that runs with `python -m`, the name is in its spec alone
-    name = spec.name if spec is not None else last.f_globals.get("__name__", "")
-    return name.partition(".")[0] in SPEAKERS
+def _end(message: str, status: int):
+    """Print the error that is being handled, and exit."""
+    if os.environ.get(SHOW_TRACEBACK):
+        raise
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(30)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _speaker(error: BaseException) -> str:
+    """Return the package that raised an error, or that called the standard library to do so."""
+    names = []
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        spec = frame.f_globals.get("__spec__")  # of a module that runs with `python -m`, the name is in its spec alone
+        names.append((spec.name if spec is not None else frame.f_globals.get("__name__", "")).partition(".")[0])
+    return next((name for name in reversed(names) if name not in sys.stdlib_module_names), "")

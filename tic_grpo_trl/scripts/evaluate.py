@@ -18,6 +18,7 @@ Print several runs in one table, with differences from the first:
 """
 
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None):
     """Parse flags and YAML, and evaluate or print a table."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("tic_grpo_trl").setLevel(logging.INFO)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     words = sys.argv[1:] if argv is None else argv
     with short_errors():
         table_args, config = CommandLine((TableArguments, EvaluationConfig), str(__doc__), SECTIONS).parse(words)

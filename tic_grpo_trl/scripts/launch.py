@@ -4,8 +4,8 @@
     tic-grpo train --config my.yaml --accelerate_config zero3 --num_processes 8 --learning_rate 2e-6
 
 `--accelerate_config` names a topology (`tic-grpo recipes` lists them) or a file. Without it, the recipe's key
-`accelerate_config` counts, and then what this machine has: all its GPUs, or the CPU. SIGTERM and Ctrl-C reach the
-training processes, and this command waits until they have saved a checkpoint.
+`accelerate_config` counts, then the file of `accelerate config`, and then what this machine has: all its GPUs, or the
+CPU. SIGTERM and Ctrl-C reach the training processes, and this command waits until they have saved a checkpoint.
 """
 
 import logging
@@ -14,10 +14,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -31,33 +34,52 @@ TRAINING = "tic_grpo_trl.scripts.train"
 LAUNCH_FLAGS = (
     "num_processes num_machines machine_rank main_process_ip main_process_port mixed_precision gpu_ids".split()
 )
-REPORTED = (2, 130, 143)  # exit statuses of processes that have said why: an error in the settings, or a signal
+REPORTED = (1, 2, 130, 143)  # exit statuses of processes that have said why: errors and signals
 
 
-def split_command(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split the words after `tic-grpo train` into those for `accelerate launch` and those for the training script.
+@dataclass(frozen=True)
+class Launch:
+    """Describe how a run is started."""
 
-    Raises:
-        ValueError: if a recipe or topology does not exist, or the topology has a single process and more are asked for.
-    """
-    rest, launch = split_flags(words, "config", "accelerate_config", *LAUNCH_FLAGS)
-    config, topology = launch.pop("config", None), launch.pop("accelerate_config", None)
-    recipe = read_yaml(recipe_path(config)) if config is not None else {}
-    if topology is None:  # the recipe's own counts, with its number of processes
-        topology = recipe.get("accelerate_config")
-        launch = {"num_processes": str(recipe["num_processes"])} | launch if "num_processes" in recipe else launch
-    processes = launch.get("num_processes")
-    if processes is not None and not (processes.isdigit() and int(processes)):
-        raise ValueError(f"--num_processes {processes}: give a whole number of processes, 1 or more.")
-    topology, found = (topology, {}) if topology is not None else _topology_of_machine(processes)
-    path = accelerate_config_path(topology)
-    Topology.from_file(str(path), int(processes) if processes else None)  # refuses what cannot be
-    flags = [word for name, value in (found | launch).items() for word in (f"--{name}", value)]
-    return ["--config_file", str(path), *flags], [*(["--config", config] if config is not None else []), *rest]
+    config: Path  # accelerate's
+    flags: dict[str, str]  # of `accelerate launch`, by name
+    training: list[str]  # the words for the training script
+    recipe: dict[str, Any]  # contents of the file of `--config`
+
+    @classmethod
+    def of(cls, words: Sequence[str]) -> "Launch":
+        """Read a command line: flags win over the recipe's keys, and these over what the machine has.
+
+        Raises:
+            ValueError: if a recipe or topology does not exist, or if the topology cannot have so many processes.
+        """
+        training, flags = split_flags(words, "config", "accelerate_config", *LAUNCH_FLAGS)
+        recipe: dict[str, Any] = {}
+        if (name := flags.pop("config", None)) is not None:
+            recipe, training = read_yaml(recipe_path(name)), ["--config", name, *training]
+        keys = {name: recipe[name] for name in ("accelerate_config", *LAUNCH_FLAGS) if name in recipe}
+        flags = {name: "no" if value is False else str(value) for name, value in keys.items()} | flags
+        processes = flags.get("num_processes")
+        if processes is not None and not (processes.isdigit() and int(processes)):
+            raise ValueError(f"--num_processes {processes}: give a whole number of processes, 1 or more.")
+        topology = flags.pop("accelerate_config", None)
+        if topology is None:
+            topology, found = _topology_of_machine(processes)
+            flags = found | flags
+        path = accelerate_config_path(topology)
+        Topology.from_file(str(path), int(processes) if processes else None)  # refuses what cannot be
+        return cls(path, flags, training, recipe)
+
+    def words(self) -> list[str]:
+        """Return the words for `accelerate launch`."""
+        flags = [word for name, value in self.flags.items() for word in (f"--{name}", value)]
+        return ["--config_file", str(self.config), *flags]
 
 
 def _topology_of_machine(processes: str | None) -> tuple[str, dict[str, str]]:
-    """Choose a topology for so many processes, by default one per GPU, and the flags that complete it."""
+    """Choose what `accelerate config` has set up here, or one process per GPU; with the flags that complete it."""
+    if Path(default_config_file).is_file():
+        return default_config_file, {}
     devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     wanted = int(processes or max(devices, 1))
     if wanted == 1:
@@ -69,10 +91,14 @@ def run(launch: Callable[[], None]) -> int:
     """Launch processes, pass SIGTERM and SIGINT on to them, wait, and return their exit status."""
 
     def forward(signum: int, frame: Any):
-        for child in psutil.Process().children():
+        children = psutil.Process().children()
+        if not children:  # none was started yet
+            sys.exit(128 + signum)
+        for child in children:
             child.send_signal(signum)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, forward) for number in heard}
     try:
         launch()
     except subprocess.CalledProcessError as error:
@@ -85,17 +111,6 @@ def run(launch: Callable[[], None]) -> int:
     return 0
 
 
-def plan(words: Sequence[str]) -> None:
-    """Print what the run would do and need, with the topology that it would have."""
-    from . import train
-
-    with short_errors():
-        (_, path, *flags), rest = split_command(words)
-        _, known = split_flags(flags, "num_processes")
-    processes = ["--num_processes", known["num_processes"]] if known else []
-    train.main(["--dry_run", "--accelerate_config", path, *processes, *rest])
-
-
 def refuse(message: str):
     """Report what argparse finds wrong, without the usage of accelerate's hundred flags."""
     raise ValueError(message)
@@ -104,20 +119,17 @@ def refuse(message: str):
 def main(argv: Sequence[str] | None = None) -> None:
     """Launch the training processes, and exit with their status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help", "--help-all"} & {*words}:
+    if {"-h", "--help", "--help-all", "--dry_run", "--dry-run"} & {*words}:  # needs no other process
         from . import train
 
         train.main(words)
         return
-    if {"--dry_run", "--dry-run"} & {*words}:
-        plan([word for word in words if word not in ("--dry_run", "--dry-run")])
-        return
     with short_errors():
-        launch_words, training_words = split_command(words)
-        print(f"tic-grpo: accelerate launch {' '.join(launch_words)} -m {TRAINING} ...")  # the rest may hold a token
+        command = Launch.of(words)
         parser = launch_command_parser()
         parser.error = refuse
-        arguments = parser.parse_args([*launch_words, "-m", TRAINING, *training_words])
+        arguments = parser.parse_args([*command.words(), "-m", TRAINING, *command.training])
+        print(f"tic-grpo: accelerate launch {' '.join(command.words())} -m {TRAINING} ...")  # the rest may hold a token
     arguments.signals_to_handle = "SIGHUP"  # torchrun would kill its workers 30 seconds after a signal
     # They repeat in 40 lines what the processes have said, and name defaults that are meant
     for name in ("torch.distributed", "accelerate.commands.launch"):

@@ -62,7 +62,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """List all files, or print those that are named."""
-    wanted = list(sys.argv[1:] if argv is None else argv)
+    wanted = [word.removesuffix(".yaml") for word in (sys.argv[1:] if argv is None else argv)]
     files = {package: named_files(package) for package, _ in (RECIPES, TOPOLOGIES)}
     by_name = {name: file for of_kind in files.values() for name, file in of_kind.items()}
     if wanted and wanted[0] in ("-h", "--help"):

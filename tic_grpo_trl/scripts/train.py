@@ -19,15 +19,22 @@ import importlib.util
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports, which take seconds, ends the process
+
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
+from transformers.integrations import is_wandb_available
 from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl.import_utils import is_vllm_available
 
 from tic_grpo_trl import ALGORITHMS, TICGRPOConfig, TICGRPOTrainer
 from tic_grpo_trl.checkpoint.storage import newest_if_any
@@ -36,7 +43,8 @@ from tic_grpo_trl.dry_run.plan import GB, Plan, load_model_config, plan_for
 from tic_grpo_trl.metrics.run_summary import plot_curves, summarize_run
 from tic_grpo_trl.safety.credentials import hide_credentials
 from tic_grpo_trl.scripts.command_line import CommandLine, short_errors, split_flags
-from tic_grpo_trl.scripts.recipes import accelerate_config_path, read_yaml, recipe_path
+from tic_grpo_trl.scripts.launch import LAUNCH_FLAGS, Launch
+from tic_grpo_trl.scripts.recipes import accelerate_config_path
 from tic_grpo_trl.scripts.train_data import TrainArguments, import_rewards, load_data, reward_functions
 from tic_grpo_trl.starter import STARTER_MODEL
 from tic_grpo_trl.validation.model_path import missing_model
@@ -55,6 +63,14 @@ def check_quantization(model_args: ModelConfig):
         raise ValueError(f"--{bits} (QLoRA) needs a GPU, and none is visible; remove it to train plain LoRA on a CPU.")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(f"--{bits} needs bitsandbytes, which is not installed: pip install bitsandbytes")
+
+
+def check_libraries(training_args: TICGRPOConfig):
+    """Check that vLLM and wandb are installed, if the run needs them."""
+    if training_args.use_vllm and not is_vllm_available():
+        raise ValueError("--use_vllm true needs vLLM: pip install 'tic-grpo-trl[vllm]', or set --use_vllm false.")
+    if "wandb" in (training_args.report_to or []) and not is_wandb_available():
+        raise ValueError("--report_to wandb needs wandb: pip install 'tic-grpo-trl[wandb]', or --report_to none.")
 
 
 def print_plan(script_args: TrainArguments, training_args: Any, model_args: ModelConfig):
@@ -96,6 +112,7 @@ def build_trainer(script_args: TrainArguments, training_args: Any, model_args: M
     """Load data, reward functions and model, and build the trainer."""
     import_rewards(script_args)  # so that a typo fails before any download
     check_quantization(model_args)
+    check_libraries(training_args)
     sys.argv[1:] = hide_credentials(sys.argv[1:], training_args)  # wandb uploads the command line
     model_name = model_args.model_name_or_path or STARTER_MODEL
     if missing := missing_model(model_name, script_args.model_command):
@@ -113,6 +130,12 @@ def build_trainer(script_args: TrainArguments, training_args: Any, model_args: M
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
     } | (training_args.model_init_kwargs or {})
+    try:
+        Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--output_dir {training_args.output_dir}: it cannot be a folder ({error.strerror})."
+        ) from error
     return TICGRPOTrainer(
         model=model_name,
         reward_funcs=reward_funcs,
@@ -124,9 +147,19 @@ def build_trainer(script_args: TrainArguments, training_args: Any, model_args: M
     )
 
 
+class WithoutSummary(TrainerCallback):
+    """Remove the summary and figure of an earlier run when training starts, so that a stopped run has none."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            for name in ("summary.json", "curves.png"):
+                Path(args.output_dir, name).unlink(missing_ok=True)
+
+
 def train(trainer: TICGRPOTrainer, data: str):
     """Train, and write the weights, model card, summary and curves to `output_dir`; `data` names the training data."""
     folder = Path(str(trainer.args.output_dir))
+    trainer.add_callback(WithoutSummary)
     trainer.train(newest_if_any(trainer.args.resume_from_checkpoint, folder))
     trainer.save_model()
     trainer.save_state()
@@ -135,7 +168,6 @@ def train(trainer: TICGRPOTrainer, data: str):
         write_summary(trainer, folder)
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=data)
-    trainer.accelerator.end_training()  # trackers and process group
 
 
 def write_summary(trainer: TICGRPOTrainer, folder: Path):
@@ -179,20 +211,25 @@ SECTIONS = {
 
 def parse(words: list[str], config_class: Any) -> Any:
     """Parse a command line and the file of `--config`."""
-    return CommandLine((TrainArguments, config_class, ModelConfig), str(__doc__), SECTIONS).parse(words)
+    classes = (TrainArguments, config_class, ModelConfig)
+    return CommandLine(classes, str(__doc__), SECTIONS, of_launcher=LAUNCH_FLAGS).parse(words)
 
 
 def dry_run(words: list[str]):
     """Print what the run would do and need, or refuse it with the same errors as the run."""
-    _, flags = split_flags(words, "config", "accelerate_config", "num_processes")
-    recipe = read_yaml(recipe_path(flags["config"])) if "config" in flags else {}
-    for settings in (flags, recipe):
-        if name := settings.get("accelerate_config"):
-            settings["accelerate_config"] = str(accelerate_config_path(name))
-    processes = int(flags["num_processes"]) if "num_processes" in flags else None
-    config_class = plan_for(flags.get("accelerate_config"), processes, os.environ, recipe)
+    _, flags = split_flags(words, "accelerate_config", "num_processes")
+    launch = Launch.of(words)
+    topology: str | None
+    if flags or not {"ACCELERATE_MIXED_PRECISION", "WORLD_SIZE"} & os.environ.keys():
+        topology, processes = str(launch.config), launch.flags.get("num_processes")
+    else:  # as launched
+        topology = processes = None
+    recipe = dict(launch.recipe)
+    if "accelerate_config" in recipe:
+        recipe["accelerate_config"] = str(accelerate_config_path(recipe["accelerate_config"]))
+    config_class = plan_for(topology, int(processes) if processes else None, os.environ, recipe)
     if config_class is not None:
-        script_args, training_args, model_args = parse(words, config_class)
+        script_args, training_args, model_args = parse(launch.training, config_class)
         import_rewards(script_args)
         print_plan(script_args, training_args, model_args)
 
@@ -203,11 +240,13 @@ def main(argv: Sequence[str] | None = None):
         warnings.simplefilter("ignore")  # the first process gives the same ones
     logging.basicConfig(format="%(message)s")
     logging.getLogger("tic_grpo_trl").setLevel(logging.INFO)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         with short_errors():
-            if "--dry_run" in words or "--dry-run" in words:
-                dry_run(words)
+            if {"--dry_run", "--dry-run"} & {*words}:
+                dry_run([word for word in words if word not in ("--dry_run", "--dry-run")])
                 return
             _, flags = split_flags(words, "accelerate_config", "num_processes")
             if flags:
@@ -220,6 +259,7 @@ def main(argv: Sequence[str] | None = None):
             trainer = build_trainer(script_args, training_args, model_args)
         with short_errors(lambda: trainer.state.global_step == 0):  # such as a checkpoint that does not exist
             train(trainer, script_args.dataset_name)
+        trainer.accelerator.end_training()  # trackers and process group
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -1,8 +1,7 @@
 """The flags of the training script, and the data sets and reward functions that they select."""
 
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +12,7 @@ from trl.rewards import get_soft_overlong_punishment
 from ..config import TICGRPOConfig
 from ..data import DEFAULT, EVALUATION_SETS, GENERATED_SETS, load_problems
 from ..data.examples import log_once
-from ..data.names import is_named, split_names
+from ..data.names import is_named, naming, split_names
 from ..data.user_data import UserData, parse_columns
 from ..evaluation.scoring import choose_reward
 from ..rewards import math_reward
@@ -129,18 +128,6 @@ def load_eval_data(
             f"{', '.join(map(repr, own.splits))}: add --eval_dataset_name held_out.jsonl, or set --eval_strategy no."
         )
     return own.examples(split, columns, script_args.instruction)
-
-
-@contextmanager
-def naming(flag: str, name: str) -> Iterator[None]:
-    """Begin the errors about a data set with the flag that names it."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError, ConnectionError) as error:
-        kind = next(k for k in (FileNotFoundError, ConnectionError, ValueError) if isinstance(error, k))
-        parts = [name, *(part.partition("@")[0] for part in split_names(name))]
-        begins = str(error).startswith(tuple(f"{part}:" for part in parts))
-        raise kind(f"{flag} {error}" if begins else f"{flag} {name}: {error}") from error
 
 
 def is_any_named(name: str) -> bool:

@@ -40,6 +40,7 @@ _RANGES = {
     "vllm_importance_sampling_clip_max",
     Range("(0, inf)", 1e-8): "adam_epsilon",
     Range("[0, inf)", 0.0): "beta weight_decay vllm_importance_sampling_clip_min",
+    Range("[0, inf)", 1e-6): "learning_rate",
     Range("[0, inf]", 1.0): "max_grad_norm",
     Range("[0, 1]", 1.0): "top_entropy_quantile ref_model_mixup_alpha",
     Range("(0, 1]", 1.0): "top_p",
