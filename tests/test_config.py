@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import warnings
 
 import pytest
@@ -141,7 +142,7 @@ REFUSED = [
     ),
     (
         {"generation_batch_size": 16, "updates_per_rollout": 4},
-        r"generation_batch_size=16 contradicts updates_per_rollout=4, which makes it 32: remove one of them\.",
+        r"generation_batch_size=16 contradicts updates_per_rollout=4, which makes it 32: remove one of them",
     ),
     (
         {"responses_per_update": 64, "gradient_accumulation_steps": 4},
@@ -321,8 +322,32 @@ def test_derived_batches_round_trip():
     assert (saved["gradient_accumulation_steps"], saved["steps_per_generation"]) == (8, 32)
     assert TICGRPOConfig(**saved).to_dict() == args.to_dict()
     assert dataclasses.replace(args, seed=1).steps_per_generation == 32
-    with pytest.raises(ValueError, match="gradient_accumulation_steps 8 contradicts responses_per_update 32"):
+    with pytest.raises(
+        ValueError, match="gradient_accumulation_steps 8 contradicts responses_per_update 32"
+    ) as refused:
         TICGRPOConfig(**saved | {"responses_per_update": 32})
+    unset = re.search(r"or set (.*) to None if they come from a copied or saved config", str(refused.value)).group(1)
+    fresh = TICGRPOConfig(**saved | {"responses_per_update": 32} | dict.fromkeys(unset.split(" and ")))
+    assert (fresh.gradient_accumulation_steps, fresh.steps_per_generation) == (4, 16)
+
+
+@pytest.mark.parametrize(("updates", "steps"), [(None, 4), (4, 16)])
+def test_a_copy_derives_its_batches_again(updates, steps):
+    args = config(responses_per_update=64, updates_per_rollout=updates)
+    copy = dataclasses.replace(args, per_device_train_batch_size=16)
+    assert (copy.gradient_accumulation_steps, copy.steps_per_generation) == (4, steps)
+    assert copy.generation_batch_size == args.generation_batch_size
+    for changed in ("gradient_accumulation_steps", "steps_per_generation", "generation_batch_size"):
+        with pytest.raises(ValueError, match="contradicts"):
+            dataclasses.replace(args, **{changed: getattr(args, changed) // 2})
+
+
+def test_a_config_without_responses_per_update_keeps_its_own_rollout():
+    args = config(updates_per_rollout=4)
+    with pytest.raises(ValueError, match=r"32 contradicts updates_per_rollout=4, .*\(in a copied config, generation_"):
+        dataclasses.replace(args, per_device_train_batch_size=16)
+    copy = dataclasses.replace(args, per_device_train_batch_size=16, generation_batch_size=None)
+    assert copy.generation_batch_size == 64
 
 
 def parse(tmp_path, yaml: str, *flags: str) -> TICGRPOConfig:

@@ -238,7 +238,7 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
             by = "steps_per_generation" if self.updates_per_rollout is None else "updates_per_rollout"
             raise ValueError(
                 f"generation_batch_size={generation_batch_size} contradicts {by}={getattr(self, by)}, which makes it "
-                f"{self.generation_batch_size}: remove one of them."
+                f"{self.generation_batch_size}: remove one of them (in a copied config, generation_batch_size=None)."
             )
 
     @property

@@ -56,6 +56,7 @@ def starter_plan(*flags, topology=None, **kwargs):
 
 def test_starter_on_one_process():
     lines = shown(starter_plan(eval_prompts=1000))
+    assert lines["topology"] == "cpu.yaml: 1 process, nothing is sharded"
     assert lines["rollout"] == "32 prompts x 8 responses = 256 responses"
     assert lines["updates"].startswith("K = 4 of 64 responses (8 prompts), each in at most 1 pass of 64 responses")
     assert lines["run"] == "200 updates; an epoch of 8,000 prompts is 250 rollouts = 1,000 updates"
@@ -69,6 +70,13 @@ def test_starter_on_eight_processes_needs_no_eight():
     assert lines["topology"] == "zero3.yaml: 8 processes, DeepSpeed ZeRO-3"
     assert lines["rollout"] == "256 prompts x 8 responses = 2,048 responses"
     assert lines["run"].endswith("31 rollouts = 124 updates, 64 prompts left over")
+
+
+def test_processes_alone_are_counted_once(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("use_cpu: true\noutput_dir: unused\n")
+    assert shown(Plan(planned(recipe=recipe, processes=4), None))["topology"] == "4 processes, DDP"
+    assert shown(Plan(planned(recipe=recipe), None))["topology"] == "1 process, nothing is sharded"
 
 
 def test_epochs_count_where_no_number_of_updates_is_given():
@@ -120,6 +128,17 @@ def test_a_flag_wins_over_the_launcher_and_the_launcher_over_the_recipe(tmp_path
     recipe.write_text("use_cpu: true\noutput_dir: unused\n")
     assert topology() == ("nothing is sharded", 1)
     assert topology(processes=2) == ("DDP", 2)
+
+
+def test_a_number_of_processes_that_cannot_be_is_refused(tmp_path):
+    launched = {"WORLD_SIZE": "4"}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("num_processes: 0\nuse_cpu: true\noutput_dir: unused\n")
+    for chosen in ({"processes": 0}, {"processes": 0, "environ": launched}, {"topology": "zero3", "processes": 0}):
+        with pytest.raises(ValueError, match=r"^num_processes 0: give a whole number"):
+            planned(**chosen)
+    with pytest.raises(ValueError, match=r"^num_processes 0: give a whole number"):
+        planned(recipe=recipe)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +374,7 @@ def test_the_command_that_makes_a_model_is_named(tmp_path):
     says = f"model_name_or_path {tmp_path}/made does not exist. This command makes it: python make.py"
     lines, _ = run_dry("--config", recipe, "--use_cpu", "--bf16", "false")
     assert lines["model"] == f"memory not estimated: {says}"
-    assert lines["rollout"] == "1 prompts x 8 responses = 8 responses"
+    assert lines["rollout"] == "1 prompt x 8 responses = 8 responses"
     done = run_script("--config", recipe, "--use_cpu", "--bf16", "false")
     assert done.returncode != 0
     assert says in done.stderr

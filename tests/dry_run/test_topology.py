@@ -1,5 +1,7 @@
 """Test how a topology is read from a file and from the environment."""
 
+import json
+
 import pytest
 from launching import CONFIGS
 
@@ -26,6 +28,22 @@ def test_files_are_read_as_accelerate_reads_them(name, processes, kind):
 
 def test_number_of_processes_can_be_given():
     assert Topology.from_file(CONFIGS / "zero2.yaml", 4).processes == 4
+    assert Topology.from_file(CONFIGS / "zero2.yaml", "4") == Topology.from_file(CONFIGS / "zero2.yaml", 4)
+    assert Topology.of(4).processes == 4
+
+
+@pytest.mark.parametrize("processes", [0, -2, 1.5, "0", "two", "", True])
+def test_no_other_number_of_processes_is_accepted(tmp_path, processes):
+    says = rf"^num_processes {processes}: give a whole number of processes, 1 or more\.$"
+    with pytest.raises(ValueError, match=says):
+        Topology.of(processes)
+    with pytest.raises(ValueError, match=says):
+        Topology.from_file(CONFIGS / "zero2.yaml", processes)
+    written = tmp_path / "written.yaml"
+    written.write_text(json.dumps({"distributed_type": "MULTI_GPU", "num_processes": processes}))
+    with pytest.raises(ValueError, match=says):
+        Topology.from_file(written)
+    assert Topology.from_file(written, 2).processes == 2
 
 
 @pytest.mark.parametrize("text", [None, "- a list", "distributed: yes", "a: [unclosed"])

@@ -10,6 +10,7 @@ from tic_grpo_trl.validation.batch_sizes import (
     check_batches,
     check_length,
     check_prompts,
+    counted,
     derive_batches,
     nearest_divisors,
     nearest_multiples,
@@ -90,6 +91,46 @@ def test_the_papers_batches_on_any_number_of_processes(processes, window, evalua
     assert args.per_device_eval_batch_size == evaluated
     batches = check_batches(args, processes)
     assert (batches.update_responses, batches.prompts, batches.updates) == (512, 128, 4)
+
+
+PAPERS = {"responses_per_update": 512, "updates_per_rollout": 4, "responses_per_eval_batch": 960}
+
+
+def saved(processes, **changes):
+    """The settings that a config of a run on so many processes holds."""
+    args = derived(processes, **changes)
+    rollout = args.per_device_train_batch_size * processes * args.steps_per_generation
+    return vars(args) | {"generation_batch_size": rollout}
+
+
+@pytest.mark.parametrize("processes", [1, 4, 16])
+def test_a_saved_config_is_derived_again_for_other_processes(processes):
+    again = SimpleNamespace(**saved(8, **PAPERS) | {"world_size": processes})
+    derive_batches(again)
+    assert vars(again) == vars(derived(processes, **PAPERS))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("gradient_accumulation_steps", 8, "8 contradicts responses_per_update 512"),
+        ("steps_per_generation", 32, "32 contradicts updates_per_rollout 4"),
+        ("per_device_eval_batch_size", 60, "60 contradicts responses_per_eval_batch 960"),
+    ],
+)
+def test_what_was_changed_in_a_saved_config_is_not_overwritten(name, value, says):
+    with pytest.raises(ValueError, match=f"^{name} {says}"):
+        derive_batches(SimpleNamespace(**saved(8, **PAPERS) | {name: value}))
+
+
+@pytest.mark.parametrize(
+    ("count", "noun", "text"),
+    [(1, "prompt", "1 prompt"), (1.0, "process", "1 process"), (0, "prompt", "0 prompts"), (2, "pass", "2 passes")],
+)
+def test_numbers_with_nouns(count, noun, text):
+    assert counted(count, noun) == text
+    assert counted(1_234_567, "response") == "1,234,567 responses"
+    assert counted(12.5, "prompt") == "12.5 prompts"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from ..config import TICGRPOConfig
 from ..rollout.schedule import RolloutSchedule
-from ..validation.batch_sizes import check_batches, check_length, check_prompts, derive_batches
+from ..validation.batch_sizes import check_batches, check_length, check_prompts, counted, derive_batches
 from ..validation.model_path import missing_model
 from .memory import ModelSize, activation_bytes, model_size, state_bytes
 from .topology import Topology
@@ -54,23 +54,26 @@ def plan_for(
             neither a flag nor the launcher says otherwise.
 
     Raises:
-        ValueError: if a topology's file is not one of accelerate, or starts only one of several processes.
+        ValueError: if a topology's file is not one of accelerate, or starts only one of several processes, or if a
+            number of processes is not a whole number, 1 or more.
     """
     recipe = recipe or {}
     own_file, own_processes = recipe.get("accelerate_config"), recipe.get("num_processes")
+    wanted = own_processes if num_processes is None else num_processes
     own = None
     if accelerate_config:
         topology = Topology.from_file(accelerate_config, num_processes)
     elif "WORLD_SIZE" in environ or "ACCELERATE_MIXED_PRECISION" in environ:
         topology = Topology.from_environment(environ)
-        topology = replace(topology, processes=num_processes or topology.processes)
+        if num_processes is not None:
+            topology = replace(topology, processes=Topology.of(num_processes).processes)
     elif own_file:
-        topology = Topology.from_file(own_file, num_processes or own_processes)
+        topology = Topology.from_file(own_file, wanted)
     else:
-        topology = Topology.of(num_processes or own_processes or 1)
+        topology = Topology.of(1 if wanted is None else wanted)
     if own_file:
         own = Topology.from_file(own_file, own_processes)
-    elif own_processes:
+    elif own_processes is not None:
         own = Topology.of(own_processes)
     is_first = environ.get("RANK", "0") == "0"
     for name in list(environ):
@@ -193,9 +196,9 @@ class Plan:
                 follow.append(f"gradient_accumulation_steps {window}")
             if self.args.updates_per_rollout is None:
                 follow.append(f"steps_per_generation {steps}")
-            nearest = (
-                f"per_device_train_batch_size {fits}" + " with" * bool(follow) + " and".join(f" {f}" for f in follow)
-            )
+            nearest = f"per_device_train_batch_size {fits}"
+            if follow:
+                nearest += f" with {' and '.join(follow)}"
         else:
             last = "LoRA" if self.peft_config is None else "a smaller max_completion_length"
             nearest = "a topology that shards more (see accelerate_configs/), a smaller vllm_gpu_memory_utilization, "
@@ -237,18 +240,19 @@ class Plan:
             remark = ": groups are split between them"
         elif b.updates == 1:
             remark = ": on-policy, every ratio is 1"
-        passes = f"{b.gradient_accumulation_steps} pass{'es' * (b.gradient_accumulation_steps > 1)}"
+        passes = counted(b.gradient_accumulation_steps, "pass")
+        prompts = counted(b.update_responses / b.num_generations, "prompt")
+        processes = f"{counted(b.processes, 'process')}, {topology.kind}"
         length = f"{self.longest_prompt or 0:,} + {args.max_completion_length:,}"
         update, rollout = (_count(n * self.longest_response) for n in (b.update_responses, b.responses))
         lines = [
-            ("topology", f"{topology.name}: {b.processes} process{'es' * (b.processes > 1)}, {topology.kind}"),
+            ("topology", f"{topology.name}: {processes}" if topology.name else processes),
             ("model", model),
-            ("rollout", f"{b.prompts:,} prompts x {b.num_generations} responses = {b.responses:,} responses"),
+            ("rollout", f"{counted(b.prompts, 'prompt')} x {b.num_generations} responses = {b.responses:,} responses"),
             (
                 "updates",
-                f"K = {b.updates:g} of {b.update_responses:,} responses ({b.update_responses / b.num_generations:g} "
-                f"prompts){remark}, each in at most {passes} of {b.per_device_train_batch_size} responses of full "
-                "length on each process",
+                f"K = {b.updates:g} of {b.update_responses:,} responses ({prompts}){remark}, each in at most {passes} "
+                f"of {b.per_device_train_batch_size} responses of full length on each process",
             ),
             ("run", self._run_line()),
             ("tokens", f"at most {b.update_responses:,} x ({length}) = {update} an update, {rollout} a rollout"),
@@ -279,7 +283,7 @@ class Plan:
         args, b = self.args, self.batches
         group = args.num_generations_eval or b.num_generations
         responses, a_round = prompts * group, args.per_device_eval_batch_size * b.processes
-        text = f"{prompts:,} prompts x {group} = {responses:,} responses"
+        text = f"{counted(prompts, 'prompt')} x {group} = {responses:,} responses"
         generated = math.ceil(responses / a_round) * a_round
         if b.processes > 1 and generated > responses:
             text += f"; {generated:,} are generated, because the batches of {b.processes} processes x "
@@ -293,12 +297,13 @@ class Plan:
     def _run_line(self) -> str:
         args, b = self.args, self.batches
         if self.num_prompts is None:
-            total = f"{args.max_steps:,} updates, " if args.max_steps > 0 else ""
+            total = f"{counted(args.max_steps, 'update')}, " if args.max_steps > 0 else ""
             return total + "the length of an epoch is unknown without the data"
         (rollouts, left), updates = divmod(self.num_prompts, b.prompts), b.updates_in(self.num_prompts)
         total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
-        epoch = f"an epoch of {self.num_prompts:,} prompts is {rollouts:,} rollouts = {updates:,} updates"
-        return f"{total:,} updates; {epoch}" + (f", {left:,} prompts left over" if left else "")
+        epoch = f"an epoch of {counted(self.num_prompts, 'prompt')} is {counted(rollouts, 'rollout')}"
+        epoch += f" = {counted(updates, 'update')}" + (f", {counted(left, 'prompt')} left over" if left else "")
+        return f"{counted(total, 'update')}; {epoch}"
 
     def _memory_lines(self) -> list[tuple[str, str]]:
         args, b, parts = self.args, self.batches, self.memory()

@@ -6,6 +6,9 @@ from typing import Any
 from ..rollout.schedule import RolloutSchedule
 
 
+OF_COPY = ("gradient_accumulation_steps", "steps_per_generation", "generation_batch_size")  # a new config lacks one
+
+
 def nearest_multiples(value: int, of: int) -> list[int]:
     """Return `value` if it is a multiple of `of`, otherwise the positive multiples just below and above."""
     below = value // of * of
@@ -31,8 +34,10 @@ def _nearest(fixes: dict[str, list[int]]) -> str:
     return "Nearest: " + "; or ".join(f"{name} {_either(values)}" for name, values in fixes.items() if values) + "."
 
 
-def _processes(count: int) -> str:
-    return f"{count} process{'es' * (count > 1)}"
+def counted(count: float, noun: str) -> str:
+    """Return a number and its noun, such as "1 prompt" and "2 passes"."""
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{round(count, 2):,.10g} {noun if count == 1 else plural}"
 
 
 def derive_batches(args: Any):
@@ -44,50 +49,89 @@ def derive_batches(args: Any):
     Raises:
         ValueError: if the processes cannot share the responses equally, or an explicit value contradicts.
     """
-    size, responses, updates = args.per_device_train_batch_size, args.responses_per_update, args.updates_per_rollout
-    if responses is not None:
-        processes = args.world_size
-        factors = f"per_device_train_batch_size {size} x {_processes(processes)}"
-        has_own_rollout = args.steps_per_generation is not None or args.generation_batch_size is not None
-        of_groups = 1 if has_own_rollout else _least_factor(updates or 1, of=args.num_generations)
-        sizes = []
-        if responses % math.lcm(processes, of_groups) == 0:
-            sizes = nearest_divisors(size, responses // processes, least=1)
-        fixes = {
-            "responses_per_update": nearest_multiples(responses, math.lcm(size * processes, of_groups)),
-            "per_device_train_batch_size": sizes,
-        }
-        window = _share("responses_per_update", responses, size * processes, f"{factors} = {size * processes}", fixes)
-        _set(args, "gradient_accumulation_steps", window, "responses_per_update", size * processes, factors)
+    _forget_derived(args)
+    if args.responses_per_update is not None:
+        _derive_update(args, args.responses_per_update)
     args.gradient_accumulation_steps = args.gradient_accumulation_steps or 1
-    if updates is not None:
-        window = args.gradient_accumulation_steps
-        factors = f"gradient_accumulation_steps {window}"
-        _set(args, "steps_per_generation", updates * window, "updates_per_rollout", 1 / window, factors)
-    if (batch := args.responses_per_eval_batch) is not None:
-        processes = args.world_size
-        whole = math.lcm(processes, args.num_generations_eval or args.num_generations)
-        fixes = {"responses_per_eval_batch": nearest_multiples(batch, whole)}
-        share = _share("responses_per_eval_batch", batch, processes, _processes(processes), fixes)
-        _set(args, "per_device_eval_batch_size", share, "responses_per_eval_batch", processes, _processes(processes))
+    if args.updates_per_rollout is not None:
+        _derive_rollout(args, args.updates_per_rollout)
+    if args.responses_per_eval_batch is not None:
+        _derive_evaluation(args, args.responses_per_eval_batch)
     args.per_device_eval_batch_size = args.per_device_eval_batch_size or 8
 
 
-def _share(name: str, total: int, of: int, factors: str, fixes: dict[str, list[int]]) -> int:
+def _forget_derived(args: Any):
+    """Unset what a copied or saved config derived, perhaps for another batch size or number of processes.
+
+    Such a config has both `steps_per_generation` and `generation_batch_size`, and their quotient is what a step then
+    had on all processes. Values that don't agree with it were changed in the copy, and stay.
+    """
+    steps, rollout, window = args.steps_per_generation, args.generation_batch_size, args.gradient_accumulation_steps
+    if not (steps and rollout):
+        return
+    updates, evaluated = args.updates_per_rollout, args.per_device_eval_batch_size
+    if window and args.responses_per_update == window * rollout / steps and updates in (None, steps / window):
+        args.gradient_accumulation_steps = args.steps_per_generation = None
+        if updates is not None:
+            args.generation_batch_size = None
+    processes = rollout / steps / args.per_device_train_batch_size
+    if evaluated and args.responses_per_eval_batch == evaluated * processes:
+        args.per_device_eval_batch_size = None
+
+
+def _derive_update(args: Any, responses: int):
+    size, processes = args.per_device_train_batch_size, args.world_size
+    per_step = size * processes
+    product = f"per_device_train_batch_size {size} x {counted(processes, 'process')}"
+    has_own_rollout = args.steps_per_generation is not None or args.generation_batch_size is not None
+    of_groups = 1 if has_own_rollout else _least_factor(args.updates_per_rollout or 1, of=args.num_generations)
+    sizes = []
+    if responses % math.lcm(processes, of_groups) == 0:
+        sizes = nearest_divisors(size, responses // processes, least=1)
+    fixes = {
+        "responses_per_update": nearest_multiples(responses, math.lcm(per_step, of_groups)),
+        "per_device_train_batch_size": sizes,
+    }
+    window = _share("responses_per_update", responses, per_step, f"{product} = {per_step}", fixes)
+    given = args.gradient_accumulation_steps
+    _set(args, "gradient_accumulation_steps", window, "responses_per_update", given and given * per_step, product)
+
+
+def _derive_rollout(args: Any, updates: int):
+    window, given = args.gradient_accumulation_steps, args.steps_per_generation
+    fitting = given // window if given and given % window == 0 else None
+    because = f"gradient_accumulation_steps {window}"
+    _set(args, "steps_per_generation", updates * window, "updates_per_rollout", fitting, because)
+
+
+def _derive_evaluation(args: Any, responses: int):
+    processes, given = args.world_size, args.per_device_eval_batch_size
+    of_groups = math.lcm(processes, args.num_generations_eval or args.num_generations)
+    fixes = {"responses_per_eval_batch": nearest_multiples(responses, of_groups)}
+    because = counted(processes, "process")
+    size = _share("responses_per_eval_batch", responses, processes, because, fixes)
+    _set(args, "per_device_eval_batch_size", size, "responses_per_eval_batch", given and given * processes, because)
+
+
+def _share(name: str, total: int, of: int, divisor: str, fixes: dict[str, list[int]]) -> int:
     if total % of:
-        raise ValueError(f"{name} {total:,} is not divisible by {factors}. {_nearest(fixes)}")
+        raise ValueError(f"{name} {total:,} is not divisible by {divisor}. {_nearest(fixes)}")
     return total // of
 
 
-def _set(args: Any, name: str, value: int, source: str, factor: float, factors: str):
-    """Set an option to the value that follows from the option `source`, unless it was given another one."""
+def _set(args: Any, name: str, value: int, source: str, fitting: int | None, because: str):
+    """Set an option to the value that follows from the option `source`, unless it was given another one.
+
+    `fitting` is the value of `source` that the given one implies, if there is one.
+    """
     given = getattr(args, name)
     if given not in (None, value):
-        fitting = round(float(given * factor), 6)
+        remedy = "remove one of them"
+        if name in OF_COPY and all(getattr(args, each) for each in OF_COPY):
+            remedy += f", or set {' and '.join(OF_COPY)} to None if they come from a copied or saved config"
         raise ValueError(
-            f"{name} {given:,} contradicts {source} {getattr(args, source):,}, which with {factors} makes it "
-            f"{value:,}: remove one of them. "
-            + _nearest({name: [value], source: [int(fitting)] if fitting.is_integer() and fitting else []})
+            f"{name} {given:,} contradicts {source} {getattr(args, source):,}, which with {because} makes it "
+            f"{value:,}: {remedy}. " + _nearest({name: [value], source: [fitting] if fitting else []})
         )
     setattr(args, name, value)
 
@@ -98,7 +142,7 @@ def check_batches(args: Any, processes: int) -> RolloutSchedule:
     if args.steps_per_generation is None and whole is not None and whole % per_step:
         raise ValueError(
             f"generation_batch_size {whole} is not divisible by per_device_train_batch_size "
-            f"{args.per_device_train_batch_size} x {processes} processes = {per_step}. "
+            f"{args.per_device_train_batch_size} x {counted(processes, 'process')} = {per_step}. "
             + _nearest({"generation_batch_size": nearest_multiples(whole, per_step)})
         )
     batches = RolloutSchedule.of(args, processes)
@@ -107,8 +151,9 @@ def check_batches(args: Any, processes: int) -> RolloutSchedule:
         raise ValueError(f"num_generations {group}: a group needs two responses or more. Nearest: num_generations 2.")
     if batches.responses % group:
         raise ValueError(
-            f"per_device_train_batch_size {size} x steps_per_generation {steps} x {processes} processes = "
-            f"{batches.responses} responses per rollout, which is not divisible by num_generations {group}. "
+            f"per_device_train_batch_size {size} x steps_per_generation {steps} x "
+            f"{counted(processes, 'process')} = {batches.responses} responses per rollout, which is not divisible by "
+            f"num_generations {group}. "
             + _nearest(_fixes(args, batches) | {"num_generations": nearest_divisors(group, batches.responses)})
         )
     eval_size, eval_group = args.per_device_eval_batch_size, args.num_generations_eval or group
@@ -117,14 +162,14 @@ def check_batches(args: Any, processes: int) -> RolloutSchedule:
         if (batch := args.responses_per_eval_batch) is not None:
             fixes = {"responses_per_eval_batch": nearest_multiples(batch, math.lcm(processes, eval_group))}
         raise ValueError(
-            f"per_device_eval_batch_size {eval_size} x {processes} processes = {eval_size * processes} responses, "
-            f"which is not divisible by num_generations_eval {eval_group}. "
+            f"per_device_eval_batch_size {eval_size} x {counted(processes, 'process')} = {eval_size * processes} "
+            f"responses, which is not divisible by num_generations_eval {eval_group}. "
             + _nearest(fixes | {"num_generations_eval": nearest_divisors(eval_group, eval_size * processes, least=1)})
         )
     shards = args.vllm_tensor_parallel_size
     if args.use_vllm and args.vllm_mode == "colocate" and processes % shards:
         raise ValueError(
-            f"{processes} processes are not divisible by vllm_tensor_parallel_size {shards}. "
+            f"{counted(processes, 'process')} cannot be divided by vllm_tensor_parallel_size {shards}. "
             + _nearest({"vllm_tensor_parallel_size": nearest_divisors(shards, processes, least=1)})
         )
     return batches
@@ -179,6 +224,6 @@ def check_prompts(args: Any, batches: RolloutSchedule, num_prompts: int):
     else:
         nearest = f"steps_per_generation {fits}"
     raise ValueError(
-        f"A rollout takes {batches.prompts:,} prompts, but the data has only {num_prompts:,}, so no update would be "
-        f"made. Nearest: {nearest}."
+        f"A rollout takes {counted(batches.prompts, 'prompt')}, but the data has only {num_prompts:,}, so no update "
+        f"would be made. Nearest: {nearest}."
     )
