@@ -226,9 +226,21 @@ def test_without_the_model_only_memory_is_missing():
     assert config is None
     lines = shown(Plan(planned(), None, note, num_prompts=8000, gpu_memory=GB))
     assert lines["rollout"] == "32 prompts x 8 responses = 256 responses"
-    assert re.search(r"memory not estimated: the config.json of nobody/nothing cannot be read .*HF_HUB_OFFLINE=0", note)
+    says = (
+        "memory not estimated: --model_name_or_path nobody/nothing: its config.json cannot be read .*HF_HUB_OFFLINE is"
+    )
+    assert re.match(says, note)
     assert lines["model"] == note
     assert not {"memory", "weights", "activations", "sum"} & set(lines)
+
+
+def test_a_name_that_is_like_a_local_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/starter").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"--model_name_or_path runs/starer: .*Did you mean 'runs/starter'"):
+        load_model_config("runs/starer")
+    with pytest.raises(ValueError, match=r"--model_name_or_path \./nope does not exist"):
+        load_model_config("./nope")
 
 
 def test_memory_that_is_not_there_is_refused_with_a_batch_that_fits():
@@ -371,7 +383,7 @@ def test_the_command_that_makes_a_model_is_named(tmp_path):
     recipe.write_text(
         f"model_name_or_path: {tmp_path}/made\nmodel_command: python make.py\noutput_dir: {tmp_path}/out\n"
     )
-    says = f"model_name_or_path {tmp_path}/made does not exist. This command makes it: python make.py"
+    says = f"--model_name_or_path {tmp_path}/made does not exist. This command makes it: python make.py"
     lines, _ = run_dry("--config", recipe, "--use_cpu", "--bf16", "false")
     assert lines["model"] == f"memory not estimated: {says}"
     assert lines["rollout"] == "1 prompt x 8 responses = 8 responses"

@@ -137,9 +137,14 @@ def test_other_weights_in_the_same_folder_are_refused(tmp_path):
 def test_mistakes_end_before_a_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr("tic_grpo_trl.evaluation.run.make_sampler", None)
     folder = tmp_path / "out"
+    (tmp_path / "empty.jsonl").touch()
+    empty = str(tmp_path / "empty.jsonl")
     for change, error, says in (
-        ({"datasets": ["aime26"]}, ValueError, "aime26"),
-        ({"datasets": ["aime24@nowhere.parquet"]}, FileNotFoundError, "nowhere.parquet"),
+        ({"datasets": ["aime26"]}, ValueError, "^--datasets aime26: there is no data set"),
+        ({"datasets": ["aime24@nowhere.parquet"]}, FileNotFoundError, "^--datasets aime24.* 'nowhere.parquet'"),
+        ({"datasets": [empty]}, ValueError, f"^--datasets {empty}: the file is empty"),
+        ({"model_name_or_path": "./nope"}, ValueError, "^--model_name_or_path ./nope does not exist"),
+        ({"model_name_or_path": "foo/bar"}, ConnectionError, "^--model_name_or_path foo/bar: its config.json cannot"),
         ({"max_completion_length": 250}, ValueError, r"do not fit into 256 positions: give --max_completion_length 2"),
         ({"reward_func": "nothing.here"}, ValueError, "--reward_func nothing.here: there is no module"),
     ):

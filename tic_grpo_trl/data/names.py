@@ -1,6 +1,7 @@
 """What a data set's name means: a named set, or the place of the user's own data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from datasets import Dataset
@@ -25,6 +26,18 @@ def split_names(name: str) -> list[str]:
     if any(text and Path(text).expanduser().exists() for text in (name, location)):
         return [name]  # a path may contain a plus sign
     return [part.strip() for part in name.split("+")]
+
+
+@contextmanager
+def naming(flag: str, name: str) -> Iterator[None]:
+    """Begin the errors about a data set with the flag that names it."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, ConnectionError) as error:
+        kind = next(k for k in (FileNotFoundError, ConnectionError, ValueError) if isinstance(error, k))
+        parts = [name, *(part.partition("@")[0] for part in split_names(name))]
+        begins = str(error).startswith(tuple(f"{part}:" for part in parts))
+        raise kind(f"{flag} {error}" if begins else f"{flag} {name}: {error}") from error
 
 
 def is_named(part: str) -> bool:

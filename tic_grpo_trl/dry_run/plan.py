@@ -8,12 +8,12 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from ..config import TICGRPOConfig
 from ..rollout.schedule import RolloutSchedule
 from ..validation.batch_sizes import check_batches, check_length, check_prompts, counted, derive_batches
-from ..validation.model_path import missing_model
+from ..validation.model_path import check_model, missing_model
 from .memory import ModelSize, activation_bytes, model_size, state_bytes
 from .topology import Topology
 
@@ -97,21 +97,22 @@ def _recipe_batches(recipe: Mapping[str, Any], processes: int) -> RolloutSchedul
 
 
 def load_model_config(
-    name: str, trust_remote_code: bool = False, command: str | None = None
+    name: str, trust_remote_code: bool = False, command: str | None = None, revision: str | None = None
 ) -> tuple[PretrainedConfig | None, str]:
-    """Load the configuration of a folder or hub id; if it cannot be read, return `None` and the reason.
+    """Load the configuration of a folder or hub id, or return `None` and why the plan goes without it.
 
-    `command` is the recipe's `model_command`, which makes the folder.
+    The plan goes without it if `command`, the recipe's `model_command`, makes the folder first, or if the hub cannot be
+    reached.
+
+    Raises:
+        ValueError: if there is no such model, or its `config.json` is missing or wrong.
     """
-    if missing := missing_model(name, command):
+    if command is not None and (missing := missing_model(name, command)):
         return None, f"memory not estimated: {missing}"
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code), ""
-    except OSError as error:
-        return None, (
-            f"memory not estimated: the config.json of {name} cannot be read ({str(error).splitlines()[0]}). Give a "
-            "local folder, or set HF_HUB_OFFLINE=0."
-        )
+        return check_model(name, revision, trust_remote_code), ""
+    except ConnectionError as error:
+        return None, f"memory not estimated: {error}"
 
 
 @dataclass(frozen=True)

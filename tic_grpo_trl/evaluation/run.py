@@ -13,8 +13,9 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..data import DEFAULT, GENERATED_SETS, load_problems
-from ..data.names import is_named, split_names
+from ..data.names import is_named, naming, split_names
 from ..data.user_data import UserData, parse_columns
+from ..validation.model_path import check_model
 from .config import EvaluationConfig, Protocol, set_name
 from .run_folder import SampleStore, summarize, write_results
 from .sampling import Sampler, adapter_base, load_tokenizer, text_config, transformers_sampler, vllm_sampler
@@ -59,8 +60,9 @@ def evaluate(config: EvaluationConfig) -> Result:
         `problems`, `excluded`, `k`, `truncated`, `mean_tokens`, and `means` by problem), `settings`, `versions`.
 
     Raises:
-        ValueError: if a setting is invalid, a prompt is too long, or the folder contains another run.
+        ValueError: if a setting is invalid, the model cannot be read, a prompt is too long, or the folder contains another run.
     """
+    check_model(adapter_base(config.model_name_or_path) or config.model_name_or_path, None, config.trust_remote_code)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
     sets = [load_set(dataset, config, tokenizer) for dataset in config.datasets]
     check_positions(config, sets)
@@ -113,11 +115,12 @@ def load_set(dataset: str, config: EvaluationConfig, tokenizer: Any) -> ProblemS
 def load_examples(dataset: str, config: EvaluationConfig) -> Dataset:
     """Load a named set or own data, with prompts and columns as the training script would pass them."""
     columns = parse_columns(config.dataset_columns)
-    if not any(map(is_named, split_names(dataset))):
-        return UserData(dataset).examples(config.split, columns, config.instruction)
-    size = (config.limit or GENERATED_LIMIT) if dataset in GENERATED_SETS else None
-    instruction = DEFAULT if config.instruction is None else config.instruction
-    return load_problems(dataset, config.split or "test", size=size, instruction=instruction)
+    with naming("--datasets", dataset):
+        if not any(map(is_named, split_names(dataset))):
+            return UserData(dataset).examples(config.split, columns, config.instruction)
+        size = (config.limit or GENERATED_LIMIT) if dataset in GENERATED_SETS else None
+        instruction = DEFAULT if config.instruction is None else config.instruction
+        return load_problems(dataset, config.split or "test", size=size, instruction=instruction)
 
 
 def check_positions(config: EvaluationConfig, sets: list[ProblemSet]) -> None:

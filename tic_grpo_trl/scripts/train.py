@@ -47,7 +47,7 @@ from tic_grpo_trl.scripts.launch import LAUNCH_FLAGS, Launch
 from tic_grpo_trl.scripts.recipes import accelerate_config_path
 from tic_grpo_trl.scripts.train_data import TrainArguments, import_rewards, load_data, reward_functions
 from tic_grpo_trl.starter import STARTER_MODEL
-from tic_grpo_trl.validation.model_path import missing_model
+from tic_grpo_trl.validation.model_path import check_model, missing_model
 
 
 def check_quantization(model_args: ModelConfig):
@@ -76,7 +76,9 @@ def check_libraries(training_args: TICGRPOConfig):
 def print_plan(script_args: TrainArguments, training_args: Any, model_args: ModelConfig):
     """Print what the run will do and need, for `tic-grpo dry-run`."""
     name = model_args.model_name_or_path or STARTER_MODEL
-    config, note = load_model_config(name, training_args.trust_remote_code, script_args.model_command)
+    config, note = load_model_config(
+        name, training_args.trust_remote_code, script_args.model_command, model_args.model_revision
+    )
     problems: dict[str, Any] = {"longest_prompt": script_args.max_prompt_length}
     lines = []
     try:
@@ -115,8 +117,7 @@ def build_trainer(script_args: TrainArguments, training_args: Any, model_args: M
     check_libraries(training_args)
     sys.argv[1:] = hide_credentials(sys.argv[1:], training_args)  # wandb uploads the command line
     model_name = model_args.model_name_or_path or STARTER_MODEL
-    if missing := missing_model(model_name, script_args.model_command):
-        raise FileNotFoundError(missing)
+    check_model(model_name, model_args.model_revision, training_args.trust_remote_code, script_args.model_command)
     train_dataset, eval_dataset = load_data(script_args, training_args)
     reward_funcs = reward_functions(script_args, training_args, train_dataset)
     if script_args.max_prompt_length:
