@@ -17,7 +17,7 @@ ON_CPU = "--num_processes 2 --mixed_precision no".split()  # what makes a file f
 
 
 # A run of the starter recipe in seconds: two rollouts, eight updates
-QUICK = "--per_device_train_batch_size 16 --steps_per_generation 4 --train_size 64 --test_size 16".split()
+QUICK = "--per_device_train_batch_size 16 --train_size 64 --test_size 16".split()
 QUICK += "--per_device_eval_batch_size 16 --max_steps 8 --eval_steps 8".split()
 
 

@@ -23,7 +23,7 @@ from tic_grpo_trl.checkpoint.storage import checkpoints_in, find_damage, read_ma
 
 STEPS = 60
 FLAGS = f"""--config {ROOT}/examples/recipes/starter.yaml --reward_funcs killing.even_letters
-    --per_device_train_batch_size 4 --num_generations 4 --steps_per_generation 4 --train_size 8 --max_steps {STEPS}
+    --per_device_train_batch_size 4 --num_generations 4 --train_size 8 --max_steps {STEPS}
     --max_completion_length 12 --temperature 3 --eval_strategy no --eval_on_start false --save_strategy no
     --logging_steps 1 --disable_tqdm true""".split()
 SCRIPT = ["-m", "tic_grpo_trl.scripts.train"]

@@ -19,15 +19,16 @@ pytestmark = pytest.mark.slow
 
 STEPS = 16
 COMMON = f"""--config {ROOT}/examples/recipes/starter.yaml --reward_funcs killing.even_letters
-    --per_device_train_batch_size 4 --num_generations 4 --steps_per_generation 4 --max_completion_length 12
+    --per_device_train_batch_size 4 --num_generations 4 --max_completion_length 12
     --temperature 3 --max_steps {STEPS} --learning_rate 3e-4 --test_size 8 --per_device_eval_batch_size 8
     --save_strategy steps --log_completions true --num_completions_to_print 1 --disable_tqdm true""".split()
 CASES = {
     # two epochs, a rollout each; saves between the updates of a rollout, and between two logs
     "full": "--train_size 4 --num_iterations 2 --save_steps 3 --logging_steps 2 --eval_steps 5",
     # four epochs of two rollouts, for two updates of two micro-batches each; a reference
-    "lora": """--train_size 8 --gradient_accumulation_steps 2 --save_steps 1 --save_total_limit 2 --logging_steps 1
-        --eval_steps 4 --beta 0.05 --use_peft --lora_r 4 --lora_target_modules all-linear""",
+    "lora": """--train_size 8 --gradient_accumulation_steps 2 --updates_per_rollout 2 --save_steps 1
+        --save_total_limit 2 --logging_steps 1 --eval_steps 4 --beta 0.05 --use_peft --lora_r 4
+        --lora_target_modules all-linear""",
 }
 SAVES = {"full": 3, "lora": 1}
 KINDS = {"step": 4, "update": 2, "saving": 3, "start": 1}  # how many moments of each

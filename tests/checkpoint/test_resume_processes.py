@@ -21,9 +21,9 @@ COMMON = f"""--config {ROOT}/examples/recipes/starter.yaml --reward_funcs killin
     --num_completions_to_print 1 --train_size 4 --disable_tqdm true""".split()
 CASES = {
     # two epochs of one rollout, with two passes of K = 2; a save after every update
-    "full": "--steps_per_generation 2 --num_iterations 2 --num_generations 4 --save_steps 1",
+    "full": "--updates_per_rollout 2 --num_iterations 2 --num_generations 4 --save_steps 1",
     # K = 4; a group of eight is on both processes; saves inside a rollout
-    "lora": """--steps_per_generation 4 --num_generations 8 --save_steps 3
+    "lora": """--num_generations 8 --save_steps 3
         --use_peft --lora_r 4 --lora_target_modules all-linear""",
 }
 RUNS = [("multi_gpu", "full"), ("zero3", "full"), ("zero3", "lora"), ("fsdp2", "full")]

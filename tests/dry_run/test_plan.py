@@ -84,12 +84,14 @@ def test_epochs_count_where_no_number_of_updates_is_given():
     assert lines["run"].startswith("1,500 updates;")
 
 
-def test_updates_that_span_rollouts_and_split_groups_are_named():
+def test_updates_that_span_rollouts_and_split_groups_are_named(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("use_cpu: true\noutput_dir: unused\n")
     flags = "--gradient_accumulation_steps 3 --steps_per_generation 4".split()
-    assert "make steps_per_generation a multiple" in shown(starter_plan(*flags))["updates"]
-    flags = "--per_device_train_batch_size 4 --steps_per_generation 4".split()
-    assert "groups are split" in shown(starter_plan(*flags))["updates"]
-    assert "on-policy" in shown(starter_plan("--steps_per_generation", "1"))["updates"]
+    spanning = Plan(planned(*flags, recipe=recipe), None)
+    assert "make steps_per_generation a multiple" in shown(spanning)["updates"]
+    assert "groups are split" in shown(starter_plan("--per_device_train_batch_size", "4"))["updates"]
+    assert "on-policy" in shown(starter_plan("--updates_per_rollout", "1"))["updates"]
 
 
 def test_unknown_data_leaves_the_rest():
@@ -108,7 +110,7 @@ def test_launched_topology_is_read_and_nothing_is_started():
 
 def test_batch_sizes_are_checked_before_trl_sees_them():
     with pytest.raises(ValueError, match=r"Nearest: per_device_train_batch_size 63 or 70; .*num_generations 4 or 8\."):
-        planned("--num_generations", "7", "--steps_per_generation", "1")
+        planned("--num_generations", "7", "--updates_per_rollout", "1")
 
 
 def test_a_flag_wins_over_the_launcher_and_the_launcher_over_the_recipe(tmp_path):
@@ -149,7 +151,7 @@ def test_a_number_of_processes_that_cannot_be_is_refused(tmp_path):
         ("starter", "--per_device_train_batch_size 32", "multi_gpu", 2, None),
         (
             "starter",
-            "--steps_per_generation 8 --per_device_train_batch_size 48",
+            "--updates_per_rollout 8 --per_device_train_batch_size 48",
             None,
             None,
             "48 responses per update instead of the recipe's 64; K = 8 instead of the recipe's 4",
@@ -243,11 +245,13 @@ def test_a_name_that_is_like_a_local_folder_is_refused(tmp_path, monkeypatch):
         load_model_config("./nope")
 
 
-def test_memory_that_is_not_there_is_refused_with_a_batch_that_fits():
+def test_memory_that_is_not_there_is_refused_with_a_batch_that_fits(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("use_cpu: true\noutput_dir: unused\n")
     flags = "--per_device_train_batch_size 16 --gradient_accumulation_steps 2 --steps_per_generation 8".split()
     flags += "--gradient_checkpointing true --max_completion_length 2048".split()
     with pytest.raises(ValueError, match=r"GB of each GPU, which has 40") as refused:
-        Plan(planned(*flags), BIG, gpu_memory=40 * GB)
+        Plan(planned(*flags, recipe=recipe), BIG, gpu_memory=40 * GB)
     names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
     size, window, steps = (int(re.search(rf"{name} (\d+)", str(refused.value)).group(1)) for name in names)
     assert (size * window, size * steps) == (32, 128)
@@ -255,7 +259,7 @@ def test_memory_that_is_not_there_is_refused_with_a_batch_that_fits():
         word for name, value in zip(names, (size, window, steps), strict=True) for word in (f"--{name}", str(value))
     ]
     flags += "--gradient_checkpointing true --max_completion_length 2048".split()
-    fitting = Plan(planned(*flags), BIG, gpu_memory=40 * GB)
+    fitting = Plan(planned(*flags, recipe=recipe), BIG, gpu_memory=40 * GB)
     assert sum(fitting.memory().values()) <= 40 * GB < sum(fitting.memory(2 * size).values())
     with pytest.raises(ValueError, match="a topology that shards more"):
         Plan(planned("--gradient_checkpointing", "true"), BIG, gpu_memory=20 * GB)
@@ -335,7 +339,7 @@ def test_every_recipe_has_a_dry_run(recipe, tmp_path):
 def test_real_run_does_what_the_dry_run_said(tmp_path):
     """One epoch of the starter: prompts, responses, updates and tokens of the plan against the run's own records."""
     flags = "--train_size 40 --test_size 16 --per_device_train_batch_size 8 --gradient_accumulation_steps 2".split()
-    flags += "--steps_per_generation 8 --num_iterations 2 --max_steps -1 --num_train_epochs 1 --eval_steps 100".split()
+    flags += "--num_iterations 2 --max_steps -1 --num_train_epochs 1 --eval_steps 100".split()
     flags += "--per_device_eval_batch_size 16 --num_generations_eval 2 --log_completions".split()
     arguments = ("--config", STARTER, "--output_dir", tmp_path, *flags)
     said, _ = run_dry(*arguments)

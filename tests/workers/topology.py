@@ -36,8 +36,8 @@ CASES = {
     "full-reference": f"{FULL} {REFERENCE} --gradient_checkpointing true",
     "lora-reference": f"{LORA} {REFERENCE}",
 }
-COMMON = """--per_device_train_batch_size 8 --steps_per_generation 4 --gradient_accumulation_steps 1
-    --max_completion_length 32 --max_steps 8 --train_size 64 --eval_strategy no --eval_on_start false
+COMMON = """--per_device_train_batch_size 8 --max_completion_length 32 --max_steps 8 --train_size 64
+    --eval_strategy no --eval_on_start false
     --lr_scheduler_type constant --save_strategy steps --save_steps 4 --disable_tqdm true
     --log_all_ratio_metrics true"""
 
