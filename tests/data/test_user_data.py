@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import tiny_tokenizer
 from data_files import DAPO_AFTER, DAPO_BEFORE, aime_examples, contents, dapo_processed, write
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_dataset
 
 from tic_grpo_trl.data import NAMED_SETS, drop_long_prompts, load_problems, normalize_answer, prompt_lengths
 
@@ -157,6 +157,48 @@ def test_own_splits(tmp_path):
     assert contents(own(tmp_path / "files", split="test")) == ["test?"]
     with pytest.raises(ValueError, match="there is no split 'test'; the splits are 'train'"):
         own(tmp_path / "files" / "train.jsonl", split="test")
+
+
+def test_a_folder_with_notes_and_scripts_beside_the_data(tmp_path, monkeypatch):
+    write(tmp_path / "my.jsonl", [{"prompt": "A?", "solution": "1"}])
+    for name in ("train.py", "test_rewards.py", "my_rewards.py", "README.md", "notes.txt", "config.json"):
+        (tmp_path / name).write_text("{}")
+    write(tmp_path / ".cache/train.jsonl", [{"prompt": "hidden?", "solution": "1"}])
+    monkeypatch.chdir(tmp_path)
+    for name in (".", "./", tmp_path):
+        assert contents(own(name)) == ["A?"]
+    write(tmp_path / "runs/out/summary.json", [{"reward": 1}])
+    with pytest.raises(
+        ValueError, match=r"several types, such as my\.jsonl and runs/out/summary\.json\. Give one file"
+    ):
+        own(".")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["train.jsonl", "test.jsonl", "valid.jsonl"],
+        ["sums-train-1.jsonl", "sums_eval.jsonl", "dev.jsonl"],
+        ["train/a.jsonl", "testing/a.jsonl", "validation/x/a.jsonl"],
+        [f"data/{split}-00000-of-00001.jsonl" for split in ("train", "test", "validation")],
+    ],
+)
+def test_splits_are_those_of_datasets(tmp_path, files):
+    for file in files:
+        write(tmp_path / file, [{"prompt": f"{file}?", "solution": "1"}])
+    theirs = load_dataset(str(tmp_path))
+    for split, file in zip(("train", "test", "validation"), files, strict=True):
+        assert contents(own(tmp_path, split=split)) == theirs[split]["prompt"][:] == [f"{file}?"]
+
+
+def test_configurations_on_a_card(tmp_path):
+    card = "configs:\n- config_name: easy\n  data_files: e.jsonl\n- config_name: hard\n  data_files: h.jsonl\n"
+    (tmp_path / "README.md").write_text(f"---\n{card}---\nSums.\n")
+    write(tmp_path / "e.jsonl", [{"prompt": "easy?", "solution": "1"}])
+    write(tmp_path / "h.jsonl", [{"prompt": "hard?", "solution": "1"}])
+    assert contents(own(tmp_path, config="hard")) == ["hard?"]
+    with pytest.raises(ValueError, match="Config name is missing"):
+        own(tmp_path)
 
 
 def test_paths_with_a_plus_or_an_at_sign(tmp_path):

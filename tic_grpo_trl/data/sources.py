@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 from datasets import Dataset, load_dataset, load_from_disk
+from datasets.data_files import FILES_TO_IGNORE, SPLIT_KEYWORDS
 from datasets.exceptions import DatasetNotFoundError
 
 from ..validation.suggestions import near_files
@@ -21,6 +22,7 @@ PLACES = f"{KINDS}, or a hub id (owner/name)"
 CONFIGS = {"open-r1/DAPO-Math-17k-Processed": "all", "lighteval/code_generation_lite": "release_v6"}
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SHARD = re.compile(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}.*")  # as the hub stores splits
 
 
 def is_hub_id(location: str) -> bool:
@@ -100,17 +102,71 @@ def _start(line: bytes) -> str:
 
 
 def _read_folder(name: str, path: Path, config: str | None, streaming: bool) -> Any:
+    path = path.resolve()
     saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
-    if not saved and not any(file.suffix.lower() in BUILDERS for file in path.rglob("*")):
+    card = path / "README.md"  # starts with the configurations, if any
+    described = config is not None or (card.is_file() and card.read_text(errors="replace").startswith("---"))
+    files = {} if saved else _splits_of_folder(path)
+    endings = {file.suffix.lower(): str(file.relative_to(path)) for split in files.values() for file in split}
+    if not saved and not files:
         raise ValueError(f"{name}: the folder {path} contains no data; give {KINDS}.")
+    if len(endings) > 1 and not described:
+        raise ValueError(
+            f"{name}: the folder {path} has data files of several types, such as {' and '.join(endings.values())}. "
+            "Give one file, or several joined by +."
+        )
     try:
         with _quiet():
-            return load_from_disk(path) if saved else load_dataset(str(path), name=config, streaming=streaming)
+            if saved:
+                return load_from_disk(path)
+            if described:
+                return load_dataset(str(path), name=config, streaming=streaming)
+            data_files = {split: [str(file) for file in found] for split, found in files.items()}
+            return load_dataset(BUILDERS[next(iter(endings))], data_files=data_files, streaming=streaming)
     except Exception as error:
         raise ValueError(
             f"{name}: the folder {path} cannot be read ({_reason(error)}). It must be a complete save_to_disk folder "
             "or contain data files of one type. If the message lists configurations, pass one as config."
         ) from error
+
+
+def _splits_of_folder(path: Path) -> dict[str, list[Path]]:
+    """Return the data files of each split, which folders or files name as `datasets` knows them; otherwise `train`."""
+    files = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.suffix.lower() in BUILDERS
+        and file.is_file()
+        and file.name not in FILES_TO_IGNORE
+        and not any(part.startswith((".", "__")) for part in file.relative_to(path).parts)  # as `datasets` does
+    ]
+    for split_of in (_split_by_shard, _split_by_folder, _split_by_file):
+        splits: dict[str, list[Path]] = {}
+        for file in files:
+            if split := split_of(file.relative_to(path)):
+                splits.setdefault(split, []).append(file)
+        if splits:
+            order = dict.fromkeys([*map(str, SPLIT_KEYWORDS), *splits])
+            return {split: splits[split] for split in order if split in splits}
+    return {"train": files} if files else {}
+
+
+def _split_by_shard(file: Path) -> str | None:
+    match = _SHARD.fullmatch(file.as_posix())
+    return match[1] if match else None
+
+
+def _split_by_folder(file: Path) -> str | None:
+    return _split_in(*file.parent.parts)
+
+
+def _split_by_file(file: Path) -> str | None:
+    return _split_in(file.name)
+
+
+def _split_in(*names: str) -> str | None:
+    words = {word for name in names for word in re.split(r"[-._ 0-9]", name)}
+    return next((str(split) for split, keywords in SPLIT_KEYWORDS.items() if words & {*keywords}), None)
 
 
 def _read_hub(name: str, hub_id: str, config: str | None, named: bool, streaming: bool) -> Any:

@@ -60,7 +60,8 @@ def evaluate(config: EvaluationConfig) -> Result:
         `problems`, `excluded`, `k`, `truncated`, `mean_tokens`, and `means` by problem), `settings`, `versions`.
 
     Raises:
-        ValueError: if a setting is invalid, the model cannot be read, a prompt is too long, or the folder contains another run.
+        ValueError: if a setting is invalid, the model cannot be read, a prompt is too long, or the folder contains
+            another run.
     """
     check_model(adapter_base(config.model_name_or_path) or config.model_name_or_path, None, config.trust_remote_code)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)

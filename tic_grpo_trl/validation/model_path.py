@@ -45,7 +45,8 @@ def check_model(
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        is_folder, kind, hint = Path(name).is_dir(), ValueError, ""
+        kind: type[Exception] = ValueError
+        is_folder, hint = Path(name).is_dir(), ""
         if is_folder and not Path(name, "config.json").exists():
             reason = "the folder has none"
         elif isinstance(error, ValueError):  # such as code that is not trusted
@@ -54,8 +55,7 @@ def check_model(
             reason = "the hub has no such model, or it needs a login"
         elif isinstance(error.__cause__, LocalEntryNotFoundError):
             kind = ConnectionError
-            is_off = constants.HF_HUB_OFFLINE
-            reason = "the hub cannot be reached" + ", because HF_HUB_OFFLINE is set" * is_off
+            reason = "the hub cannot be reached" + ", because HF_HUB_OFFLINE is set" * constants.HF_HUB_OFFLINE
         else:
             reason = _one_line(error)
         if not is_folder and (hint := near_files(name, ())):
