@@ -1,10 +1,13 @@
 """Flags, YAML files, help and errors of the commands."""
 
 import os
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
-from launching import CONFIGS, ROOT, launch_command, run_command
+from launching import CONFIGS, QUICK, ROOT, environment_of_script, launch_command, run_command, stop
 
 from tic_grpo_trl import ALGORITHMS
 from tic_grpo_trl.scripts import evaluate, recipes, train
@@ -35,6 +38,9 @@ def refused(capsys, main, *words) -> str:
         ("--config startr", "Did you mean 'starter'?"),
         ("--config nowhere/my.yaml", "--config nowhere/my.yaml: there is no such file or recipe"),
         ("--config", "expected one argument"),
+        ("--generation_kwargs {bad", "--generation_kwargs {bad: this is no valid JSON"),
+        ("--learning_rate=-1", "learning_rate=-1.0 must be in [0, inf)"),
+        ("--use_vllm true --dataset_name starter", "pip install 'tic-grpo-trl[vllm]'"),
         ("--accelerate_config zero3", "--accelerate_config is for `tic-grpo train`"),
         ("--num_processes 2", "--num_processes is for `tic-grpo train`"),
     ],
@@ -73,6 +79,48 @@ def test_one_line_under_the_launcher_from_every_process(tmp_path):
     assert done.returncode != 0
     assert done.stderr.count("error: Unknown algorithm 'tic_grop'") == 1
     assert "train.py" not in done.stderr  # no traceback of ours
+
+
+def test_an_output_folder_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(SystemExit) as exit_:
+        train.main(["--config", "starter", "--output_dir", str(tmp_path / "run")])
+    assert exit_.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: --output_dir {tmp_path / 'run'}")
+    assert "File exists" in last
+
+
+def test_a_tracker_without_a_login(tmp_path):
+    environment = {"WANDB_MODE": "online", "HOME": str(tmp_path), "WANDB_API_KEY": ""}
+    changed = [f"{name}={value}" for name, value in environment.items()]
+    flags = ["--config", "starter", "--output_dir", "run", "--report_to", "wandb", *QUICK]
+    done = run_command(["env", *changed, sys.executable, "-m", "tic_grpo_trl", "train", *flags], tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: No API key configured.")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reward_that_fails_shows_its_own_lines_alone(tmp_path):
+    (tmp_path / "rewards.py").write_text("def broken(completions, **kwargs):\n    return 1 / len([])\n")
+    flags = ["--output_dir", "run", "--reward_funcs", "rewards.broken", *QUICK, "--eval_on_start", "false"]
+    done = run_command([sys.executable, "-m", "tic_grpo_trl", "train", "--config", "starter", *flags], tmp_path)
+    assert done.returncode == 1
+    assert "return 1 / len([])" in done.stderr
+    assert "transformers/trainer.py" not in done.stderr
+
+
+def test_ctrl_c_while_libraries_load_ends_quietly(tmp_path):
+    command = [sys.executable, "-m", "tic_grpo_trl", "train", "--config", "starter"]
+    with (tmp_path / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment_of_script(), stderr=log, stdout=log)
+        try:
+            time.sleep(1)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) in (-signal.SIGINT, 128 + signal.SIGINT)
+        finally:
+            stop(process)
+    assert "Traceback" not in (tmp_path / "log.txt").read_text()
 
 
 def test_one_line_from_the_script_itself(tmp_path):

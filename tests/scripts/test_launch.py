@@ -11,7 +11,7 @@ import pytest
 import torch
 from launching import CONFIGS, QUICK, environment_of_script, stop
 
-from tic_grpo_trl.scripts import launch
+from tic_grpo_trl.scripts import launch, train
 
 
 EIGHT = ["--config", "qwen3_1.7b_8gpus"]
@@ -69,6 +69,25 @@ def test_what_cannot_be_launched_is_refused_in_one_line(words, wanted, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert exit_.value.code == 2
     assert wanted in line
+
+
+def test_keys_of_a_file_for_the_launcher(tmp_path):
+    """As in TRL's command: what is for `accelerate launch` may stand in the file, and a flag wins over it."""
+    path = tmp_path / "my.yaml"
+    path.write_text("accelerate_config: zero3\nnum_processes: 4\nmixed_precision: no\nmax_steps: 3\nmachine_rank: 0\n")
+    config, flags, training = config_and_flags(f"--config {path} --accelerate_config zero2 --machine_rank 1")
+    assert config == "zero2.yaml"
+    assert pairs(flags) == {"--num_processes": "4", "--mixed_precision": "no", "--machine_rank": "1"}
+    _, training_args, _ = train.parse([*training, "--use_cpu", "--output_dir", "unused"], train.TICGRPOConfig)
+    assert training_args.max_steps == 3
+
+
+def test_without_a_topology_the_file_of_accelerate_config_counts(tmp_path, monkeypatch):
+    path = tmp_path / "default_config.yaml"
+    path.write_text(CONFIGS.joinpath("zero2.yaml").read_text())
+    monkeypatch.setattr(launch, "default_config_file", str(path))
+    assert launch.Launch.of(["--seed", "1"]).config == path
+    assert launch.Launch.of(["--config", "starter"]).config.name == "cpu.yaml"
 
 
 def start(folder, *words) -> subprocess.Popen:

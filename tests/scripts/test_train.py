@@ -112,3 +112,14 @@ def test_recipe_resumes(tmp_path):
     assert [entry["step"] for entry in history if "reward" in entry] == [1, 5]
     for name, value in resumed.items():
         torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_that_fails_has_no_summary_of_an_earlier_one(tmp_path):
+    folder = tmp_path / "run"
+    train(folder, *QUICK)
+    (tmp_path / "rewards.py").write_text("def broken(completions, **kwargs):\n    return 1 / len([])\n")
+    flags = ["--output_dir", folder, *QUICK, "--reward_funcs", "rewards.broken", "--eval_on_start", "false"]
+    done = run_script("--config", "starter", *flags, cwd=tmp_path)
+    assert done.returncode != 0
+    assert not (folder / "summary.json").exists()
+    assert not (folder / "curves.png").exists()
