@@ -264,6 +264,7 @@ class TICGRPOTrainer(GRPOTrainer):
         self.probe.check_sampler(self.ratios.log(mode, self._metrics[mode]))
         if "train_loss" in logs:
             logs["train_loss"] = self.loop_state.mean_loss()
+        self.log_completions = self.completions_table.is_due(self.state.global_step)
         super().log(logs, start_time)
         self.completions_table.rotate(self.state.global_step)
 

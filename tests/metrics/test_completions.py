@@ -1,6 +1,7 @@
 """The tables of `log_completions`: what a console and the files show of training and of evaluations."""
 
 import io
+import re
 
 import pandas as pd
 import pytest
@@ -66,6 +67,50 @@ def test_an_evaluation_has_a_table_of_its_own(tmp_path, console):
     assert "trajectory_ratio" not in header
     assert [row[0] for row in rows] == own["prompt"].tolist()
     assert [row[0] for row in cells(training)[1]] == before["prompt"].tolist()
+
+
+def test_a_table_is_printed_once(tmp_path, console):
+    """The log at the end of training repeats the latest step, unless `logging_steps` left that one out."""
+    trainer = make_trainer(tmp_path, **SETTINGS, **EVALUATIONS | {"eval_steps": 2}, max_steps=4)
+    trainer.train()
+    order = re.findall(r" Step (\d) ", console.getvalue())
+    assert order == ["1", "2", "2", "3", "4", "4"]  # of training, and after it at 2 and 4 of the evaluation
+    trainer.evaluate()
+    trainer.evaluate()
+    assert re.findall(r" Step (\d) ", console.getvalue())[len(order) :] == ["4", "4"]
+
+    console.truncate(console.seek(0))
+    make_trainer(tmp_path, **SETTINGS, logging_steps=3, max_steps=4).train()
+    assert re.findall(r" Step (\d) ", console.getvalue()) == ["3", "4"]
+
+
+def test_training_again_prints_its_own_tables(tmp_path, console):
+    trainer = make_trainer(tmp_path, **SETTINGS, max_steps=1)
+    trainer.train()
+    trainer.train()
+    assert re.findall(r" Step (\d) ", console.getvalue()) == ["1", "1"]
+
+
+@pytest.mark.parametrize("wrote", [False, True])
+@pytest.mark.parametrize("begins", ["log", "evaluate"])
+def test_a_run_killed_in_an_evaluation_keeps_its_training_table(tmp_path, wrote, begins):
+    """Before or after the evaluation wrote its own table in place of that of training."""
+    settings = {**SETTINGS, "num_completions_to_print": 0, "max_steps": 1}
+    trainer = make_trainer(tmp_path, **settings)
+    trainer.train()
+    file = tmp_path / "completions/completions_00001.parquet"
+    trained = file.read_bytes()
+    evaluation = trainer.completions_table.of_evaluation("eval", 1)
+    evaluation.__enter__()  # and never left
+    assert not file.exists()
+    if wrote:
+        trainer.log({"eval_loss": 0.0})
+        assert file.read_bytes() != trained
+    again = make_trainer(tmp_path, **settings)
+    again.evaluate() if begins == "evaluate" else again.log({"loss": 0.0})
+    own = "eval_00000.parquet" if begins == "evaluate" else "completions_00000.parquet"
+    assert {path.name for path in file.parent.iterdir()} == {file.name, own}
+    assert file.read_bytes() == trained
 
 
 def test_evaluations_of_several_sets_have_a_file_each(tmp_path):

@@ -19,7 +19,10 @@ from ..forward.responses import loss_mask
 
 
 class _NoRatio(float):
-    """A NaN that a console shows as nothing, and that files and trackers store as a missing number."""
+    """A NaN that a console shows as nothing, and that files and trackers store as a missing number.
+
+    TRL prints `str` of each entry and stores the same entries as a column of floats, so it has to be both.
+    """
 
     def __str__(self) -> str:
         return ""
@@ -47,11 +50,14 @@ class CompletionsTable:
         self._folder = Path(str(self.args.output_dir)) / "completions"
         self._responses = 0  # in the table so far, those that it has dropped included
         self._ratios: list[tuple[torch.Tensor, torch.Tensor]] = []  # (numbers, R) of the current update
+        self._evaluates = False
+        self._written: int | None = None  # step at which training wrote the table, if nothing was added since
 
     def add_responses(self, rollout: dict[str, Any], count: int):
         """Number the responses of a rollout across all processes, as its column `sample`."""
         if not self.is_logged:
             return
+        self._written = None
         counts = gather_object([count])
         first = self._responses + sum(counts[: self.accelerator.process_index])
         self._responses += sum(counts)
@@ -71,11 +77,20 @@ class CompletionsTable:
         columns = (torch.cat(column) for column in zip(*self._ratios, strict=True))
         numbers, log_ratios = (self.accelerator.gather(column).tolist() for column in columns)
         self._ratios.clear()
+        self._written = None
         column = self._column
         first = self._responses - len(column)
         for number, log_ratio in zip(numbers, log_ratios, strict=True):
             if number >= first:
                 column[number - first] = float(f"{math.exp(min(log_ratio, 700.0)):.4g}")
+
+    def is_due(self, step: int) -> bool:
+        """Return whether TRL is to print and write its table: always in an evaluation, otherwise once a step."""
+        if not self.is_logged or self._evaluates:
+            return self.is_logged
+        self._restore()
+        latest, self._written = self._written, step
+        return step != latest
 
     @contextmanager
     def of_evaluation(self, name: str, step: int) -> Iterator[None]:
@@ -84,6 +99,8 @@ class CompletionsTable:
         if not self.is_logged:
             yield
             return
+        if not self._evaluates:
+            self._restore()
         logs, file = self.logs(), self._folder / f"completions_{step:05d}.parquet"
         training, kept = dict(logs), file.with_suffix(".training")
         for column, values in training.items():
@@ -92,14 +109,22 @@ class CompletionsTable:
         writes = self.accelerator.is_main_process
         if keeps := writes and file.exists():
             file.rename(kept)
+        evaluates, self._evaluates = self._evaluates, True  # of several sets, each has an evaluation within the whole
         try:
             yield
         finally:
+            self._evaluates = evaluates
             logs.update(training)
             if writes and file.exists():
                 file.rename(self._folder / f"{name.replace('/', '_')}_{step:05d}.parquet")
             if keeps:
                 kept.rename(file)
+
+    def _restore(self):
+        """Put back the training tables of a run that was killed in an evaluation."""
+        if self.accelerator.is_main_process:
+            for kept in self._folder.glob("*.training"):
+                kept.rename(kept.with_suffix(".parquet"))
 
     def rotate(self, step: int):
         """Delete the oldest tables of training and of each evaluation beyond `completions_total_limit`; those after
