@@ -5,10 +5,12 @@ import re
 import sys
 
 import pytest
+import torch
 from conftest import tiny_tokenizer
 from data_files import DAPO_AFTER, DAPO_BEFORE, EVALUATION_EXAMPLES, aime_examples, contents, write
 from datasets import Dataset, DatasetDict, IterableDataset
 from launching import run_script
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Qwen3Config
 from trl import ModelConfig, TrlParser
 from trl.rewards import accuracy_reward, think_format_reward
 
@@ -38,6 +40,9 @@ def correct(completions, answer, **kwargs):
 
 def short(completions):
     return [1.0] * len(completions)
+
+def zero(completions, **kwargs):
+    return [0.0] * len(completions)
 
 def _hidden(completions, **kwargs):
     return [0.0] * len(completions)
@@ -323,7 +328,100 @@ def test_files_that_are_no_json_lines_name_the_line(folder, capfd):
     assert "Failed to load JSON" not in capfd.readouterr().err  # what `datasets` logs on its own
 
 
+# TRL's mixtures
+
+
+def mixture(folder, text):
+    (folder / "mixture.yaml").write_text(text)
+    return ("--config", "mixture.yaml")
+
+
+A = """
+datasets:
+- path: json
+  data_files: a.jsonl
+  columns: [prompt, answer]
+"""
+A_AND_B = A + A.replace("datasets:", "").replace("a.jsonl", "b.jsonl").lstrip()
+
+
+def test_a_mixture_of_trl(folder):
+    write(folder / "a.jsonl", SUMS)
+    write(folder / "b.jsonl", [{"prompt": "B?", "answer": 7}])
+    flags = mixture(folder, A_AND_B)
+    dataset, evaluation, _ = load(*flags, *MINE, "--instruction", "Q: {problem}")
+    assert contents(dataset) == ["Q: 0 + 1?", "Q: 1 + 1?", "Q: 2 + 1?", "Q: B?"]
+    assert (dataset["answer"][:], evaluation) == ([1, 2, 3, 7], None)
+    assert "datasets has no split 'test', only 'train': add --eval_dataset_name" in refused(*flags, *MINE, *STEPS)
+    assert len(load(*flags, *MINE, *STEPS, "--eval_dataset_name", "b.jsonl")[1]) == 1
+
+
+def test_a_mixture_s_held_out_part_depends_on_the_seed_alone(folder):
+    write(folder / "a.jsonl", [{"prompt": f"{n}?", "answer": n} for n in range(20)])
+    flags = (*mixture(folder, A), "--test_split_size", 0.25, *MINE, *STEPS)
+    parts = [load(*flags, "--seed", seed)[:2] for seed in (1, 1, 2)]
+    (train, held_out), again, other = [[part["answer"][:] for part in pair] for pair in parts]
+    assert (len(train), len(held_out)) == (15, 5)
+    assert sorted(train + held_out) == list(range(20))
+    assert [train, held_out] == again != other
+
+
+def test_fractions_and_streams_of_a_mixture(folder):
+    write(folder / "a.jsonl", SUMS)
+    half = "  fraction: 0.5\n"
+    flags = mixture(folder, A + half + A_AND_B.removeprefix(A).replace("b.jsonl", "a.jsonl") + half)
+    assert load(*flags, *MINE)[0]["answer"][:] == [1, 2, 3, 1, 2, 3]
+    flags = mixture(folder, A + "streaming: true\n")
+    dataset, *_ = load(*flags, *MINE, "--max_steps", 1)
+    assert isinstance(dataset, IterableDataset)
+    assert [example["answer"] for example in dataset] == [1, 2, 3]
+    assert "does not work with streaming" in refused(*flags, *MINE, "--test_split_size", 0.5)
+
+
+def test_mistakes_in_a_mixture(folder):
+    write(folder / "a.jsonl", SUMS)
+    flags = mixture(folder, A_AND_B)
+    assert re.match(r"datasets: json, json cannot be read \(FileNotFoundError: .*b\.jsonl", refused(*flags, *MINE))
+    assert refused(*flags, *MINE, "--dataset_name", "a.jsonl") == (
+        "--dataset_name a.jsonl and datasets are both given: remove one of them."
+    )
+    assert "give --dataset_streaming" in refused("--dataset_name", "a.jsonl", "--streaming", *MINE)
+    assert "add --eval_dataset_name" in refused("--dataset_name", "a.jsonl", "--test_split_size", 0.5, *MINE)
+
+
 # Reward functions
+
+
+def test_a_reward_model_needs_no_function(folder):
+    write(folder / "sums.jsonl", [{"prompt": "1 + 1?", "answer": 2}])  # no solution for a default
+    flags = ("--dataset_name", "sums.jsonl", "--reward_model_name_or_path")
+    assert load(*flags, STARTER_MODEL)[2] == [STARTER_MODEL]
+    model, function = load(*flags, STARTER_MODEL, *MINE)[2]  # in the order of TRL's script, and of --reward_weights
+    assert (model, function.__name__) == (STARTER_MODEL, "correct")
+    assert refused(*flags, "./judge").startswith("--reward_model_name_or_path ./judge does not exist.")
+
+
+def test_a_reward_model_trains(folder):
+    tokenizer = AutoTokenizer.from_pretrained(STARTER_MODEL)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, num_labels=1, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "judge")
+    tokenizer.save_pretrained(folder / "judge")
+    done = run_script(
+        *"--reward_model_name_or_path judge --reward_funcs my_rewards.zero --reward_weights 1 0 --train_size 8".split(),
+        *"--max_steps 2 --per_device_train_batch_size 8 --num_generations 4 --max_completion_length 8".split(),
+        *"--report_to none --use_cpu --bf16 false --save_strategy no".split(),
+        *("--output_dir", folder / "run"),
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first = json.loads((folder / "run/trainer_state.json").read_text())["log_history"][0]
+    assert first["rewards/judge/mean"] != 0
+    assert first["rewards/zero/mean"] == 0
+    assert first["reward"] == pytest.approx(first["rewards/judge/mean"])
 
 
 def reward(*paths):
@@ -377,7 +475,7 @@ def test_a_reward_in_a_module_that_cannot_be_imported(folder):
 
 def test_a_reward_that_its_module_lacks(folder):
     assert wrong_reward("my_rewards.corect").endswith(
-        "the module my_rewards has no function 'corect'; it has correct, short. Did you mean 'correct'?"
+        "the module my_rewards has no function 'corect'; it has correct, short, zero. Did you mean 'correct'?"
     )
     assert "Did you mean 'math_reward'?" in wrong_reward("tic_grpo_trl.rewards.maths_reward")  # an exported object
 
@@ -399,12 +497,16 @@ def test_the_path_of_a_file_is_told_what_to_give(folder, path):
 
 
 def test_a_file_without_a_function_is_told_which_it_has(folder):
-    assert wrong_reward("my_rewards.py").endswith("give an import path: my_rewards.correct or my_rewards.short.")
+    assert wrong_reward("my_rewards.py").endswith(
+        "give an import path: my_rewards.correct or my_rewards.short or my_rewards.zero."
+    )
     assert wrong_reward("no_rewards.py").endswith("give an import path: MODULE.FUNCTION, such as my_rewards.correct.")
     (folder / "lib").mkdir()
     (folder / "lib/scores.py").write_text(REWARDS)
     assert wrong_reward("lib/scores.py:short").endswith("give an import path: lib.scores.short.")
-    assert wrong_reward("lib/scores.py").endswith("give an import path: lib.scores.correct or lib.scores.short.")
+    assert wrong_reward("lib/scores.py").endswith(
+        "give an import path: lib.scores.correct or lib.scores.short or lib.scores.zero."
+    )
 
 
 def test_a_file_elsewhere_needs_its_folder_on_the_path(folder, monkeypatch):

@@ -52,7 +52,7 @@ def read(name: str, location: str, config: str | None, named: bool, streaming: b
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Leave errors to the exception: `datasets` would log some of them as well."""
     before = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -69,10 +69,10 @@ def _read_file(name: str, path: Path, streaming: bool) -> Any:
     if path.stat().st_size == 0:
         raise ValueError(f"{name}: the file is empty; give one record per example.")
     try:
-        with _quiet():
+        with quiet():
             return load_dataset(BUILDERS[ending], data_files=str(path), streaming=streaming)
     except Exception as error:  # each format fails in its own way
-        reason = (_wrong_line(path) if ending == ".jsonl" else None) or _reason(error)
+        reason = (_wrong_line(path) if ending == ".jsonl" else None) or reason_of(error)
         if "corresponds to no data" in reason or "BatchSize must be greater than 0" in reason:  # csv, parquet
             raise ValueError(f"{name}: the file has no examples; give one record per example.") from error
         raise ValueError(
@@ -116,7 +116,7 @@ def _read_folder(name: str, path: Path, config: str | None, streaming: bool) -> 
             "Give one file, or several joined by +."
         )
     try:
-        with _quiet():
+        with quiet():
             if saved:
                 return load_from_disk(path)
             if described:
@@ -125,7 +125,7 @@ def _read_folder(name: str, path: Path, config: str | None, streaming: bool) -> 
             return load_dataset(BUILDERS[next(iter(endings))], data_files=data_files, streaming=streaming)
     except Exception as error:
         raise ValueError(
-            f"{name}: the folder {path} cannot be read ({_reason(error)}). It must be a complete save_to_disk folder "
+            f"{name}: the folder {path} cannot be read ({reason_of(error)}). It must be a complete save_to_disk folder "
             "or contain data files of one type. If the message lists configurations, pass one as config."
         ) from error
 
@@ -178,20 +178,20 @@ def _read_hub(name: str, hub_id: str, config: str | None, named: bool, streaming
     except DatasetNotFoundError as error:
         raise FileNotFoundError(
             f"{name}: the hub has no data set {hub_id!r}, or it needs a login (hf auth login) or consent to its terms "
-            f"({_reason(error)}). {missing}{advice}"
+            f"({reason_of(error)}). {missing}{advice}"
         ) from error
     except OSError as error:  # includes ConnectionError and the hub's HTTP errors
         raise ConnectionError(
-            f"{name}: cannot get {hub_id!r} from the hub ({_reason(error)}). {missing}{advice}"
+            f"{name}: cannot get {hub_id!r} from the hub ({reason_of(error)}). {missing}{advice}"
         ) from error
     except Exception as error:
         raise ValueError(
-            f"{name}: cannot load {hub_id!r} from the hub ({_reason(error)}). If the message lists configurations, "
+            f"{name}: cannot load {hub_id!r} from the hub ({reason_of(error)}). If the message lists configurations, "
             f"pass one as config. {missing}{advice}"
         ) from error
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """Return the first line of the original error."""
     while error.__cause__ is not None:
         error = error.__cause__

@@ -19,19 +19,29 @@ class UserData:
     """Own data as TRL's scripts take it: every column stays as it is, and so do prompts, strings or messages.
 
     Args:
-        name: a file, folder or hub id, or several joined by `+`.
-        config: configuration of a hub data set or folder.
-        streaming: read the examples one by one, as `datasets.IterableDataset`.
-
-    Raises:
-        ValueError: if a file cannot be read.
-        FileNotFoundError: if a path or hub data set does not exist.
-        ConnectionError: if the hub cannot be reached.
+        name: what errors call it.
+        parts: the splits of each part, which are joined in order.
     """
 
-    def __init__(self, name: str, config: str | None = None, streaming: bool = False):
-        self.name = name
-        self._parts = {part: read(part, part, config, False, streaming) for part, _ in map(parse, split_names(name))}
+    def __init__(self, name: str, parts: dict[str, dict[str, Any]]):
+        self.name, self._parts = name, parts
+
+    @classmethod
+    def read(cls, name: str, config: str | None = None, streaming: bool = False) -> "UserData":
+        """Read a file, folder or hub id, or several joined by `+`.
+
+        Args:
+            name: the location, or several joined by `+`.
+            config: configuration of a hub data set or folder.
+            streaming: read the examples one by one, as `datasets.IterableDataset`.
+
+        Raises:
+            ValueError: if a file cannot be read.
+            FileNotFoundError: if a path or hub data set does not exist.
+            ConnectionError: if the hub cannot be reached.
+        """
+        locations = [part for part, _ in map(parse, split_names(name))]
+        return cls(name, {part: read(part, part, config, False, streaming) for part in locations})
 
     @property
     def splits(self) -> list[str]:

@@ -118,7 +118,7 @@ def load_examples(dataset: str, config: EvaluationConfig) -> Dataset:
     columns = parse_columns(config.dataset_columns)
     with naming("--datasets", dataset):
         if not any(map(is_named, split_names(dataset))):
-            return UserData(dataset).examples(config.split, columns, config.instruction)
+            return UserData.read(dataset).examples(config.split, columns, config.instruction)
         size = (config.limit or GENERATED_LIMIT) if dataset in GENERATED_SETS else None
         instruction = DEFAULT if config.instruction is None else config.instruction
         return load_problems(dataset, config.split or "test", size=size, instruction=instruction)

@@ -1,32 +1,34 @@
 """The flags of the training script, and the data sets and reward functions that they select."""
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers.trainer_utils import IntervalStrategy
-from trl import ScriptArguments
+from trl import DatasetMixtureConfig, ScriptArguments
 from trl.rewards import get_soft_overlong_punishment
 
 from ..config import TICGRPOConfig
 from ..data import DEFAULT, EVALUATION_SETS, GENERATED_SETS, load_problems
 from ..data.examples import log_once
+from ..data.mixture import read_mixture
 from ..data.names import is_named, naming, split_names
 from ..data.user_data import UserData, parse_columns
 from ..evaluation.scoring import choose_reward
 from ..rewards import math_reward
 from ..rewards.importing import import_reward
+from ..validation.model_path import check_model
 
 
 ANSWER_FORMS = ("boxed", "Answer:")  # what a prompt for `math_reward` asks for
 
 
 @dataclass
-class TrainArguments(ScriptArguments):
+class TrainArguments(ScriptArguments, DatasetMixtureConfig):
     """Select data, rewards and the dry run. The help text of each field describes it."""
 
-    dataset_name: str = field(
+    dataset_name: str | None = field(
         default="starter", metadata={"help": "Your own file, folder or hub id, or a named set; joined by +."}
     )
     dataset_columns: list[str] | None = field(
@@ -44,6 +46,9 @@ class TrainArguments(ScriptArguments):
         default=None,
         metadata={"help": "Paths such as my_rewards.correct, first the accuracy. Default: what the solutions ask for."},
     )
+    reward_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Reward model, a hub id or folder, as the first of the reward functions."}
+    )
     model_command: str | None = field(
         default=None, metadata={"help": "Command that makes the folder model_name_or_path, named if it doesn't exist."}
     )
@@ -54,6 +59,20 @@ class TrainArguments(ScriptArguments):
     accelerate_config: str | None = field(default=None, metadata={"help": "Accelerate config file of the dry run."})
     num_processes: int | None = field(default=None, metadata={"help": "Number of processes of the dry run."})
     gpu_memory: float | None = field(default=None, metadata={"help": "GB per GPU in the dry run. Default: detected."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.datasets:
+            if self.dataset_name != "starter":  # the default
+                raise ValueError(f"--dataset_name {self.dataset_name} and datasets are both given: remove one of them.")
+            self.dataset_name, self.dataset_streaming = None, self.streaming
+        elif self.streaming:
+            raise ValueError("--streaming true is for the key datasets; for --dataset_name, give --dataset_streaming.")
+        elif self.test_split_size is not None:
+            raise ValueError(
+                f"--test_split_size {self.test_split_size} is for the key datasets; for --dataset_name, add "
+                "--eval_dataset_name."
+            )
 
 
 def load_data(script_args: TrainArguments, training_args: TICGRPOConfig) -> tuple[Any, Any]:
@@ -66,28 +85,40 @@ def load_data(script_args: TrainArguments, training_args: TICGRPOConfig) -> tupl
         ConnectionError: if the hub cannot be reached.
     """
     check_values(script_args, training_args)
-    name = script_args.dataset_name
-    if held_out := {part.partition("@")[0] for part in split_names(name)} & {*EVALUATION_SETS}:
-        raise ValueError(f"--dataset_name {name}: {', '.join(sorted(held_out))} is for evaluation, not for training.")
     columns, instruction = parse_columns(script_args.dataset_columns), script_args.instruction
-    own: UserData | None = None
-    with naming("--dataset_name", name):
-        if not is_any_named(name):
-            own = read_user_data(name, script_args)
-            dataset = own.examples(script_args.dataset_train_split, columns, instruction)
-        else:
-            generated = {"size": script_args.train_size, "seed": training_args.seed}
-            dataset = load_named(name, "train", script_args, columns, config=script_args.dataset_config, **generated)
-    if name not in GENERATED_SETS and (own is None or instruction):
+    own: UserData | None
+    if script_args.datasets:
+        own = UserData("datasets", {"datasets": read_mixture(script_args, training_args.seed)})
+        dataset = own.examples(script_args.dataset_train_split, columns, instruction)
+    else:
+        dataset, own = load_training_data(script_args, training_args.seed, columns)
+    if script_args.dataset_name not in GENERATED_SETS and (own is None or instruction):
         show_prompt(dataset)
     eval_dataset = None
     if (strategy := IntervalStrategy(training_args.eval_strategy).value) != "no":
         eval_dataset = load_eval_data(script_args, strategy, own, columns)
     for examples in (dataset, eval_dataset):  # every reward function reads both
-        paths: Sequence[str | None] = script_args.reward_funcs or [None]
+        paths: list[str | None] = [*(script_args.reward_funcs or [])]
+        if not paths and script_args.reward_model_name_or_path is None:
+            paths = [None]  # the default for the data's solutions
         for path in paths if examples is not None else []:
             choose_reward(examples, path, "--reward_funcs")
     return dataset, eval_dataset
+
+
+def load_training_data(
+    script_args: TrainArguments, seed: int, columns: dict[str, str] | None
+) -> tuple[Any, UserData | None]:
+    """Load the training split of `--dataset_name`; also return own data as a whole, for its held-out split."""
+    name = str(script_args.dataset_name)
+    if held_out := {part.partition("@")[0] for part in split_names(name)} & {*EVALUATION_SETS}:
+        raise ValueError(f"--dataset_name {name}: {', '.join(sorted(held_out))} is for evaluation, not for training.")
+    with naming("--dataset_name", name):
+        if not is_any_named(name):
+            own = read_user_data(name, script_args)
+            return own.examples(script_args.dataset_train_split, columns, script_args.instruction), own
+        generated = {"size": script_args.train_size, "seed": seed}
+        return load_named(name, "train", script_args, columns, config=script_args.dataset_config, **generated), None
 
 
 def check_values(script_args: TrainArguments, training_args: TICGRPOConfig):
@@ -102,6 +133,8 @@ def check_values(script_args: TrainArguments, training_args: TICGRPOConfig):
             f"--soft_punish_cache {cache} must be between 0 and max_completion_length {longest}; DAPO uses a fifth of "
             "it."
         )
+    if (name := script_args.reward_model_name_or_path) is not None:
+        check_model(name, None, training_args.trust_remote_code, option="--reward_model_name_or_path")
 
 
 def load_eval_data(
@@ -124,7 +157,7 @@ def load_eval_data(
         )
     if split not in own.splits:
         raise ValueError(
-            f"--eval_strategy {strategy} needs held-out data, and {name} has no split {split!r}, only "
+            f"--eval_strategy {strategy} needs held-out data, and {own.name} has no split {split!r}, only "
             f"{', '.join(map(repr, own.splits))}: add --eval_dataset_name held_out.jsonl, or set --eval_strategy no."
         )
     return own.examples(split, columns, script_args.instruction)
@@ -138,7 +171,7 @@ def is_any_named(name: str) -> bool:
 def read_user_data(name: str, script_args: TrainArguments) -> UserData:
     """Read own data, with the configuration and streaming that the flags select."""
     is_training = name == script_args.dataset_name
-    return UserData(name, script_args.dataset_config if is_training else None, script_args.dataset_streaming)
+    return UserData.read(name, script_args.dataset_config if is_training else None, script_args.dataset_streaming)
 
 
 def load_named(name: str, split: str, script_args: TrainArguments, columns: dict[str, str] | None, **options: Any):
@@ -158,13 +191,15 @@ def show_prompt(dataset: Any):
     log_once("The first prompt:\n" + textwrap.indent(first_prompt(dataset), "  | ", lambda line: True))
 
 
-def import_rewards(script_args: TrainArguments) -> list[Callable]:
-    """Import the functions of `--reward_funcs`."""
-    return [import_reward(path, "--reward_funcs") for path in script_args.reward_funcs or []]
+def import_rewards(script_args: TrainArguments) -> list[Callable | str]:
+    """Import the functions of `--reward_funcs`, after the name of the reward model, if any, as in TRL's script."""
+    model = script_args.reward_model_name_or_path
+    functions = [import_reward(path, "--reward_funcs") for path in script_args.reward_funcs or []]
+    return [*functions] if model is None else [model, *functions]
 
 
-def reward_functions(script_args: TrainArguments, training_args: Any, train_dataset: Any) -> list[Callable]:
-    """Return the reward functions that the flags name, or the default for the data's solutions."""
+def reward_functions(script_args: TrainArguments, training_args: Any, train_dataset: Any) -> list[Callable | str]:
+    """Return the reward functions and model that the flags name, or the default for the data's solutions."""
     functions = import_rewards(script_args)
     if not functions:
         functions = [choose_reward(train_dataset, None, "--reward_funcs")]
