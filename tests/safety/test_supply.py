@@ -142,8 +142,12 @@ def test_loader_script_of_a_data_set_does_not_run(tmp_path, marker):
     folder.mkdir()
     (folder / "train.jsonl").write_text('{"question": "1+1", "answer": "2"}\n')
     (folder / "sums.py").write_text(f"from pathlib import Path\nPath({str(marker)!r}).touch()\n")
+    columns = {"prompt": "question", "solution": "answer"}
+    assert load_problems(str(folder), columns=columns)["solution"][:] == ["2"]
+    assert not marker.exists()
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")  # a card, as in a copy from the hub
     with pytest.raises(ValueError, match=r"scripts are no longer supported, but found sums\.py"):
-        load_problems(str(folder), columns={"prompt": "question", "solution": "answer"})
+        load_problems(str(folder), columns=columns)
     assert not marker.exists()
 
 
