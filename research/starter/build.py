@@ -173,7 +173,7 @@ def measure(
         inputs: Any = tokenizer.apply_chat_template(
             part["prompt"], add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         )
-        output = model.generate(  # type: ignore[misc]
+        output = model.generate(
             input_ids=inputs["input_ids"],  # (P, T)
             attention_mask=inputs["attention_mask"],
             do_sample=True,

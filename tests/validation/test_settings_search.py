@@ -198,7 +198,7 @@ FOUND = [
         "per_device_train_batch_size 1 x steps_per_generation 1",
     ),
     ({"weight_decay": -INF}, r"weight_decay=-inf must be in \[0, inf\)"),
-    ({"learning_rate": NAN}, "learning_rate=nan must be a finite number"),
+    ({"learning_rate": NAN}, "learning_rate=nan must be in "),
     ({"entropy_coef": NAN}, "entropy_coef=nan must be a finite number"),
     ({"steps_per_generation": INF}, "steps_per_generation=inf must be an integer"),
     ({"steps_per_generation": 0}, r"steps_per_generation=0 must be in \[1, inf\), for example 1"),

@@ -60,14 +60,12 @@ class Launch:
         keys = {name: recipe[name] for name in ("accelerate_config", *LAUNCH_FLAGS) if name in recipe}
         flags = {name: "no" if value is False else str(value) for name, value in keys.items()} | flags
         processes = flags.get("num_processes")
-        if processes is not None and not (processes.isdigit() and int(processes)):
-            raise ValueError(f"--num_processes {processes}: give a whole number of processes, 1 or more.")
         topology = flags.pop("accelerate_config", None)
         if topology is None:
             topology, found = _topology_of_machine(processes)
             flags = found | flags
         path = accelerate_config_path(topology)
-        Topology.from_file(str(path), int(processes) if processes else None)  # refuses what cannot be
+        Topology.from_file(str(path), processes)  # refuses what cannot be
         return cls(path, flags, training, recipe)
 
     def words(self) -> list[str]:
@@ -81,7 +79,7 @@ def _topology_of_machine(processes: str | None) -> tuple[str, dict[str, str]]:
     if Path(default_config_file).is_file():
         return default_config_file, {}
     devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    wanted = int(processes or max(devices, 1))
+    wanted = Topology.of(max(devices, 1) if processes is None else processes).processes
     if wanted == 1:
         return ("single_gpu" if devices else "cpu"), {}
     return "multi_gpu", {"num_processes": str(wanted)} | ({} if devices else {"mixed_precision": "no"})
