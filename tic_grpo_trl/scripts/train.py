@@ -31,6 +31,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports, which take seconds, ends the process
 
 import torch
+from datasets import IterableDataset
 from transformers import AutoTokenizer, TrainerCallback
 from transformers.integrations import is_wandb_available
 from trl import ModelConfig, get_peft_config, get_quantization_config
@@ -47,7 +48,7 @@ from tic_grpo_trl.scripts.launch import LAUNCH_FLAGS, Launch
 from tic_grpo_trl.scripts.recipes import accelerate_config_path
 from tic_grpo_trl.scripts.train_data import TrainArguments, import_rewards, load_data, reward_functions
 from tic_grpo_trl.starter import STARTER_MODEL
-from tic_grpo_trl.validation.model_path import check_model, missing_model
+from tic_grpo_trl.validation.model_path import check_model
 
 
 def check_quantization(model_args: ModelConfig):
@@ -73,40 +74,41 @@ def check_libraries(training_args: TICGRPOConfig):
         raise ValueError("--report_to wandb needs wandb: pip install 'tic-grpo-trl[wandb]', or --report_to none.")
 
 
+def measure_data(script_args: TrainArguments, training_args: Any, model: str | None) -> tuple[dict[str, Any], str]:
+    """Count the prompts of a run and, if there is a model, their tokens: arguments for [`Plan`], and why some lack."""
+    measured: dict[str, Any] = {"longest_prompt": script_args.max_prompt_length}
+    try:
+        train_dataset, eval_dataset = load_data(script_args, training_args)
+        if isinstance(train_dataset, IterableDataset):
+            return measured, "streamed data has no length"
+        measured |= {"num_prompts": len(train_dataset), "eval_prompts": eval_dataset and len(eval_dataset)}
+    except ConnectionError as error:  # without the hub, the rest of the plan is still useful
+        return measured, str(error)
+    if model is None:
+        return measured, ""
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=training_args.trust_remote_code)
+    if script_args.max_prompt_length:
+        measured["num_prompts"] = len(drop_long_prompts(train_dataset, tokenizer, script_args.max_prompt_length))
+    else:
+        measured["longest_prompt"] = max(prompt_lengths(train_dataset, tokenizer))
+    return measured, ""
+
+
 def print_plan(script_args: TrainArguments, training_args: Any, model_args: ModelConfig):
     """Print what the run will do and need, for `tic-grpo dry-run`."""
     name = model_args.model_name_or_path or STARTER_MODEL
     config, note = load_model_config(
         name, training_args.trust_remote_code, script_args.model_command, model_args.model_revision
     )
-    problems: dict[str, Any] = {"longest_prompt": script_args.max_prompt_length}
-    lines = []
-    try:
-        if script_args.dataset_streaming:
-            raise ConnectionError("streamed data has no length")
-        train_dataset, eval_dataset = load_data(script_args, training_args)
-        problems |= {"num_prompts": len(train_dataset), "eval_prompts": eval_dataset and len(eval_dataset)}
-        if missing_model(name, script_args.model_command) is None:
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=training_args.trust_remote_code)
-            except OSError as error:
-                raise ConnectionError(f"prompts not measured: {error}") from error
-            if script_args.max_prompt_length:
-                train_dataset = drop_long_prompts(train_dataset, tokenizer, script_args.max_prompt_length)
-                problems["num_prompts"] = len(train_dataset)
-            else:
-                problems["longest_prompt"] = max(prompt_lengths(train_dataset, tokenizer))
-    except ConnectionError as error:  # without the hub, the rest of the plan is still useful
-        lines.append(("data", f"not read: {str(error).splitlines()[0]}"))
+    measured, missing = measure_data(script_args, training_args, name if config is not None else None)
     memory = script_args.gpu_memory
     if memory is None and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / GB
     dtype = getattr(torch, model_args.dtype or "float32", torch.bfloat16)  # most checkpoints store bfloat16 ("auto")
-    plan = Plan(
-        training_args, config, note, get_peft_config(model_args), dtype, gpu_memory=memory and memory * GB, **problems
-    )
+    peft_config, gpu_memory = get_peft_config(model_args), memory and memory * GB
+    plan = Plan(training_args, config, note, peft_config, dtype, gpu_memory=gpu_memory, **measured)
     print("Dry run: no weights were loaded, nothing was computed.")
-    for label, text in [*lines, *plan.lines()]:
+    for label, text in [*([("data", f"not measured: {missing}")] if missing else []), *plan.lines()]:
         print(f"  {label:<17}{text}")
 
 
@@ -157,7 +159,7 @@ class WithoutSummary(TrainerCallback):
                 Path(args.output_dir, name).unlink(missing_ok=True)
 
 
-def train(trainer: TICGRPOTrainer, data: str):
+def train(trainer: TICGRPOTrainer, data: str | None):
     """Train, and write the weights, model card, summary and curves to `output_dir`; `data` names the training data."""
     folder = Path(str(trainer.args.output_dir))
     trainer.add_callback(WithoutSummary)
