@@ -127,7 +127,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser = launch_command_parser()
         parser.error = refuse
         arguments = parser.parse_args([*command.words(), "-m", TRAINING, *command.training])
-        print(f"tic-grpo: accelerate launch {' '.join(command.words())} -m {TRAINING} ...")  # the rest may hold a token
+        print(
+            f"tic-grpo: accelerate launch {' '.join(command.words())} -m {TRAINING} ...", flush=True
+        )  # no flags: one may be a token
     arguments.signals_to_handle = "SIGHUP"  # torchrun would kill its workers 30 seconds after a signal
     # They repeat in 40 lines what the processes have said, and name defaults that are meant
     for name in ("torch.distributed", "accelerate.commands.launch"):
