@@ -1,6 +1,7 @@
 """Start a script through `accelerate launch`, as a user does, and leave nothing running behind."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -60,6 +61,11 @@ def stop(process: subprocess.Popen, seconds: float = 20):
     process.wait()
 
 
+def hear_ctrl_c():
+    """Undo what a shell does to its background jobs, which ignore Ctrl-C: for `preexec_fn`."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def environment_of_script() -> dict[str, str]:
     """Offline, one thread, and the tests' modules within reach."""
     paths = [str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -99,6 +105,7 @@ def started(command: list, log: Path, cwd: Path = ROOT, **environment: str) -> I
             env=environment_of_script() | environment,
             stdout=output,
             stderr=subprocess.STDOUT,
+            preexec_fn=hear_ctrl_c,
         )
         try:
             yield process

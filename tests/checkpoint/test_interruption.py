@@ -10,6 +10,7 @@ from conftest import make_trainer
 from test_run_state import SETTINGS, assert_same_end, train
 from transformers import TrainerCallback
 
+from tic_grpo_trl.checkpoint import interruption
 from tic_grpo_trl.checkpoint.storage import checkpoints_in, find_damage
 
 
@@ -137,13 +138,22 @@ def test_weights_alone_cannot_be_continued(tmp_path, capfd):
 
 
 def test_ctrl_c_again_stops_at_once(tmp_path):
-    """But not if it comes within two seconds, when it is the same one."""
+    assert_stops_at_once(tmp_path, pause=0.2)
+
+
+def test_under_a_launcher_the_same_ctrl_c_may_come_twice(tmp_path, monkeypatch):
+    """From the terminal and from the launcher; it is another one after two seconds."""
+    monkeypatch.setattr(interruption, "IS_LAUNCHED", True)
     stopped(tmp_path / "once", At(0, send(signal.SIGINT, signal.SIGINT, pause=0.2)), signal.SIGINT)
     assert steps_saved(tmp_path / "once") == [1]
+    assert_stops_at_once(tmp_path, pause=2.1)
+
+
+def assert_stops_at_once(folder, pause: float):
     ends = []
-    at = At(0, lambda: (send(signal.SIGINT, signal.SIGINT, pause=2.1)(), ends.append("not at once")))
-    stopped(tmp_path / "twice", at, signal.SIGINT)
-    assert steps_saved(tmp_path / "twice") == []
+    at = At(0, lambda: (send(signal.SIGINT, signal.SIGINT, pause=pause)(), ends.append("not at once")))
+    stopped(folder / "twice", at, signal.SIGINT)
+    assert steps_saved(folder / "twice") == []
     assert ends == []
 
 

@@ -2,12 +2,11 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
-from launching import CONFIGS, QUICK, ROOT, environment_of_script, launch_command, run_command, stop
+from launching import CONFIGS, QUICK, ROOT, launch_command, run_command, started
 
 from tic_grpo_trl import ALGORITHMS
 from tic_grpo_trl.scripts import evaluate, recipes, train
@@ -111,16 +110,12 @@ def test_a_reward_that_fails_shows_its_own_lines_alone(tmp_path):
 
 
 def test_ctrl_c_while_libraries_load_ends_quietly(tmp_path):
-    command = [sys.executable, "-m", "tic_grpo_trl", "train", "--config", "starter"]
-    with (tmp_path / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, cwd=tmp_path, env=environment_of_script(), stderr=log, stdout=log)
-        try:
-            time.sleep(1)
-            process.send_signal(signal.SIGINT)
-            assert process.wait(60) in (-signal.SIGINT, 128 + signal.SIGINT)
-        finally:
-            stop(process)
-    assert "Traceback" not in (tmp_path / "log.txt").read_text()
+    command, log = [sys.executable, "-m", "tic_grpo_trl", "train", "--config", "starter"], tmp_path / "log.txt"
+    with started(command, log, cwd=tmp_path) as process:
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) in (-signal.SIGINT, 128 + signal.SIGINT)
+    assert "Traceback" not in log.read_text()
 
 
 def test_one_line_from_the_script_itself(tmp_path):

@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 import torch
-from launching import CONFIGS, QUICK, environment_of_script, stop
+from launching import CONFIGS, QUICK, environment_of_script, hear_ctrl_c, stop
 
 from tic_grpo_trl.scripts import launch, train
 
@@ -94,8 +94,8 @@ def start(folder, *words) -> subprocess.Popen:
     command = [sys.executable, "-m", "tic_grpo_trl", "train", "--config", "starter", "--output_dir", folder]
     command = [*map(str, command), *QUICK, *words]
     with (folder.parent / "log.txt").open("w") as log:
-        output = {"stdout": log, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(command, env=environment_of_script(), cwd=folder.parent, **output)
+        how = {"stdout": log, "stderr": subprocess.STDOUT, "preexec_fn": hear_ctrl_c}
+        return subprocess.Popen(command, env=environment_of_script(), cwd=folder.parent, **how)
 
 
 @pytest.mark.distributed
