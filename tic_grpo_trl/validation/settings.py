@@ -123,6 +123,9 @@ def check_ranges(config: Any):
     kwargs = config.generation_kwargs
     if not (kwargs is None or isinstance(kwargs, dict) or str(kwargs).startswith("{")):  # a flag gives JSON
         raise ValueError(f"generation_kwargs={kwargs!r} must be a dictionary.")
+    multiple = config.pad_to_multiple_of
+    if not (multiple is None or str(multiple).lower() in ("auto", "none", "null") or str(multiple).isdigit()):
+        raise ValueError(f"pad_to_multiple_of={multiple!r} must be a whole number, 'auto' or None.")
     weights = config.reward_weights
     if isinstance(weights, list) and not all(isinstance(w, numbers.Real) and math.isfinite(w) for w in weights):
         raise ValueError(f"reward_weights={weights} must be a list of finite numbers, one per reward function.")
