@@ -36,7 +36,10 @@ def soak(tmp_path_factory):
     """K = 4, two responses per update; the first half warms up caches and the allocator."""
     folder = tmp_path_factory.mktemp("soak")
     (folder / "tmp").mkdir()
-    environment = {"MALLOC_ARENA_MAX": "1", "TMPDIR": str(folder / "tmp")}
+    # One arena, and a fixed size from which blocks are mapped on their own. Otherwise that size grows, and large blocks
+    # fragment the heap, by an amount that depends on the paths of the environment.
+    allocator = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = {"TMPDIR": str(folder / "tmp"), **allocator}
     command = [sys.executable, ROOT / "tests/workers/soak.py", folder, STEPS]
     with started(command, folder / "log.txt", **environment) as process:
         finish(process, folder / "log.txt", seconds=1500)
