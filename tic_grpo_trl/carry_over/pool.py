@@ -1,0 +1,109 @@
+"""The responses that have been begun and not trained on, and which of them a rollout takes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+def choose_groups(complete: Sequence[bool], due: int, count: int) -> list[int] | None:
+    """Choose the groups of a rollout: the `count` oldest complete ones, or `None` as long as it has to wait.
+
+    `complete` says of each group, oldest first, whether all its responses are finished. The first `due` groups must be
+    in this rollout, or as many of them as it holds.
+    """
+    chosen = [index for index, done in enumerate(complete) if done][:count]
+    return chosen if len(chosen) == count and all(complete[: min(due, count)]) else None
+
+
+@dataclass
+class Response:
+    """A response that is being written, or waits for the rest of its group."""
+
+    tokens: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)  # of each token when it was sampled, after temperature, in nats
+    versions: list[int] = field(default_factory=list)  # of each token: the generation call whose weights sampled it
+    finished: bool = False
+
+    def write(self, tokens: list[int], logps: list[float]):
+        """Append tokens that were just sampled."""
+        self.tokens += tokens
+        self.logps += logps
+
+
+@dataclass
+class Group:
+    """A prompt and the responses to it."""
+
+    number: int  # the prompt's, in the order in which its pool reads prompts
+    place: Any  # the example's, in the training data
+    example: dict[str, Any]
+    prompt_ids: list[int]
+    responses: list[Response]
+
+    @property
+    def complete(self) -> bool:
+        return all(response.finished for response in self.responses)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything but the example, which is read again from the training data."""
+        names = ("number", "place", "prompt_ids")
+        return {name: getattr(self, name) for name in names} | {"responses": [asdict(each) for each in self.responses]}
+
+
+@dataclass
+class Pool:
+    """
+    Hold the groups that have been begun and not trained on, oldest first.
+
+    A prompt's own rollout is the one that would train on it without carry-over. A group may be trained on before that,
+    and at most `max_carry_over` rollouts after it.
+    """
+
+    prompts: int  # of a rollout
+    max_carry_over: int
+    groups: list[Group] = field(default_factory=list)
+    admitted: int = 0  # groups, since the start
+
+    @property
+    def call(self) -> int:
+        """Number of generation calls so far: the version of the weights in the next one."""
+        return (self.admitted - len(self.groups)) // self.prompts
+
+    @property
+    def unfinished(self) -> list[tuple[Group, Response]]:
+        """The responses to go on with, oldest first."""
+        return [(group, each) for group in self.groups for each in group.responses if not each.finished]
+
+    def chosen(self) -> list[int] | None:
+        """Return the indices of the groups for this rollout, or `None` if generation has to go on."""
+        first_not_due = (self.call - self.max_carry_over + 1) * self.prompts
+        due = sum(group.number < first_not_due for group in self.groups)
+        return choose_groups([group.complete for group in self.groups], due, self.prompts)
+
+    def admit(self, group: Group):
+        """Add a group that nothing has been generated for."""
+        self.groups.append(group)
+        self.admitted += 1
+
+    def release(self) -> list[Group]:
+        """Remove and return the groups for this rollout, after giving all new tokens their version."""
+        version = self.call
+        for group in self.groups:
+            for each in group.responses:
+                each.versions += [version] * (len(each.tokens) - len(each.versions))
+        chosen = self.chosen()
+        assert chosen is not None
+        released = [self.groups[index] for index in chosen]
+        self.groups = [group for index, group in enumerate(self.groups) if index not in chosen]
+        return released
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"admitted": self.admitted, "groups": [group.state_dict() for group in self.groups]}
+
+    def load_state_dict(self, state: dict[str, Any], example_at: Callable[[Any], dict[str, Any]]):
+        """Restore the pool; `example_at` reads an example of the training data from its place."""
+        self.admitted = state["admitted"]
+        self.groups = [
+            Group(**saved | {"responses": [Response(**each) for each in saved["responses"]]})
+            for saved in ({"example": example_at(saved["place"])} | saved for saved in state["groups"])
+        ]
