@@ -1,0 +1,101 @@
+"""What a request for the rest of a response asks for, and which sampling options an interruption would change."""
+
+import pytest
+
+from tic_grpo_trl import TICGRPOConfig
+from tic_grpo_trl.carry_over.pool import Group, Response
+from tic_grpo_trl.carry_over.sampling_parameters import check_generation_kwargs, request_parameters
+
+
+def config(**settings):
+    return TICGRPOConfig("out", report_to="none", use_cpu=True, bf16=False, max_completion_length=10, **settings)
+
+
+def group(*written, number=0):
+    """A group whose responses have so many tokens."""
+    return Group(number, None, {}, [1, 2], [Response([7] * count, [-1.0] * count) for count in written])
+
+
+def parameters(group, index=0, pool=0, **settings):
+    return request_parameters(config(**settings), group, group.responses[index], pool)
+
+
+def test_the_rest_of_a_response():
+    kwargs = {"min_tokens": 6, "stop_token_ids": [3], "ignore_eos": True}
+    asked = parameters(group(4, 0), repetition_penalty=1.1, temperature=0.7, generation_kwargs=kwargs)
+    assert asked.pop("seed") >= 0
+    assert asked == {
+        "temperature": 0.7,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.1,
+        "stop_token_ids": [3],
+        "ignore_eos": True,
+        "n": 1,
+        "max_tokens": 6,
+        "min_tokens": 2,
+        "logprobs": 0,
+    }
+    assert parameters(group(8), generation_kwargs=kwargs)["min_tokens"] == 0
+    assert parameters(group(8), generation_kwargs={"temperature": 0.5})["temperature"] == 0.5
+
+
+def test_seeds():
+    """Every response and segment has its own, also where responses are equal; a repeated segment has the same."""
+
+    def seed(*args, **kwargs):
+        return parameters(*args, **kwargs)["seed"]
+
+    same = group(0, 0, 3, 3)
+    seeds = [seed(same, index) for index in range(4)]  # equal responses of a group
+    seeds += [seed(group(0, number=1)), seed(group(4)), seed(same, pool=1), seed(same, seed=1)]
+    assert len(set(seeds)) == len(seeds)
+    for value in (0, 5):  # the option goes before the run's seed
+        assert seed(same, generation_kwargs={"seed": value}, seed=2) == seed(same, seed=value)
+    assert [seed(same, index) for index in range(4)] == seeds[:4]
+    assert all(0 <= each < 2**63 for each in seeds)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"generation_kwargs": {"min_new_tokens": 4, "repetition_penalty": 1.2, "cache_implementation": "dynamic"}},
+        {"generation_kwargs": {"do_sample": True, "num_beams": 1, "top_p": 1.0, "stop_strings": None}},
+        {"use_vllm": True, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.2},
+        {"use_vllm": True, "generation_kwargs": {"seed": 1, "min_tokens": 2, "stop_token_ids": [3], "n": 1}},
+        {"use_vllm": True, "generation_kwargs": {"temperature": 0.8, "ignore_eos": True, "presence_penalty": 0.0}},
+    ],
+)
+def test_what_survives_an_interruption(settings):
+    check_generation_kwargs(config(**settings))
+
+
+@pytest.mark.parametrize(
+    ("value", "settings"),
+    [
+        ("top_p=0.9", {"top_p": 0.9}),
+        ("top_k=50", {"use_vllm": True, "top_k": 50}),
+        ("min_p=0.1", {"min_p": 0.1}),
+        ("temperature=0.0", {"temperature": 0.0}),
+        ("vllm_structured_outputs_regex='a+'", {"use_vllm": True, "vllm_structured_outputs_regex": "a+"}),
+        ("{'stop_strings': ['.']}", {"generation_kwargs": {"stop_strings": ["."]}}),
+        ("{'do_sample': False}", {"generation_kwargs": {"do_sample": False}}),
+        ("{'num_beams': 4}", {"generation_kwargs": {"num_beams": 4}}),
+        ("{'max_new_tokens': 4}", {"generation_kwargs": {"max_new_tokens": 4}}),
+        ("{'min_tokens': 4}", {"generation_kwargs": {"min_tokens": 4}}),  # vLLM's
+        ("{'stop': ['.']}", {"use_vllm": True, "generation_kwargs": {"stop": ["."]}}),
+        ("{'frequency_penalty': 0.5}", {"use_vllm": True, "generation_kwargs": {"frequency_penalty": 0.5}}),
+        ("{'top_p': 0.5}", {"use_vllm": True, "generation_kwargs": {"top_p": 0.5}}),
+        ("{'n': 2}", {"use_vllm": True, "generation_kwargs": {"n": 2}}),
+        ("{'logit_bias': {5: 2.0}}", {"use_vllm": True, "generation_kwargs": {"logit_bias": {5: 2.0}}}),
+        ("{'min_new_tokens': 4}", {"use_vllm": True, "generation_kwargs": {"min_new_tokens": 4}}),  # transformers'
+    ],
+)
+def test_what_does_not_is_refused(value, settings):
+    with pytest.raises(ValueError, match="max_carry_over=0") as caught:
+        check_generation_kwargs(config(**settings))
+    message = str(caught.value)
+    assert value in message
+    assert "\n" not in message
