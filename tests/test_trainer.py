@@ -776,4 +776,4 @@ def test_ratio_metrics_read_nothing_from_the_device_in_the_loss_path(tmp_path, m
             trainer.accelerator.gradient_state._set_sync_gradients(sync)
             trainer.weighted_loss._weight(logp, dict(inputs), trainer.schedule.at(0), None)
             assert len(gathered) == sync
-    assert gathered[0].shape == (8, 9)
+    assert gathered[0].shape == (8, 10)

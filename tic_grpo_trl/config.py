@@ -25,6 +25,7 @@ from .objective import CLIP_MODES, LEVELS, Clip
 from .safety.credentials import WithoutCredentials
 from .safety.third_party import silence_libraries
 from .validation.batch_sizes import check_batches, derive_batches
+from .validation.carry_over import check_carry_over
 from .validation.settings import Range, check_choices, check_combinations, check_ranges, convert_types
 
 
@@ -156,12 +157,23 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
         "Skip scoring the responses of a rollout's first update, where every ratio is 1 because the policy is the one "
         "that sampled them. False measures the numerical noise of these ratios.",
     )
-    behaviour_policy: Annotated[str, ("trainer", "sampler")] = _option(
-        "trainer",
+    behaviour_policy: Annotated[str | None, ("trainer", "sampler")] = _option(
+        None,
         "The policy in the denominator of the ratios: 'trainer' for the trained model's weights before a rollout's "
-        "first update, or 'sampler' for the log-probabilities that vLLM or a rollout_func returned with the samples. "
+        "first update, or 'sampler' for the log-probabilities that were recorded when the responses were sampled. "
         "With 'sampler' the old policy is scored only for responses that lack a log-probability, and TRL's vLLM "
-        "correction is off, because the ratio already contains it.",
+        "correction is off, because the ratio already contains it. 'sampler' by default with max_carry_over, else "
+        "'trainer'.",
+    )
+    max_carry_over: Annotated[int, Range("[0, inf)", 2)] = _option(
+        0,
+        "Don't wait for the longest response of a rollout: train on the prompts whose responses are complete, and go "
+        "on with the others in the next generation call, at most so many rollouts after the one that a prompt would be "
+        "in otherwise. 0 waits for all.",
+    )
+    oversampling: Annotated[float, Range("[1, inf)", 2.0)] = _option(
+        2.0,
+        "With max_carry_over: prompts that have been begun and not trained on, in rollouts. 1 waits for all.",
     )
     min_ess: Annotated[float | None, Range("[0, 1]", 0.1)] = _option(
         None,
@@ -210,11 +222,14 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
         if self.use_cpu or not torch.accelerator.is_available():
             self.bf16 = bool(self.bf16)
             self.dataloader_pin_memory = False  # which is for copies to a GPU; torch warns of it
+        if self.behaviour_policy is None:
+            self.behaviour_policy = "sampler" if self.max_carry_over else "trainer"
         if self.vllm_importance_sampling_correction is None:
             self.vllm_importance_sampling_correction = self.behaviour_policy != "sampler"
         self._resolve_algorithm()
         check_ranges(self)
         check_combinations(self)
+        check_carry_over(self)
         if self.loss_type == "cispo" and (self.epsilon_high or CISPO_CAP) < 1:
             warnings.warn(
                 f"With loss_type='cispo' the cap is epsilon_high={self.epsilon_high} itself, not 1 + epsilon_high, so "

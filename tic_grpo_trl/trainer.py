@@ -1,14 +1,11 @@
 """TICGRPOTrainer: GRPOTrainer with trajectory-level importance correction.
 
-Generation, rewards, advantages, the loss and its normalisers, metrics and saving are TRL's. Between forward pass and
-loss, the old log-probabilities are *anchored*, so that TRL's ratio of every token has the value and the gradient of
-the algorithm's weight (see `objective.anchored_old_logps`).
-
-Every changed method of TRL or transformers is overridden here, once. Its body names the collaborators in their order.
+Rewards, advantages, the loss and its normalisers, metrics and saving are TRL's. Before the loss the old
+log-probabilities are *anchored*, so that TRL's ratio of every token has the value and the gradient of the algorithm's
+weight (`objective.anchored_old_logps`). Every changed method of TRL or transformers is overridden here, once.
 """
 
 import inspect
-import textwrap
 import time
 from functools import partial
 from pathlib import Path
@@ -20,6 +17,8 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id, split_pixel_values_by_grid
 
+from .carry_over.carry_over import CarryOver
+from .carry_over.transformers_engine import TransformersEngine
 from .checkpoint.changed_settings import settings_to_remember
 from .checkpoint.interruption import Interruption
 from .checkpoint.manager import CheckpointManager
@@ -31,7 +30,7 @@ from .forward.packed_forward import PackedForward
 from .loss.importance_weight import overridden
 from .loss.weighted_loss import WeightedLoss
 from .metrics.completions import CompletionsTable
-from .metrics.model_card import complete_card
+from .metrics.model_card import CITATION, complete_card
 from .metrics.progress import DISPLAYS, SettingsCallback
 from .metrics.ratio_metrics import RatioMetrics
 from .metrics.update_metrics import UpdateMetrics
@@ -56,14 +55,11 @@ class TICGRPOTrainer(GRPOTrainer):
     Args:
         model, reward_funcs, *positional, **kwargs:
             As in [`~trl.GRPOTrainer`].
-        args ([`TICGRPOConfig`], *optional*):
-            Configuration. If not given, one is built with the model's name.
+        args ([`TICGRPOConfig`], *optional*): Configuration. By default one with the model's name.
 
     Metrics of the trajectory ratio w' = P_θ/P_old, before any cap and over all processes, are logged under
-    `trajectory_ratio/`; `log_all_ratio_metrics` adds more. They describe the responses that were trained on; names and
-    units are those of [`~tic_grpo_trl.metrics.ratios.ratio_metrics`]. TRL's `clip_ratio/*` are logged only for
-    algorithms whose weight TRL computes itself. `sampling/mean_ratio` compares the sampler's log-probabilities, where
-    rollouts come with them, and a warning says that an engine's weights are stale.
+    `trajectory_ratio/`; see [`~tic_grpo_trl.metrics.ratios.ratio_metrics`]. TRL's `clip_ratio/*` are logged only for
+    algorithms whose weight TRL computes itself.
 
     Raises:
         TypeError: if `args` is not a [`TICGRPOConfig`].
@@ -80,13 +76,7 @@ class TICGRPOTrainer(GRPOTrainer):
     _paper = {
         "title": "TIC-GRPO: Provable and Efficient Optimization for Reinforcement Learning from Human Feedback",
         "id": "2508.02833",
-        "citation": textwrap.dedent("""\
-            @article{pang2025ticgrpo,
-              title = {{TIC-GRPO: Provable and Efficient Optimization for Reinforcement Learning from Human Feedback}},
-              author = {Lei Pang and Ruinan Jin},
-              year = 2025,
-              eprint = {arXiv:2508.02833},
-            }"""),
+        "citation": CITATION,
     }
 
     def __init__(self, model, reward_funcs=None, args: TICGRPOConfig | None = None, *positional, **kwargs):
@@ -143,7 +133,10 @@ class TICGRPOTrainer(GRPOTrainer):
         self.weighted_loss = WeightedLoss(schedule, accelerator, forward, scorer, guard, ratios, updates, table, terms)
 
         self.position, self.loop_state, self.interruption = DataPosition(self), LoopState(self), Interruption(self)
+        self.carry_over = CarryOver.of(self)
+        self.recorder = TransformersEngine.of(self)
         kept: dict[str, Any] = {"loop": self.loop_state, "guard": guard, "ratios": ratios, "completions": table}
+        kept |= {"carry_over": self.carry_over} if self.carry_over else {}
         reference, settings = ReferenceModel.of(self), partial(settings_to_remember, self)
         self.checkpoints = CheckpointManager(
             args, accelerator, policy, settings, self.position, rollout, kept, reference
@@ -160,7 +153,10 @@ class TICGRPOTrainer(GRPOTrainer):
         return tokenized
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        completion_ids, logps = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        generate: Any = super()._generate_single_turn if self.recorder is None else self.recorder.generate
+        if self.carry_over and self.model.training:
+            generate = self.carry_over.take
+        completion_ids, logps = generate(prompt_ids, *args, **kwargs)
         validation.check_ids(self, completion_ids, lambda index: self._tokenizer.decode(prompt_ids[index]), "response")
         return completion_ids, logps
 
@@ -179,6 +175,8 @@ class TICGRPOTrainer(GRPOTrainer):
         metrics = self._metrics["train" if self.model.training else "eval"]
         self.scorer.check_sampler_logps(rollout, metrics)
         if self.model.training:
+            if self.carry_over:
+                self.carry_over.mark(rollout)
             self.reward_guard.mark(rollout)
             self.probe.check_rollout(rollout, metrics, is_new=self.state.global_step == 0)
             self.completions_table.add_responses(rollout, len(inputs))
@@ -198,6 +196,8 @@ class TICGRPOTrainer(GRPOTrainer):
 
     def _start_rollout(self, generation_batch):
         """Generate a rollout, and prepare the micro-batches of all its updates."""
+        if self.carry_over:
+            generation_batch = self.carry_over.collect(self._metrics["train"])
         generated = split_pixel_values_by_grid(self._generate_and_score_completions(generation_batch))
         rollout = self.batcher.partition(generated)
         dropped = self.guard.drop_from_rollout(rollout)

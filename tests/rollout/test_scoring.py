@@ -113,7 +113,7 @@ def test_a_sampler_without_log_probabilities_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"behaviour_policy='sampler', but the rollout has no log-probabilities"):
         train(tmp_path, **SAMPLER)
     with pytest.raises(ValueError, match=r"behaviour_policy='sampler' needs .* set use_vllm=True"):
-        build(tmp_path, (None, random_rollouts()[1]), **SAMPLER)
+        build(tmp_path, (None, random_rollouts()[1]), use_transformers_continuous_batching=True, **SAMPLER)
     with pytest.raises(ValueError, match=r"vllm_importance_sampling_correction=True would correct twice"):
         build(tmp_path, random_rollouts(), vllm_importance_sampling_correction=True, **SAMPLER)
     assert TICGRPOConfig(str(tmp_path), **CPU).vllm_importance_sampling_correction is True

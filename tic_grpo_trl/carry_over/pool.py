@@ -5,6 +5,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
+Read = Callable[[list[Any]], list[dict[str, Any]]]  # returns the examples of the training data at some places
+
+
 def choose_groups(complete: Sequence[bool], due: int, count: int) -> list[int] | None:
     """Choose the groups of a rollout: the `count` oldest complete ones, or `None` as long as it has to wait.
 
@@ -44,10 +47,23 @@ class Group:
     def complete(self) -> bool:
         return all(response.finished for response in self.responses)
 
+    def begin_again(self):
+        """Forget what has been written."""
+        self.responses = [Response() for _ in self.responses]
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything but the example, which is read again from the training data."""
         names = ("number", "place", "prompt_ids")
         return {name: getattr(self, name) for name in names} | {"responses": [asdict(each) for each in self.responses]}
+
+
+def load_groups(saved: list[dict[str, Any]], read: Read) -> list[Group]:
+    """Restore groups from their states, and their examples from the training data."""
+    examples = read([state["place"] for state in saved])
+    return [
+        Group(**state | {"example": example, "responses": [Response(**each) for each in state["responses"]]})
+        for state, example in zip(saved, examples, strict=True)
+    ]
 
 
 @dataclass
@@ -100,10 +116,7 @@ class Pool:
     def state_dict(self) -> dict[str, Any]:
         return {"admitted": self.admitted, "groups": [group.state_dict() for group in self.groups]}
 
-    def load_state_dict(self, state: dict[str, Any], example_at: Callable[[Any], dict[str, Any]]):
-        """Restore the pool; `example_at` reads an example of the training data from its place."""
+    def load_state_dict(self, state: dict[str, Any], read: Read):
+        """Restore the pool."""
         self.admitted = state["admitted"]
-        self.groups = [
-            Group(**saved | {"responses": [Response(**each) for each in saved["responses"]]})
-            for saved in ({"example": example_at(saved["place"])} | saved for saved in state["groups"])
-        ]
+        self.groups = load_groups(state["groups"], read)

@@ -26,7 +26,9 @@ REWARDS = ("reward_weights", "multi_objective_aggregation", "partition_by_prompt
 LOSS = ("use_bias_correction_kl", "off_policy_mask_threshold", "top_entropy_quantile", "entropy_coef")
 SAPO = ("sapo_temperature_neg", "sapo_temperature_pos")
 VESPO = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
-UPDATES = (*SCHEDULE, *SAMPLING, *REWARDS, *LOSS, *SAPO, *VESPO)
+CARRY_OVER = ("max_carry_over", "oversampling")
+UPDATES = (*SCHEDULE, *SAMPLING, *CARRY_OVER, *REWARDS, *LOSS, *SAPO, *VESPO)
+CARRIED = "groups that are carried over"
 
 
 def settings_to_remember(trainer: Any) -> dict[str, Any]:
@@ -34,7 +36,9 @@ def settings_to_remember(trainer: Any) -> dict[str, Any]:
     values, dataset, processes = trainer.args.to_dict(), trainer.train_dataset, trainer.accelerator.num_processes
     names = (*BATCHES, *SCORING, *ALGORITHM, *OPTIMIZER, *UPDATES)
     settings = json.loads(json.dumps({name: values[name] for name in names}, default=str))
-    return settings | {PROCESSES: processes, PROMPTS: len(dataset) if hasattr(dataset, "__len__") else None}
+    carried = len(trainer.carry_over.pool.groups) if trainer.carry_over else 0
+    prompts = len(dataset) if hasattr(dataset, "__len__") else None
+    return settings | {PROCESSES: processes, PROMPTS: prompts, CARRIED: carried}
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Changes:
     optimizer: str
     updates: str
     processes: bool
+    carried: int  # groups that the checkpoint carries over, on its main process
 
     @classmethod
     def between(cls, then: dict[str, Any], now: dict[str, Any]) -> "Changes":
@@ -63,4 +68,5 @@ class Changes:
             optimizer=listed(OPTIMIZER),
             updates=listed((*SCORING, *ALGORITHM, *UPDATES)),
             processes=PROCESSES in changed,
+            carried=then.get(CARRIED, 0),
         )

@@ -182,14 +182,21 @@ class CheckpointManager:
         """Read this process's state, as far as it fits the settings; return the epoch and the batches of it to skip.
 
         `position` is what transformers would skip; it counts a stream of data as one epoch. Raise a ValueError if the
-        checkpoint is inside a rollout of another algorithm.
+        checkpoint is inside a rollout of another algorithm, or has unfinished responses that the settings have no place
+        for.
         """
         changes = Changes.between(storage.read_manifest(checkpoint)["settings"], self.settings())
+        if changes.carried and (misfit := changes.batches or ("" if self.args.max_carry_over else changes.updates)):
+            raise ValueError(
+                f"{checkpoint} carries over {changes.carried} groups of responses, which don't fit these settings: "
+                f"{misfit}. Resume with the old ones."
+            )
         path = self._state_path(checkpoint)
         state = None
         if not changes.processes and all(gather_object([path.exists()])):
             state = storage.load_state(path, self.accelerator.device)
-        if state is not None and state.keys() != self.objects.keys():
+        optional = {"carry_over"}  # the state of a run that has it on, or had
+        if state is not None and state.keys() - optional != self.objects.keys() - optional:
             logger.warning(f"{path} was written by another version of this package and is not used.")
             state = None
         inside = state is not None and state["rollout"]["micro_batches"] is not None
@@ -201,7 +208,8 @@ class CheckpointManager:
                 "set discard_rollout_on_resume=True to generate a new rollout."
             )
         self._warn(checkpoint, changes, discards, lacks_state=state is None)
-        dropped = ("position", "rollout") if changes.batches or discards else ()
+        dropped = {"position", "rollout"} if changes.batches or discards else set()
+        dropped |= {"carry_over"} if changes.batches else set()
         self._read = {name: value for name, value in (state or {}).items() if name not in dropped}
         if "position" in self._read and not self.args.ignore_data_skip:
             return self._read["position"]["epoch"], self._read["position"]["batches"]
@@ -232,5 +240,7 @@ class CheckpointManager:
         for name, each in self.objects.items():
             if name in state:
                 each.load_state_dict(state[name])
+        if "rollout" not in state and "carry_over" in state and "carry_over" in self.objects:
+            self.objects["carry_over"].put_back()
         if self.reference is not None:
             self.reference.load(checkpoint, self.accelerator.device)

@@ -9,6 +9,13 @@ from ..version import __version__
 from .run_summary import LogHistory, accuracy_name, series, table
 
 
+CITATION = """\
+@article{pang2025ticgrpo,
+  title = {{TIC-GRPO: Provable and Efficient Optimization for Reinforcement Learning from Human Feedback}},
+  author = {Lei Pang and Ruinan Jin},
+  year = 2025,
+  eprint = {arXiv:2508.02833},
+}"""
 SHOWN = "learning_rate lr_scheduler_type optim beta temperature num_generations max_completion_length seed".split()
 
 

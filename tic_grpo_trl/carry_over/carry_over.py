@@ -1,0 +1,163 @@
+"""Collects rollouts from a pool of responses that go on from one rollout to the next."""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from trl.trainer.utils import pad
+
+from ..metrics.carry_over import carry_over_metrics, count_carry_over
+from ..validation.carry_over import check_trainer
+from .engine import Engine, EngineUse
+from .pool import Group, Pool, Response, load_groups
+from .prompts import PromptReader
+from .transformers_engine import TransformersEngine
+
+
+@dataclass(frozen=True)
+class Share:
+    """Say which prompts of each rollout a process's pool holds, and which part of them the process trains on."""
+
+    first: int
+    prompts: int
+    part: int = 0
+    parts: int = 1
+    broadcast: bool = False  # the main process holds the pool of all
+
+    @classmethod
+    def of(cls, trainer: Any) -> "Share":
+        """Return the share of this process: its own groups, those of its tensor-parallel group, or all on a server."""
+        schedule, args, process = trainer.schedule, trainer.args, trainer.accelerator.process_index
+        if args.use_vllm and args.vllm_mode == "server":
+            return cls(0, schedule.prompts, process, schedule.processes, broadcast=True)
+        parts = args.vllm_tensor_parallel_size if args.use_vllm else 1
+        prompts = schedule.prompts * parts // schedule.processes
+        return cls(process // parts * prompts, prompts, process % parts, parts)
+
+    def of_process(self, responses: list[Any]) -> list[Any]:
+        """Return this process's part of a rollout's responses."""
+        size = len(responses) // self.parts
+        return responses[self.part * size : (self.part + 1) * size]
+
+
+@dataclass
+class Sampled:
+    """A response of the rollout that is being made."""
+
+    example: dict[str, Any]
+    prompt_ids: list[int]
+    tokens: list[int]
+    logps: list[float]
+    ages: list[int]  # of each token: rollouts since the weights that sampled it
+
+
+def engine_of(trainer: Any) -> Engine:
+    """Return the engine that the settings ask for."""
+    if not trainer.use_vllm:
+        return TransformersEngine(trainer)
+    if trainer.vllm_mode == "server":
+        from .vllm_server import VLLMServer
+
+        return VLLMServer(trainer)
+    from .vllm_colocated import VLLMColocated
+
+    return VLLMColocated(trainer)
+
+
+class CarryOver:
+    """
+    Make rollouts of the groups that are complete, and carry the unfinished ones over to later rollouts.
+
+    Nothing is dropped: each prompt is trained on once. The pool is part of every checkpoint.
+    """
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+        self.share = share = Share.of(trainer)
+        self.pool = Pool(share.prompts, trainer.args.max_carry_over)
+        self.reader = PromptReader(trainer, share.first, share.prompts)
+        self.engine = engine_of(trainer)
+        self._rollout: list[Sampled] = []
+        self._released: list[Group] = []  # those of the newest rollout
+
+    @classmethod
+    def of(cls, trainer: Any) -> "CarryOver | None":
+        """Return a trainer's, or `None` without carry-over.
+
+        Raise a ValueError for inputs and batches whose responses can't be carried over.
+        """
+        if not trainer.args.max_carry_over:
+            return None
+        check_trainer(trainer)
+        return cls(trainer)
+
+    def collect(self, metrics: dict[str, list[float]]) -> list[dict[str, Any]]:
+        """Generate until a rollout is complete, and return its examples, one per response of this process."""
+        self.engine.prepare()
+        sampled: list[Sampled] = []
+        counts = count_carry_over([], [], EngineUse(), 0)
+        if not self.share.broadcast or self._trainer.accelerator.is_main_process:
+            self._fill()
+            use = self.engine.run(self.pool.unfinished, lambda: self.pool.chosen() is not None)
+            version = self.pool.call
+            self._released = self.pool.release()
+            sampled = [
+                Sampled(group.example, group.prompt_ids, each.tokens, each.logps, [version - v for v in each.versions])
+                for group in self._released
+                for each in group.responses
+            ]
+            if self.share.part == 0:  # the other processes of a tensor-parallel group have the same pool
+                counts = count_carry_over(self._released, self.pool.groups, use, version)
+            for group in self._released:
+                group.begin_again()
+        if self.share.broadcast:
+            (sampled,) = broadcast_object_list([sampled])
+        self._rollout = self.share.of_process(sampled)
+        for name, value in carry_over_metrics(gather_object([counts])).items():
+            metrics[name].append(value)
+        return [copy.deepcopy(each.example) for each in self._rollout]
+
+    def _fill(self):
+        """Begin as many groups as `oversampling` and the rest of the run allow."""
+        trainer, pool = self._trainer, self.pool
+        rollouts = math.ceil((trainer.state.max_steps - trainer.state.global_step) / trainer.schedule.updates)
+        bound = int(min(trainer.args.oversampling, rollouts) * pool.prompts)
+        while len(pool.groups) < bound:
+            place, example = self.reader.read()
+            prompt_ids, images, _ = trainer._tokenize_prompts([example["prompt"]])
+            if images is not None:
+                raise ValueError("max_carry_over cannot carry over prompts with images: set max_carry_over=0.")
+            responses = [Response() for _ in range(trainer.num_generations)]
+            pool.admit(Group(pool.admitted, place, example, prompt_ids[0], responses))
+
+    def take(self, prompt_ids: list[list[int]], *_: Any) -> tuple[list[list[int]], list[list[float]]]:
+        """Return tokens and log-probabilities of the rollout's responses, whose prompts are `prompt_ids`."""
+        if prompt_ids != [each.prompt_ids for each in self._rollout]:
+            raise ValueError(
+                "The prompts of responses that were carried over have changed: the training data, tokenizer or chat "
+                "template is another one than when they were begun. Resume with the same ones."
+            )
+        return [each.tokens for each in self._rollout], [each.logps for each in self._rollout]
+
+    def mark(self, rollout: dict[str, Any]):
+        """Add `token_age`, (n, T): rollouts since the weights that sampled each token; 0 on padding."""
+        ages = pad([torch.tensor(each.ages) for each in self._rollout], padding_value=0, padding_side="right")
+        missing = rollout["completion_ids"].size(1) - ages.size(1)
+        rollout["token_age"] = torch.nn.functional.pad(ages, (0, missing)).to(rollout["completion_ids"].device)
+
+    def put_back(self):
+        """Put the groups of a rollout that is discarded back into the pool, with nothing written."""
+        self.pool.groups = sorted(self._released + self.pool.groups, key=lambda group: group.number)
+        self._released = []
+
+    def state_dict(self) -> dict[str, Any]:
+        released = [group.state_dict() for group in self._released]
+        return {"pool": self.pool.state_dict(), "released": released, "position": self.reader.position}
+
+    def load_state_dict(self, state: dict[str, Any]):
+        self.pool.load_state_dict(state["pool"], self.reader.read_again)
+        self._released = load_groups(state["released"], self.reader.read_again)
+        self.reader.move(state["position"])

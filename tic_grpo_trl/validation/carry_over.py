@@ -1,0 +1,56 @@
+"""Refuse settings that responses can't be carried over with, before anything is generated."""
+
+from typing import Any
+
+from ..carry_over.sampling_parameters import check_generation_kwargs
+
+
+def check_carry_over(args: Any):
+    """Refuse a configuration whose `max_carry_over` contradicts its other settings."""
+    if not args.max_carry_over:
+        return
+    given = f"max_carry_over={args.max_carry_over}"
+    off = "or max_carry_over=0"
+    if args.max_completion_length is None:
+        raise ValueError(
+            f"{given} needs max_completion_length, which is None: set it to the most tokens of a response."
+        )
+    if args.use_transformers_continuous_batching:
+        raise ValueError(
+            f"{given} needs an engine that can be interrupted: set use_transformers_continuous_batching=False, {off}."
+        )
+    if args.behaviour_policy == "trainer" and not (args.use_vllm and args.vllm_importance_sampling_correction):
+        raise ValueError(
+            f"{given} trains on responses of earlier weights, which behaviour_policy='trainer' corrects for only with "
+            "use_vllm=True and vllm_importance_sampling_correction=True: set behaviour_policy='sampler'."
+        )
+    check_generation_kwargs(args)
+
+
+def check_trainer(trainer: Any):
+    """Refuse inputs and batches of a trainer that carry-over can't handle."""
+    args, schedule = trainer.args, trainer.schedule
+    given = f"max_carry_over={args.max_carry_over}"
+    unsupported = {
+        "tools": trainer.tools and not trainer.environment_factories,
+        "environment_factory": trainer.environment_factories is not None,
+        "rollout_func": trainer.rollout_func is not None,
+        "a model with images": trainer._is_vlm,
+    }
+    for name, used in unsupported.items():
+        if used:
+            raise ValueError(f"{given} cannot continue the responses of {name}: set max_carry_over=0.")
+    if not schedule.starts_on_policy:
+        raise ValueError(
+            f"{given} needs rollouts of whole updates, but steps_per_generation * num_iterations = "
+            f"{schedule.rollout_steps} is not divisible by gradient_accumulation_steps = "
+            f"{schedule.gradient_accumulation_steps}: set updates_per_rollout, or max_carry_over=0."
+        )
+    on_server = args.use_vllm and args.vllm_mode == "server"
+    responses = schedule.per_device_train_batch_size * schedule.steps_per_generation
+    if not on_server and responses % schedule.num_generations:
+        raise ValueError(
+            f"{given} needs whole groups on every process, but per_device_train_batch_size * steps_per_generation = "
+            f"{responses} is not divisible by num_generations = {schedule.num_generations}: make it divisible, set "
+            "vllm_mode='server', or max_carry_over=0."
+        )
