@@ -12,7 +12,7 @@ from trl.trainer.utils import pad
 from ..metrics.carry_over import carry_over_metrics, count_carry_over
 from ..validation.carry_over import check_trainer
 from .engine import Engine, EngineUse
-from .pool import Group, Pool, Response, load_groups
+from .pool import Group, Pool, Response, load_groups, save_groups
 from .prompts import PromptReader
 from .transformers_engine import TransformersEngine
 
@@ -154,7 +154,7 @@ class CarryOver:
         self._released = []
 
     def state_dict(self) -> dict[str, Any]:
-        released = [group.state_dict() for group in self._released]
+        released = save_groups(self._released)
         return {"pool": self.pool.state_dict(), "released": released, "position": self.reader.position}
 
     def load_state_dict(self, state: dict[str, Any]):

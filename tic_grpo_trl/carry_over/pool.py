@@ -1,8 +1,10 @@
 """The responses that have been begun and not trained on, and which of them a rollout takes."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 
 Read = Callable[[list[Any]], list[dict[str, Any]]]  # returns the examples of the training data at some places
@@ -51,19 +53,32 @@ class Group:
         """Forget what has been written."""
         self.responses = [Response() for _ in self.responses]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything but the example, which is read again from the training data."""
-        names = ("number", "place", "prompt_ids")
-        return {name: getattr(self, name) for name in names} | {"responses": [asdict(each) for each in self.responses]}
+
+def save_groups(groups: list[Group]) -> dict[str, Any]:
+    """Return the state of groups without their examples; tensors hold the tokens of all responses end to end."""
+    responses = [response for group in groups for response in group.responses]
+    return {
+        "groups": [(group.number, group.place, group.prompt_ids, len(group.responses)) for group in groups],
+        "lengths": [len(response.tokens) for response in responses],
+        "finished": [response.finished for response in responses],
+        "tokens": torch.tensor([token for response in responses for token in response.tokens], dtype=torch.long),
+        "logps": torch.tensor([logp for response in responses for logp in response.logps], dtype=torch.double),
+        "versions": torch.tensor([each for response in responses for each in response.versions], dtype=torch.long),
+    }
 
 
-def load_groups(saved: list[dict[str, Any]], read: Read) -> list[Group]:
-    """Restore groups from their states, and their examples from the training data."""
-    examples = read([state["place"] for state in saved])
-    return [
-        Group(**state | {"example": example, "responses": [Response(**each) for each in state["responses"]]})
-        for state, example in zip(saved, examples, strict=True)
+def load_groups(state: dict[str, Any], read: Read) -> list[Group]:
+    """Restore groups from their state, and their examples from the training data."""
+    parts = [state[name].split(state["lengths"]) for name in ("tokens", "logps", "versions")]
+    responses = [
+        Response(tokens.tolist(), logps.tolist(), versions.tolist(), finished)
+        for tokens, logps, versions, finished in zip(*parts, state["finished"], strict=True)
     ]
+    examples, first, groups = read([place for _, place, _, _ in state["groups"]]), 0, []
+    for (number, place, prompt_ids, size), example in zip(state["groups"], examples, strict=True):
+        groups.append(Group(number, place, example, prompt_ids, responses[first : first + size]))
+        first += size
+    return groups
 
 
 @dataclass
@@ -114,9 +129,9 @@ class Pool:
         return released
 
     def state_dict(self) -> dict[str, Any]:
-        return {"admitted": self.admitted, "groups": [group.state_dict() for group in self.groups]}
+        return {"admitted": self.admitted} | save_groups(self.groups)
 
     def load_state_dict(self, state: dict[str, Any], read: Read):
         """Restore the pool."""
         self.admitted = state["admitted"]
-        self.groups = load_groups(state["groups"], read)
+        self.groups = load_groups(state, read)
