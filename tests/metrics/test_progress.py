@@ -35,6 +35,10 @@ def test_values_by_hand():
     bad = shown_values(ENTRY | {"frac_non_finite": 1 / 32, "update/skipped": 0.25})
     assert list(bad)[:3] == ["reward", "skipped", "non-finite"]
     assert (bad["non-finite"], bad["skipped"]) == ("0.031", "0.25")
+    carried = shown_values(ENTRY | {"carry_over/share": 0.234, "eval_reward": 0.5})
+    assert list(carried)[-3:] == ["eval_reward", "carried", "loss"]
+    assert carried["carried"] == "23%"
+    assert shown_values({"carry_over/share": 0.0}) == {"carried": "0%"}
 
 
 def test_numbers_of_an_earlier_step_say_so():
@@ -54,6 +58,16 @@ def test_numbers_of_an_earlier_step_say_so():
     assert latest.parts(10) == ["reward 0.750", "ess 0.500", "eval_reward 0.625", "loss 0.25"]
     latest.add({"train_runtime": 3.0}, 12)
     assert latest.parts(12) == ["step 10: reward 0.750", "ess 0.500", "eval_reward 0.625", "loss 0.25"]
+
+
+def test_the_share_carried_over_is_that_of_the_rollout():
+    latest = LatestValues()
+    latest.add({"loss": 0.5, "carry_over/share": 0.25, "reward": 0.75, "trajectory_ratio/ess": 1.0}, 4)
+    latest.add({"loss": 0.25, "trajectory_ratio/ess": 0.5}, 5)  # a later update on the same rollout
+    assert latest.parts(5) == ["reward 0.750", "ess 0.500", "carried 25%", "loss 0.25"]
+    assert latest.parts(6) == ["step 5: reward 0.750", "ess 0.500", "carried 25%", "loss 0.25"]
+    latest.add({"loss": 0.5, "carry_over/share": 0.5, "trajectory_ratio/ess": 1.0}, 6)
+    assert latest.parts(6) == ["reward 0.750", "ess 1.000", "carried 50%", "loss 0.5"]
 
 
 @pytest.mark.parametrize("columns", [60, 80, 100, 140])

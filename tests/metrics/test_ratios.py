@@ -16,13 +16,14 @@ from tic_grpo_trl.metrics.ratios import (
 from tic_grpo_trl.objective import Clip, clip_log_weight, log_importance_weight
 
 
-def rows_of(log_ratio, advantages, mask=None, level="trajectory", clip=None, sampler=None):
+def rows_of(log_ratio, advantages, mask=None, level="trajectory", clip=None, sampler=None, age=None):
     log_ratio = torch.tensor(log_ratio)
     mask = torch.ones_like(log_ratio) if mask is None else torch.tensor(mask)
     weight = log_importance_weight(log_ratio, mask, level)
     advantages = torch.tensor(advantages)
     clipped = clip_log_weight(weight, advantages, mask, clip or Clip("up_only", epsilon_high=0.28))
-    return ratio_statistics(log_ratio, clipped, advantages, mask, None if sampler is None else torch.tensor(sampler))
+    sampler, age = (None if value is None else torch.tensor(value) for value in (sampler, age))
+    return ratio_statistics(log_ratio, clipped, advantages, mask, sampler, age)
 
 
 def test_effective_sample_size_by_hand():

@@ -127,6 +127,22 @@ def test_means_of_the_ratios_overall_and_by_inner_step():
     assert (means["noise_floor"], means["update/skipped"]) == (0.07, 0.0)
     assert means["frac_non_finite"] == pytest.approx(0.25 / 24)
     assert ratio_means([{"step": 1, "reward": 0.0}]) == {}
+    carried = [{"step": 1, "carry_over/share": 0.2, "carry_over/mean_age": 0.3}, {"step": 2, "carry_over/share": 0.4}]
+    carried[0]["trajectory_ratio/inner_1/age_0/log_std"] = 0.01
+    expected = {"carry_over/share": 0.3, "carry_over/mean_age": 0.3, "inner_1/age_0/log_std": 0.01}
+    assert ratio_means(carried) == pytest.approx(expected)
+
+
+def test_with_carry_over_the_noise_floor_is_that_of_the_current_weights(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    waits, carries = ([entry | {"carry_over/share": share} for entry in of_inner_steps(8, 2)] for share in (0.0, 0.25))
+    for entry in carries[::2]:
+        entry["trajectory_ratio/inner_1/age_0/log_std"] = 0.01
+    for history in (waits, carries):
+        plot_curves(history, tmp_path / "curves.png", "match")
+    labels = [[text.get_text() for text in figure.axes[3].get_legend().get_texts()] for figure in figures]
+    assert labels == [["k = 1 (noise floor)", "k = 2"], ["k = 1", "k = 2", "k = 1, age 0 (noise floor)"]]
 
 
 @pytest.mark.parametrize(("total", "lines"), [(2, [1, 2]), (4, [1, 2, 3, 4]), (16, [1, 6, 11, 16])])

@@ -28,7 +28,9 @@ PAD = 99
 LEFT = ("prompt_ids", "prompt_mask")
 
 
-OPTIONS = st.sets(st.sampled_from(["tool mask", "log-probabilities", "ratio", "token ratio", "token advantages"]))
+OPTIONS = st.sets(
+    st.sampled_from(["tool mask", "log-probabilities", "ratio", "token ratio", "token advantages", "token age"])
+)
 
 
 @st.composite
@@ -58,6 +60,8 @@ def rollouts(draw, size: int | None = None, first: int = 0, options: set[str] | 
     }
     if "tool mask" in options:
         rollout["tool_mask"] = draw(tensors((size, long), st.integers(0, 1), int))
+    if "token age" in options:
+        rollout["token_age"] = number * completion_mask
     if "log-probabilities" in options:
         for factor, name in enumerate(("old", "ref", "sampling"), start=1):
             rollout[f"{name}_per_token_logps"] = -factor * of_tokens
@@ -211,8 +215,8 @@ def test_taken_rows_keep_their_tokens_and_blanks_count_for_nothing(rollout, blan
     assert (taken["prompt_mask"][blank, -1] == 1).all()
     assert not loss_mask(taken)[blank].any()
     assert not active_responses(taken, only_advantages=False)[blank].any()
-    for value in taken.values():
-        if torch.is_tensor(value) and value.is_floating_point():
+    for name, value in taken.items():
+        if torch.is_tensor(value) and (value.is_floating_point() or name == "token_age"):
             assert not value[blank].any()
 
     widths = [rollout[name].size(1) for name in ("prompt_mask", "completion_mask")]

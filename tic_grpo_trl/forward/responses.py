@@ -13,6 +13,7 @@ PADDED_SIDE = {
     "completion_ids": "right",
     "completion_mask": "right",
     "tool_mask": "right",
+    "token_age": "right",
     "advantages": "right",
     "old_per_token_logps": "right",
     "ref_per_token_logps": "right",

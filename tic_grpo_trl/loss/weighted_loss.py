@@ -128,7 +128,8 @@ class WeightedLoss:
         """Give TRL's loss the weight, and collect the ratios; nothing is read from the device here."""
         mask = loss_mask(inputs)
         log_ratio, clipped = self.weight.apply(logps, inputs)
-        self.ratios.add(ratio_statistics(log_ratio, clipped, inputs["advantages"], mask, sampler_log_ratio))
+        age = inputs.get("token_age")
+        self.ratios.add(ratio_statistics(log_ratio, clipped, inputs["advantages"], mask, sampler_log_ratio, age))
         self.table.add_ratios(inputs, log_ratio.sum(dim=1))
         if position is None or self.accelerator.sync_gradients:
             self._close_ratios(position)

@@ -14,15 +14,16 @@ COLUMNS = ("reward", "ess", "eval_reward")
 NUMBERS = {"reward": "reward", "ess": "trajectory_ratio/ess", "eval_reward": "eval_reward"}
 PROBLEMS = {"skipped": "update/skipped", "non-finite": "frac_non_finite"}
 # A narrow terminal leaves out the last ones
-ORDER = ("reward", *PROBLEMS, "ess", "clipped", "eval_reward", "loss")
+ORDER = ("reward", *PROBLEMS, "ess", "clipped", "eval_reward", "carried", "loss")
+OF_ROLLOUT = ("reward", "carried")  # logged with its first update, and the same for the later ones
 CLIP_SHARES = (("clip_high_pos",), ("clip_high_neg", "clip_low_neg"))  # for A > 0, for A < 0
 
 
 def shown_values(logs: dict[str, float] | None) -> dict[str, str]:
     """Choose and format what the progress bar shows of a log entry, in order.
 
-    `clipped` has the shares beyond a bound for A > 0 and for A < 0, – if no response has that sign. `skipped` and
-    `non-finite` are left out if they are 0.
+    `clipped` has the shares beyond a bound for A > 0 and for A < 0, – if no response has that sign. `carried` is the
+    share of responses that earlier weights began. `skipped` and `non-finite` are left out if they are 0.
     """
     known = {name: value for name, value in (logs or {}).items() if value is not None}
     shares = [[known[path] for name in names if (path := f"trajectory_ratio/{name}") in known] for names in CLIP_SHARES]
@@ -30,6 +31,8 @@ def shown_values(logs: dict[str, float] | None) -> dict[str, str]:
     texts |= {short: f"{known[name]:.2g}" for short, name in PROBLEMS.items() if known.get(name)}
     if any(shares):
         texts["clipped"] = "/".join(f"{100 * sum(of_sign):.0f}%" if of_sign else "–" for of_sign in shares)
+    if "carry_over/share" in known:
+        texts["carried"] = f"{100 * known['carry_over/share']:.0f}%"
     if "loss" in known:
         texts["loss"] = f"{known['loss']:.2g}"
     return {name: texts[name] for name in ORDER if name in texts}
@@ -47,15 +50,15 @@ class LatestValues:
         shown = shown_values(logs)
         if "eval_reward" in shown:
             self.evaluation, self.evaluation_step = {"eval_reward": shown.pop("eval_reward")}, step
-        if shown:  # the reward is that of the rollout, which later updates train on too
-            reward = {name: text for name, text in self.update.items() if name == "reward"}
-            self.update, self.update_step = reward | shown, step
+        if shown:
+            of_rollout = {name: text for name, text in self.update.items() if name in OF_ROLLOUT}
+            self.update, self.update_step = of_rollout | shown, step
 
     def parts(self, step: int) -> list[str]:
         """Return the texts for a bar that stands at `step`: numbers of an earlier step have that step with them."""
         texts = {name: f"{name} {text}" for name, text in (self.update | self.evaluation).items()}
         if self.update and self.update_step != step:
-            first = next(iter(self.update))
+            first = next(name for name in ORDER if name in self.update)
             texts[first] = f"step {self.update_step}: {texts[first]}"
         if self.evaluation and self.evaluation_step != (self.update_step if self.update else step):
             texts["eval_reward"] += f" (step {self.evaluation_step})"

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from ..config import TICGRPOConfig
 from ..rollout.schedule import RolloutSchedule
@@ -30,7 +31,7 @@ class RatioMetrics:
         self._open.append(statistics)
 
     def close(self, mode: str, inner_step: int | None) -> torch.Tensor:
-        """End an update or an evaluation batch, and return its (n, 9) statistics from all processes.
+        """End an update or an evaluation batch, and return its (n, 10) statistics from all processes.
 
         `mode` is `"train"` or `"eval"`; `inner_step` is k = 1 … K, or `None` where a rollout serves one update. Nothing
         is read from the device here.
@@ -48,9 +49,7 @@ class RatioMetrics:
             metrics["sampling/mean_ratio"].append(sampler_ratio)
         logged = merge_steps(steps)
         if not self.args.log_all_ratio_metrics:
-            logged = {
-                name: logged[name] for name in default_metrics(math.ceil(self.schedule.updates)) if name in logged
-            }
+            logged = {name: logged[name] for name in default_metrics(logged, math.ceil(self.schedule.updates))}
         for name, value in logged.items():
             metrics[f"trajectory_ratio/{name}"].append(value)
         steps.clear()
@@ -63,4 +62,8 @@ class RatioMetrics:
         return self._closed
 
     def load_state_dict(self, state: dict[str, Any]):
-        self._closed = {mode: list(steps) for mode, steps in state.items()}
+        # Statistics without an age are of responses that the weights of their rollout wrote.
+        self._closed = {
+            mode: [(k, nn.functional.pad(rows, (0, 10 - rows.size(1)))) for k, rows in steps]
+            for mode, steps in state.items()
+        }

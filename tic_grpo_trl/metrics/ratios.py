@@ -5,6 +5,7 @@ that algorithms can be compared. The loss path only builds a small tensor per mi
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -15,6 +16,7 @@ QUANTILES = {"log_q05": 0.05, "log_q50": 0.5, "log_q95": 0.95}
 LOW_RATIO = 0.1
 # Logged by default, over all updates
 DEFAULT = ("ess", "log_std", *QUANTILES, "clip_high_pos", "clip_high_neg", "clip_low_neg")
+BY_AGE = ("ess", "log_std", "clip_high_pos", "clip_high_neg")  # logged for the responses of each age
 
 
 def ratio_statistics(
@@ -22,14 +24,15 @@ def ratio_statistics(
     clipped: ClippedWeight,
     advantages: torch.Tensor,  # (B,) or (B, T)
     mask: torch.Tensor,  # (B, T)
-    sampler_log_ratio: torch.Tensor | None = None,  # (B, T) log P_old − log P_sampler, NaN where the sampler gave none
+    sampler_log_ratio: torch.Tensor | None = None,  # (B, T) log P_old − log P_sampler, NaN where unknown
+    token_age: torch.Tensor | None = None,  # (B, T) rollouts since the token was sampled; `None`: 0 everywhere
 ) -> torch.Tensor:
     """Compute the ratio statistics of each response, cheap to gather.
 
     Returns:
-        (B, 9) float32: has tokens (0 or 1); R_i in nats; share of its tokens with A > 0; with A < 0; with A > 0 above
+        (B, 10) float32: has tokens (0 or 1); R_i in nats; share of its tokens with A > 0; with A < 0; with A > 0 above
         the upper bound; with A < 0 above it; with A < 0 below the lower bound; sum of `sampler_log_ratio` and number of
-        the tokens that have one. Shares are 0 or 1 where weight and A are per response.
+        the tokens that have one; age of its oldest token. Shares are 0 or 1 where weight and A are per response.
     """
     if advantages.dim() == 1:
         advantages = advantages.unsqueeze(1)  # (B, 1)
@@ -54,6 +57,7 @@ def ratio_statistics(
         share(losses & clipped.below),
         total,
         known,
+        torch.zeros_like(length) if token_age is None else (token_age * mask).amax(dim=-1),
     ]
     return torch.stack([column.float() for column in columns], dim=1)
 
@@ -73,17 +77,28 @@ def ratio_metrics(rows: torch.Tensor) -> dict[str, float]:
     """Compute the metrics of one mini-batch.
 
     Args:
-        rows: (n, 9), from [`ratio_statistics`], of every process.
+        rows: (n, 10), from [`ratio_statistics`], of every process.
 
     Returns:
         Floats by name: `ess` (share of n), `log_mean`, `log_std` (of R, nats, population), `log_min`, `log_max`,
         `log_q05`, `log_q50`, `log_q95`, `share_below_0.1` (of responses with w' < 0.1), and the shares
-        `clip_high_pos` (of A > 0 above the bound), `clip_high_neg` and `clip_low_neg` (of A < 0 above and below). A
-        share of nothing is left out; without any response that has tokens the result is empty.
+        `clip_high_pos` (of A > 0 above the bound), `clip_high_neg` and `clip_low_neg` (of A < 0 above and below). If
+        some response is older than this rollout, those of [`BY_AGE`] also for each age a, as `age_<a>/…`. A share of
+        nothing is left out; without any response that has tokens the result is empty.
     """
     rows = rows[rows[:, 0] > 0].double()
     if rows.size(0) == 0:
         return {}
+    metrics = _metrics_of_some(rows)
+    ages = rows[:, 9]
+    for age in ages.unique().tolist() if ages.any() else []:
+        of_age = _metrics_of_some(rows[ages == age])
+        metrics |= {f"age_{age:.0f}/{name}": of_age[name] for name in BY_AGE if name in of_age}
+    return metrics
+
+
+def _metrics_of_some(rows: torch.Tensor) -> dict[str, float]:
+    """Compute the metrics of responses, (n, 10), n ≥ 1, whatever their age."""
     log_ratio = rows[:, 1]
     metrics = {
         "ess": effective_sample_size(log_ratio).item(),
@@ -104,11 +119,15 @@ def ratio_metrics(rows: torch.Tensor) -> dict[str, float]:
     return metrics
 
 
-def default_metrics(last_inner_step: int) -> tuple[str, ...]:
-    """Return the names that are logged by default; per inner step those that show noise at the first and drift at the
-    last."""
-    last = f"inner_{last_inner_step}/"
-    return (*DEFAULT, "inner_1/log_std", f"{last}ess", f"{last}log_std")
+def default_metrics(names: Iterable[str], last_inner_step: int) -> list[str]:
+    """Return those of the `names` that are logged by default.
+
+    Per inner step they are those that show noise at the first and drift at the last. Noise alone is in responses of the
+    current weights, which have age 0.
+    """
+    names, last = list(names), f"inner_{last_inner_step}/"
+    wanted = (*DEFAULT, "inner_1/log_std", "inner_1/age_0/log_std", f"{last}ess", f"{last}log_std")
+    return [name for name in wanted if name in names] + [name for name in names if name.startswith("age_")]
 
 
 def mean_sampler_ratio(steps: list[tuple[int | None, torch.Tensor]]) -> float | None:
@@ -118,7 +137,7 @@ def mean_sampler_ratio(steps: list[tuple[int | None, torch.Tensor]]) -> float | 
     would not tell: its expectation is 1 for any sampler. The mean is limited to e^±700; it is `None` if no token has a
     ratio.
     """
-    total, tokens = torch.stack([rows[:, 7:].double().sum(dim=0) for _, rows in steps]).sum(dim=0).tolist()
+    total, tokens = torch.stack([rows[:, 7:9].double().sum(dim=0) for _, rows in steps]).sum(dim=0).tolist()
     return math.exp(max(-700.0, min(700.0, total / tokens))) if tokens else None
 
 
@@ -126,7 +145,7 @@ def merge_steps(steps: list[tuple[int | None, torch.Tensor]]) -> dict[str, float
     """Compute the metrics of all mini-batches since the last log: overall, and under `inner_<k>/` per inner step.
 
     `steps` has (k, statistics) for each optimizer step: the inner step k = 1 … K, or `None` without an inner loop, and
-    its (n, 9) statistics. Metrics are means over steps, `log_min` the smallest and `log_max` the largest.
+    its (n, 10) statistics. Metrics are means over steps, `log_min` the smallest and `log_max` the largest.
     """
     per_step = [(k, ratio_metrics(rows.cpu())) for k, rows in steps]
 

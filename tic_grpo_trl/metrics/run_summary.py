@@ -18,6 +18,8 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 AMBER, SKY, PURPLE = "#E69F00", "#56B4E9", "#CC79A7"
 
 NOISE_FLOOR = "trajectory_ratio/noise_floor"
+CARRIED = "carry_over/share"
+CURRENT_WEIGHTS = "inner_1/age_0/log_std"  # the noise floor with carry-over
 INNER_STEP = re.compile(r"trajectory_ratio/inner_(\d+)/log_std")
 LINES = 4  # most inner steps in a figure
 
@@ -53,7 +55,8 @@ def ratio_means(log_history: LogHistory) -> dict[str, float]:
     """
     places = ["", *(f"inner_{k}/" for k in inner_steps(log_history))]
     names = {f"{place}{name}": f"trajectory_ratio/{place}{name}" for place in places for name in DEFAULT}
-    names |= {"noise_floor": NOISE_FLOOR, "frac_non_finite": "frac_non_finite", "update/skipped": "update/skipped"}
+    names |= {"noise_floor": NOISE_FLOOR, CURRENT_WEIGHTS: f"trajectory_ratio/{CURRENT_WEIGHTS}"}
+    names |= {name: name for name in ("frac_non_finite", "update/skipped", CARRIED, "carry_over/mean_age")}
     values = {short: series(log_history, name)[1] for short, name in names.items()}
     return {short: fmean(of_name) for short, of_name in values.items() if of_name}
 
@@ -128,8 +131,9 @@ def plot_curves(log_history: LogHistory, path: str | Path, reward_name: str, win
     colours = plt.get_cmap("viridis")([0.9 - 0.9 * i / max(1, len(shown) - 1) for i in range(len(shown))])
     for k, colour in zip(shown, colours, strict=True):  # the last k darkest
         draw(axes[1, 0], f"trajectory_ratio/inner_{k}/ess", f"k = {k}", colour, faint=k == shown[-1])
-        label = f"k = {k}" + " (noise floor)" * (k == 1)
+        label = f"k = {k}" + " (noise floor)" * (k == 1 and not any(series(log_history, CARRIED)[1]))
         draw(axes[1, 1], f"trajectory_ratio/inner_{k}/log_std", label, colour, faint=k == shown[-1])
+    draw(axes[1, 1], f"trajectory_ratio/{CURRENT_WEIGHTS}", "k = 1, age 0 (noise floor)", GREY, faint=False)
     for step, noise in zip(*series(log_history, NOISE_FLOOR), strict=True):
         axes[1, 1].axhline(noise, color=GREY, linestyle=":", label=f"measured at update {step}: {noise:.2g}")
     axes[1, 0].set(ylabel="effective sample size, share of n", ylim=(0, 1.02))

@@ -40,7 +40,9 @@ def take_responses(rollout: dict[str, Any], indices: list[int], blanks: int, tri
     if blanks:
         taken["prompt_mask"][size:, :-1] = 0
         for name, value in taken.items():
-            if name in ("completion_mask", "tool_mask") or (torch.is_tensor(value) and value.is_floating_point()):
+            if name in ("completion_mask", "tool_mask", "token_age") or (
+                torch.is_tensor(value) and value.is_floating_point()
+            ):
                 value[size:] = 0
     if not trim:
         return taken

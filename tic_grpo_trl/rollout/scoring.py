@@ -106,17 +106,20 @@ class Scorer:
                     micro_batch["ref_per_token_logps"] = self._logps(micro_batch, count, model)
 
     def sampler_log_ratio(self, logps: torch.Tensor, inputs: dict[str, Any], position: Position) -> torch.Tensor | None:
-        """Return (B, T) log P_old − log P_sampler, NaN where the sampler gave none, or `None` where it is unknown.
+        """Return (B, T) log P_old − log P_sampler, NaN where it is unknown, or `None` if it is for every token.
 
-        In a rollout's first update the policy, with log-probabilities `logps`, is the old one.
+        The sampler had the old policy's weights for tokens of age 0 only. In a rollout's first update the policy, with
+        log-probabilities `logps`, is the old one.
         """
-        sampler = inputs.get("sampling_per_token_logps")
+        sampler, age = inputs.get("sampling_per_token_logps"), inputs.get("token_age")
         if sampler is None:
             return None
         old = inputs.get("old_per_token_logps") if self.args.behaviour_policy == "trainer" else None
-        if old is not None:
-            return old - sampler
-        return logps - sampler if position.update == 0 and self.schedule.starts_on_policy else None
+        if old is None and position.update == 0 and self.schedule.starts_on_policy:
+            old = logps
+        if old is None:
+            return None
+        return old - sampler if age is None else torch.where(age == 0, old - sampler, torch.nan)
 
     def _logps(self, micro_batch: dict[str, Any], count: Count, model: Any = None) -> torch.Tensor:
         output = self.forward.score(micro_batch, model=model)
