@@ -82,14 +82,9 @@ def generate(pool: Pool, slots: int, length: Callable[[Group, int], int]) -> Rol
     )
 
 
-def admit(pool: Pool, groups: int, responses: int, oversampling: float) -> None:
-    """Fill a pool up to `oversampling` rollouts, or to what is left of a run of so many `groups`.
-
-    With `max_carry_over=0`, which waits for every response, a pool holds one rollout.
-    """
-    limit = int(oversampling * pool.prompts) if pool.max_carry_over else pool.prompts
-    while len(pool.groups) < limit and pool.admitted < groups:
-        pool.admit(Group(pool.admitted, None, {}, [], [Response() for _ in range(responses)]))
+def most_groups(prompts_per_rollout: int, max_carry_over: int, oversampling: float) -> int:
+    """Return how many groups may be begun and not trained on; one rollout of them if nothing is carried over."""
+    return int(oversampling * prompts_per_rollout) if max_carry_over else prompts_per_rollout
 
 
 def simulate(
@@ -129,8 +124,10 @@ def simulate(
             f"a length of {shortest}, slots={slots}, oversampling={oversampling}, max_carry_over={max_carry_over}."
         )
     pool = Pool(prompts_per_rollout, max_carry_over)
-    rollouts = []
+    limit = most_groups(prompts_per_rollout, max_carry_over, oversampling)
+    rollouts: list[Rollout] = []
     while len(rollouts) < len(lengths_of_groups) // prompts_per_rollout:
-        admit(pool, len(lengths_of_groups), len(lengths_of_groups[0]), oversampling)
+        for lengths in lengths_of_groups[pool.admitted :][: limit - len(pool.groups)]:
+            pool.admit(Group(pool.admitted, None, {}, [], [Response() for _ in lengths]))
         rollouts.append(generate(pool, slots, lambda group, index: lengths_of_groups[group.number][index]))
     return rollouts
