@@ -154,8 +154,8 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
     )
     skip_on_policy_logps: bool = _option(
         True,
-        "Skip scoring the responses of a rollout's first update, where every ratio is 1 because the policy is the one "
-        "that sampled them. False measures the numerical noise of these ratios.",
+        "With behaviour_policy='trainer': skip scoring the responses of a rollout's first update, where every ratio is "
+        "1 because the policy is the old one. False measures the numerical noise of these ratios.",
     )
     behaviour_policy: Annotated[str | None, ("trainer", "sampler")] = _option(
         None,

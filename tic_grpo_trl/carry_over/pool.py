@@ -1,5 +1,6 @@
 """The responses that have been begun and not trained on, and which of them a rollout takes."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +31,15 @@ class Response:
     finished: bool = False
 
     def write(self, tokens: list[int], logps: list[float]):
-        """Append tokens that were just sampled."""
+        """Append tokens that were just sampled.
+
+        Raise a RuntimeError if a log-probability is not finite: the ratio would not be that of what was sampled.
+        """
+        if not all(map(math.isfinite, logps)):
+            raise RuntimeError(
+                "max_carry_over needs the log-probability of every sampled token, but the engine returned one that is "
+                "NaN or infinite: check the model's weights, or set max_carry_over=0."
+            )
         self.tokens += tokens
         self.logps += logps
 

@@ -31,10 +31,13 @@ def check_behaviour_policy(trainer: Any):
     if trainer.args.behaviour_policy != "sampler":
         return
     if not (trainer.use_vllm or trainer.rollout_func is not None):
-        raise ValueError(
-            "behaviour_policy='sampler' needs the sampler's log-probabilities, which only vLLM or a rollout_func "
-            "returns: set use_vllm=True, or behaviour_policy='trainer'."
-        )
+        for name in ("use_transformers_continuous_batching", "_is_vlm"):
+            if getattr(trainer, name):
+                what = "a model with images" if name == "_is_vlm" else f"{name}=True"
+                raise ValueError(
+                    f"behaviour_policy='sampler' needs the sampler's log-probabilities, which {what} does not return: "
+                    "set use_vllm=True, or behaviour_policy='trainer'."
+                )
     if not trainer.use_vllm or trainer.vllm_mode != "server":
         return
     modes = []

@@ -108,7 +108,7 @@ class RatioProbe:
                 f"Dropout is active in {len(self.dropout)} modules (first: {self.dropout[0]}), which makes the "
                 f"trajectory ratio noise that grows with the response length: {DROPOUT_FIX}"
             )
-        if not self.compares and self.by_trajectory:
+        if not self.compares and self.by_trajectory and not self.args.max_carry_over:
             logger.warning(
                 "K = 1: every rollout is used for one update, so every ratio is 1 and TIC-GRPO has nothing to correct. "
                 "Set updates_per_rollout=4 (mini-batches of a larger rollout) or num_iterations=4 (the same rollout "

@@ -190,7 +190,7 @@ class UpdateGuard:
             logger.warning(
                 f"The effective sample size of a mini-batch is {ess:.3f}, below min_ess={least}. This update and the "
                 "remaining ones of the rollout are skipped. Later skips are not announced; update/skipped counts them. "
-                "If there are many, lower the learning rate or make fewer updates per rollout."
+                "If there are many, lower the learning rate, max_carry_over or updates_per_rollout."
             )
             self._warned_of_low_ess = True
 
