@@ -258,8 +258,12 @@ class Plan:
             ("run", self._run_line()),
             ("tokens", f"at most {b.update_responses:,} x ({length}) = {update} an update, {rollout} a rollout"),
         ]
+        if args.max_carry_over:
+            most = f"at most {counted(int(args.oversampling * b.prompts), 'prompt')} x {b.num_generations} responses, "
+            late = f"each at most {counted(args.max_carry_over, 'rollout')} late"
+            lines.insert(3, ("in flight", f"{most}{late}; the behaviour policy is the {args.behaviour_policy}"))
         if changed := self._batch_line():
-            lines.insert(4, ("batch", changed))
+            lines.insert(-2, ("batch", changed))
         if self.eval_prompts:
             lines.append(("evaluation", self._evaluation_line(self.eval_prompts)))
         return lines + (self._memory_lines() if self.model is not None else [])
