@@ -94,6 +94,18 @@ def test_updates_that_span_rollouts_and_split_groups_are_named(tmp_path):
     assert "on-policy" in shown(starter_plan("--updates_per_rollout", "1"))["updates"]
 
 
+def test_responses_in_flight_are_counted_with_carry_over():
+    assert "in flight" not in shown(starter_plan())
+    lines = starter_plan("--max_carry_over", "2", "--oversampling", "1.5").lines()
+    assert dict(lines)["in flight"] == (
+        "at most 48 prompts x 8 responses, each at most 2 rollouts late; the behaviour policy is the sampler"
+    )
+    changed = starter_plan("--max_carry_over", "1", "--num_iterations", "2").lines()
+    order = [label for label, _ in changed]
+    assert order[:7] == ["topology", "model", "rollout", "in flight", "updates", "batch", "run"]
+    assert "on-policy" not in shown(starter_plan("--max_carry_over", "1", "--updates_per_rollout", "1"))["updates"]
+
+
 def test_unknown_data_leaves_the_rest():
     assert shown(starter_plan(num_prompts=None))["run"].startswith("200 updates, the length of an epoch is unknown")
 
@@ -329,10 +341,11 @@ def test_every_recipe_has_a_dry_run(recipe, tmp_path):
     assert lines["updates"].startswith("K = 4 of ")
     assert {"model", "rollout", "run", "tokens", "weights", "gradients", "AdamW", "activations", "sum"} <= set(lines)
     assert "batch" not in lines
-    if recipe.stem in ("qwen3_1.7b_h200", "qwen3_1.7b_8gpus", "qwen3_8b_2nodes"):  # the papers' batches
+    if recipe.stem.startswith("qwen3_") and "lora" not in recipe.stem:  # the papers' batches
         assert lines["rollout"] == "128 prompts x 16 responses = 2,048 responses"
         assert lines["updates"].startswith("K = 4 of 512 responses (32 prompts)")
         assert "(2,000 + 18,000)" in lines["tokens"]
+    assert ("in flight" in lines) == recipe.stem.endswith("_carry_over")
     assert not (tmp_path / "out").exists()
 
 

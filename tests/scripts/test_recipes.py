@@ -92,6 +92,13 @@ def test_eight_gpus_take_the_papers_run():
     }
 
 
+@pytest.mark.parametrize(("name", "papers"), [("1.7b_carry_over", "1.7b_h200"), ("8b_carry_over", "8b_2nodes")])
+def test_the_papers_runs_with_carry_over_differ_in_nothing_else(name, papers):
+    carried, waiting = (yaml.safe_load((RECIPES / f"qwen3_{each}.yaml").read_text()) for each in (name, papers))
+    differ = {name for name in carried | waiting if carried.get(name) != waiting.get(name)}
+    assert differ == {"algorithm", "epsilon_high", "max_carry_over", "oversampling", "output_dir"}
+
+
 def test_the_default_reward_is_what_the_solutions_ask_for(tmp_path):
     assert load("--train_size", 16)[2] == [exact_match_reward]
     assert load("--dataset_name", "few_shot_sums", "--train_size", 16)[2] == [exact_match_reward]
