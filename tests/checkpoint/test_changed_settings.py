@@ -13,14 +13,17 @@ def remembered(tmp_path, processes=1, dataset=TINY_PROMPTS, **config):
         args=TICGRPOConfig(str(tmp_path), **CPU, **config),
         train_dataset=dataset,
         accelerator=SimpleNamespace(num_processes=processes),
+        carry_over=None,
     )
     return settings_to_remember(trainer)
 
 
 def test_nothing_changed(tmp_path):
     settings = remembered(tmp_path)
-    assert Changes.between(settings, settings) == Changes("", "", "", "", "", processes=False)
-    assert Changes.between({}, settings) == Changes("", "", "", "", "", processes=False)  # of an older checkpoint
+    assert Changes.between(settings, settings) == Changes("", "", "", "", "", processes=False, carried=0, unfit="")
+    assert Changes.between({}, settings) == Changes(
+        "", "", "", "", "", processes=False, carried=0, unfit=""
+    )  # of an older checkpoint
 
 
 def test_changes_are_sorted_by_what_they_mean(tmp_path):

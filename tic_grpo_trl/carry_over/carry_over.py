@@ -17,6 +17,12 @@ from .prompts import PromptReader
 from .transformers_engine import TransformersEngine
 
 
+CHANGED = (
+    "The prompts of responses that were carried over have changed: the training data, tokenizer or chat template is "
+    "another one than when they were begun. Resume with the same ones."
+)
+
+
 @dataclass(frozen=True)
 class Share:
     """Say which prompts of each rollout a process's pool holds, and which part of them the process trains on."""
@@ -102,7 +108,7 @@ class CarryOver:
         if not self.share.broadcast or self._trainer.accelerator.is_main_process:
             self._fill()
             use = self.engine.run(self.pool.unfinished, lambda: self.pool.chosen() is not None)
-            version = self.pool.call
+            version = self.pool.version
             self._released = self.pool.release()
             sampled = [
                 Sampled(group.example, group.prompt_ids, each.tokens, each.logps, [version - v for v in each.versions])
@@ -127,19 +133,19 @@ class CarryOver:
         bound = int(min(trainer.args.oversampling, rollouts) * pool.prompts)
         while len(pool.groups) < bound:
             place, example = self.reader.read()
-            prompt_ids, images, _ = trainer._tokenize_prompts([example["prompt"]])
-            if images is not None:
-                raise ValueError("max_carry_over cannot carry over prompts with images: set max_carry_over=0.")
             responses = [Response() for _ in range(trainer.num_generations)]
-            pool.admit(Group(pool.admitted, place, example, prompt_ids[0], responses))
+            pool.admit(Group(pool.admitted, place, example, self._prompt_ids(example), responses))
+
+    def _prompt_ids(self, example: dict[str, Any]) -> list[int]:
+        prompt_ids, images, _ = self._trainer._tokenize_prompts([example["prompt"]])
+        if images is not None:
+            raise ValueError("max_carry_over cannot carry over prompts with images: set max_carry_over=0.")
+        return prompt_ids[0]
 
     def take(self, prompt_ids: list[list[int]], *_: Any) -> tuple[list[list[int]], list[list[float]]]:
         """Return tokens and log-probabilities of the rollout's responses, whose prompts are `prompt_ids`."""
         if prompt_ids != [each.prompt_ids for each in self._rollout]:
-            raise ValueError(
-                "The prompts of responses that were carried over have changed: the training data, tokenizer or chat "
-                "template is another one than when they were begun. Resume with the same ones."
-            )
+            raise ValueError(CHANGED)
         return [each.tokens for each in self._rollout], [each.logps for each in self._rollout]
 
     def mark(self, rollout: dict[str, Any]):
@@ -158,6 +164,13 @@ class CarryOver:
         return {"pool": self.pool.state_dict(), "released": released, "position": self.reader.position}
 
     def load_state_dict(self, state: dict[str, Any]):
+        """Restore the pool. Raise a ValueError on every process if a prompt in it has changed."""
         self.pool.load_state_dict(state["pool"], self.reader.read_again)
         self._released = load_groups(state["released"], self.reader.read_again)
         self.reader.move(state["position"])
+        groups = self._released + self.pool.groups
+        if any(gather_object([any(not self._is_unchanged(group) for group in groups)])):
+            raise ValueError(CHANGED)
+
+    def _is_unchanged(self, group: Group) -> bool:
+        return "prompt" in group.example and self._prompt_ids(group.example) == group.prompt_ids

@@ -103,10 +103,11 @@ class Pool:
     max_carry_over: int
     groups: list[Group] = field(default_factory=list)
     admitted: int = 0  # groups, since the start
+    version: int = 0  # of the weights: number of generation calls so far, those of discarded rollouts included
 
     @property
     def call(self) -> int:
-        """Number of generation calls so far: the version of the weights in the next one."""
+        """Number of rollouts so far, without discarded ones."""
         return (self.admitted - len(self.groups)) // self.prompts
 
     @property
@@ -127,10 +128,10 @@ class Pool:
 
     def release(self) -> list[Group]:
         """Remove and return the groups for this rollout, after giving all new tokens their version."""
-        version = self.call
         for group in self.groups:
             for each in group.responses:
-                each.versions += [version] * (len(each.tokens) - len(each.versions))
+                each.versions += [self.version] * (len(each.tokens) - len(each.versions))
+        self.version += 1
         chosen = self.chosen()
         assert chosen is not None
         released = [self.groups[index] for index in chosen]
@@ -138,9 +139,9 @@ class Pool:
         return released
 
     def state_dict(self) -> dict[str, Any]:
-        return {"admitted": self.admitted} | save_groups(self.groups)
+        return {"admitted": self.admitted, "version": self.version} | save_groups(self.groups)
 
     def load_state_dict(self, state: dict[str, Any], read: Read):
         """Restore the pool."""
-        self.admitted = state["admitted"]
+        self.admitted, self.version = state["admitted"], state["version"]
         self.groups = load_groups(state, read)

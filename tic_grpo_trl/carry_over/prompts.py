@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from datasets import IterableDataset
-from trl.trainer.utils import RepeatSampler
+from trl.trainer.utils import RepeatSampler, repeat_iterable_dataset
 
 
 Place = Any  # of an example: its index in the training data, or the epoch and its number in a stream
@@ -37,7 +37,7 @@ class PromptReader:
         self.position, self._examples = None if position is None else tuple(position), None  # type: ignore[assignment]
 
     def read_again(self, places: list[Place]) -> list[dict[str, Any]]:
-        """Return the examples at some places."""
+        """Return the examples at some places; that of a place which a stream no longer has is empty."""
         dataset = self._trainer.train_dataset
         if not isinstance(dataset, IterableDataset):
             return [self._columns(dataset[place]) for place in places]
@@ -46,8 +46,8 @@ class PromptReader:
             last = max(number for of, number in wanted if of == epoch)
             for place, example in itertools.islice(self._stream(epoch), last + 1):
                 if place in wanted:
-                    found[place] = example
-        return [found[tuple(place)] for place in places]
+                    found[place] = self._columns(example)
+        return [found.get(tuple(place), {}) for place in places]
 
     def _from(self, epoch: int, rollout: int, prompt: int) -> Iterator[tuple[Any, Place, dict[str, Any]]]:
         size = self._trainer.schedule.prompts
@@ -88,8 +88,9 @@ class PromptReader:
         dataset = self._trainer.train_dataset
         if self._trainer.shuffle_dataset:
             dataset = dataset.shuffle(seed=self._trainer.args.seed)
-        dataset.set_epoch(epoch)
-        return (((epoch, number), example) for number, example in enumerate(dataset))
+        rollouts = repeat_iterable_dataset(dataset, 1, self._trainer.schedule.prompts)  # a stream with its own epoch
+        rollouts.set_epoch(epoch)
+        return (((epoch, number), example) for number, example in enumerate(rollouts))
 
     def _columns(self, example: dict[str, Any]) -> dict[str, Any]:
         """Drop the columns that transformers would drop."""

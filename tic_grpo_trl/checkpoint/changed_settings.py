@@ -28,13 +28,15 @@ SAPO = ("sapo_temperature_neg", "sapo_temperature_pos")
 VESPO = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
 CARRY_OVER = ("max_carry_over", "oversampling")
 UPDATES = (*SCHEDULE, *SAMPLING, *CARRY_OVER, *REWARDS, *LOSS, *SAPO, *VESPO)
+# With groups that are carried over: an error. The order of the prompts that follow them would be another one.
+ORDER = ("seed", "shuffle_dataset")
 CARRIED = "groups that are carried over"
 
 
 def settings_to_remember(trainer: Any) -> dict[str, Any]:
     """Collect the settings that a checkpoint's manifest keeps, as they read back from JSON."""
     values, dataset, processes = trainer.args.to_dict(), trainer.train_dataset, trainer.accelerator.num_processes
-    names = (*BATCHES, *SCORING, *ALGORITHM, *OPTIMIZER, *UPDATES)
+    names = (*BATCHES, *SCORING, *ALGORITHM, *OPTIMIZER, *UPDATES, *ORDER)
     settings = json.loads(json.dumps({name: values[name] for name in names}, default=str))
     carried = len(trainer.carry_over.pool.groups) if trainer.carry_over else 0
     prompts = len(dataset) if hasattr(dataset, "__len__") else None
@@ -52,6 +54,7 @@ class Changes:
     updates: str
     processes: bool
     carried: int  # groups that the checkpoint carries over, on its main process
+    unfit: str  # what has changed that these groups depend on
 
     @classmethod
     def between(cls, then: dict[str, Any], now: dict[str, Any]) -> "Changes":
@@ -61,6 +64,9 @@ class Changes:
         def listed(names: tuple[str, ...]) -> str:
             return ", ".join(f"{name} = {now[name]} (was {then[name]})" for name in names if name in changed)
 
+        ends = ("max_carry_over",) if not now["max_carry_over"] else ()
+        longest = "max_completion_length"
+        shorter = (longest,) if (now[longest] or 0) < (then.get(longest) or 0) else ()
         return cls(
             batches=listed((*BATCHES, PROCESSES, PROMPTS)),
             scoring=listed(SCORING),
@@ -69,4 +75,5 @@ class Changes:
             updates=listed((*SCORING, *ALGORITHM, *UPDATES)),
             processes=PROCESSES in changed,
             carried=then.get(CARRIED, 0),
+            unfit=listed((*BATCHES, PROCESSES, PROMPTS, *ORDER, *ends, *shorter)),
         )

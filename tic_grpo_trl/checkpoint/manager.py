@@ -182,14 +182,15 @@ class CheckpointManager:
         """Read this process's state, as far as it fits the settings; return the epoch and the batches of it to skip.
 
         `position` is what transformers would skip; it counts a stream of data as one epoch. Raise a ValueError if the
-        checkpoint is inside a rollout of another algorithm, or has unfinished responses that the settings have no place
-        for.
+        checkpoint is inside a rollout of another algorithm, or carries over groups that don't fit the settings or
+        aren't in it.
         """
         changes = Changes.between(storage.read_manifest(checkpoint)["settings"], self.settings())
-        if changes.carried and (misfit := changes.batches or ("" if self.args.max_carry_over else changes.updates)):
+        carries = f"{checkpoint} carries over {changes.carried} groups of responses"
+        if changes.carried and changes.unfit:
+            ends = "" if self.args.max_carry_over else ", or first with oversampling=1 until none is carried over"
             raise ValueError(
-                f"{checkpoint} carries over {changes.carried} groups of responses, which don't fit these settings: "
-                f"{misfit}. Resume with the old ones."
+                f"{carries}, which don't fit these settings: {changes.unfit}. Resume with the old ones{ends}."
             )
         path = self._state_path(checkpoint)
         state = None
@@ -199,6 +200,11 @@ class CheckpointManager:
         if state is not None and state.keys() - optional != self.objects.keys() - optional:
             logger.warning(f"{path} was written by another version of this package and is not used.")
             state = None
+        if changes.carried and state is None:
+            raise ValueError(
+                f"{carries}, but has no {path.name} of this version that holds them: start a new run from its weights, "
+                "and train with save_only_model=False to resume."
+            )
         inside = state is not None and state["rollout"]["micro_batches"] is not None
         discards = inside and bool(changes.scoring or self.args.discard_rollout_on_resume)
         if changes.algorithm and inside and not (changes.batches or self.args.discard_rollout_on_resume):
