@@ -15,14 +15,22 @@ INTERRUPTED = ["plain", "short", "options", "past the model's length"]
 EOS = AutoTokenizer.from_pretrained(STARTER_MODEL).eos_token_id
 
 
-@pytest.fixture(scope="module", params=["sync", "async"])
-def noted(request, tmp_path_factory):
-    """With an engine that looks at every step before the next, and one that begins the next before."""
-    folder = tmp_path_factory.mktemp(request.param)
-    run(folder, "vllm_carry_over.py", request.param)
-    noted = torch.load(folder / f"{request.param}.pt")
-    assert noted["ahead"] == (request.param == "async")
-    return noted
+@pytest.fixture(scope="module", params=["sync", "async", "tensor parallel"])
+def everywhere(request, tmp_path_factory):
+    """What each process noted: with an engine that looks at every step before the next, one that begins the next
+    before, as on GPUs, and one of these whose tensors are spread over two processes."""
+    folder = tmp_path_factory.mktemp("run")
+    processes = 2 if request.param == "tensor parallel" else 1
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2") if processes == 2 else ()
+    run(folder, "vllm_carry_over.py", "sync" if request.param == "sync" else "async", launcher=launcher)
+    everywhere = [torch.load(folder / f"{index}.pt") for index in range(processes)]
+    assert all(noted["ahead"] == (request.param != "sync") for noted in everywhere)
+    return everywhere
+
+
+@pytest.fixture
+def noted(everywhere):
+    return everywhere[0]
 
 
 def responses(scenario: dict) -> list[tuple[list[int], dict]]:
@@ -192,3 +200,11 @@ def test_an_engine_that_sleeps(noted):
     """It discards the weights, so that they are loaded again although they are the same."""
     call = [("load",), ("wake up", "weights"), ("wake up", "kv_cache"), ("step",), ("sleep", 2)]
     assert noted["asleep"] == 2 * call
+
+
+def test_processes_that_share_an_engine_hold_the_same_responses(everywhere):
+    for noted in everywhere[1:]:
+        for name in INTERRUPTED:
+            for call, first in zip(noted[name]["calls"], everywhere[0][name]["calls"], strict=True):
+                for part in ("after", "released", "use", "asked", "left"):
+                    assert call[part] == first[part]

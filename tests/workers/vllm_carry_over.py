@@ -1,9 +1,11 @@
 """Started by test_vllm_colocated.py: goes on with responses in a real engine while the weights change, and notes all.
 
-Arguments: a folder for the results, and whether the engine schedules steps ahead (`async`) or not (`sync`)."""
+Started in several processes, it spreads the engine's tensors over them. Arguments: a folder for the results, one file
+per process, and whether the engine schedules steps ahead (`async`) or not (`sync`)."""
 
 from vllm_engine import SETTINGS, one_engine_on_cpu, weights_of  # isort: skip (first, because of its settings)
 
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +21,7 @@ from tic_grpo_trl.starter import STARTER_MODEL, exact_match_reward, make_dataset
 
 
 SLOTS, GROUP, BEGUN, CALLS = 16, 4, 6, 4  # the engine's, responses of a group, groups of a pool, generation calls
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # that share the engine
 PROBE = 8  # prompts that an evaluation generates for
 SCENARIOS = {
     "plain": {},
@@ -195,10 +198,11 @@ def main(folder: Path, scheduling: str):
     schedule_ahead(scheduling == "async")
     dataset = make_dataset("train", 64, 0)
     settings = {"behaviour_policy": "sampler", "vllm_mode": "colocate", "max_steps": 1, "steps_per_generation": 1}
+    settings |= {"per_device_train_batch_size": SLOTS // PROCESSES, "vllm_tensor_parallel_size": PROCESSES}
     trainer = TICGRPOTrainer(
         model=STARTER_MODEL,
         reward_funcs=exact_match_reward,
-        args=TICGRPOConfig(str(folder / "out"), **SETTINGS | settings | {"per_device_train_batch_size": SLOTS}),
+        args=TICGRPOConfig(str(folder / "out"), **SETTINGS | settings),
         train_dataset=dataset,
     )
     prompts = trainer._tokenize_prompts([example["prompt"] for example in dataset])[0]
@@ -207,7 +211,7 @@ def main(folder: Path, scheduling: str):
     noted["error"] = driver.interrupted_by_an_error()
     noted["others"], noted["asleep"], noted["loads"] = driver.request_of_others(), driver.asleep(), driver.loads()
     noted["ahead"] = bool(trainer.vllm_generation.llm.llm_engine.engine_core.engine_core.batch_queue_size > 1)
-    torch.save(noted, folder / f"{scheduling}.pt")
+    torch.save(noted, folder / f"{trainer.accelerator.process_index}.pt")
 
 
 if __name__ == "__main__":
