@@ -49,6 +49,25 @@ def package_algorithm(name: str) -> Algorithm:
     return Algorithm(str(args.importance_sampling_level), args.clip, str(args.loss_type), str(args.scale_rewards))
 
 
+def weighted_advantages(
+    logps: torch.Tensor,  # (..., N, T)
+    recorded: torch.Tensor,  # (..., N, T) of the behaviour policy, whichever it was at each token
+    mask: torch.Tensor,  # (..., N, T)
+    advantages: torch.Tensor,  # (..., N)
+    algorithm: Algorithm,
+) -> torch.Tensor:
+    """(..., N, T) what multiplies ∇log π_θ(o_{i,t}) before the length normaliser: 1[kept]·w·A_i (v2 Eq. 11, line *)."""
+    logps, recorded, mask = torch.broadcast_tensors(logps, recorded, mask)
+    shape = mask.shape
+    # the package's functions take (B, T) and (B,)
+    logps, recorded, mask = (x.reshape(-1, shape[-1]) for x in (logps, recorded, mask))
+    advantages = advantages.expand(shape[:-1]).reshape(-1)
+    log_weight = log_importance_weight(token_log_ratio(logps, recorded, mask), mask, algorithm.level)
+    clipped = clip_log_weight(log_weight, advantages, mask, algorithm.clip)
+    coefficients = clipped.log_weight.exp() * clipped.keeps_gradient * advantages.unsqueeze(1) * mask
+    return coefficients.reshape(shape)
+
+
 def token_coefficients(
     theta: torch.Tensor,  # (..., R, V)
     theta_old: torch.Tensor,  # (..., R, V)
@@ -56,17 +75,9 @@ def token_coefficients(
     advantages: torch.Tensor,  # (..., N)
     algorithm: Algorithm,
 ) -> torch.Tensor:
-    """(..., N, T) what multiplies ∇log π_θ(o_{i,t}) before the length normaliser: 1[kept]·w·A_i (v2 Eq. 11, line *)."""
+    """(..., N, T) [`weighted_advantages`] of responses from one policy π_old."""
     logps, old_logps = token_logps(theta, responses), token_logps(theta_old, responses)
-    logps, old_logps, mask = torch.broadcast_tensors(logps, old_logps, responses.mask)
-    shape = mask.shape
-    # the package's functions take (B, T) and (B,)
-    logps, old_logps, mask = (x.reshape(-1, shape[-1]) for x in (logps, old_logps, mask))
-    advantages = advantages.expand(shape[:-1]).reshape(-1)
-    log_weight = log_importance_weight(token_log_ratio(logps, old_logps, mask), mask, algorithm.level)
-    clipped = clip_log_weight(log_weight, advantages, mask, algorithm.clip)
-    coefficients = clipped.log_weight.exp() * clipped.keeps_gradient * advantages.unsqueeze(1) * mask
-    return coefficients.reshape(shape)
+    return weighted_advantages(logps, old_logps, responses.mask, advantages, algorithm)
 
 
 def length_normaliser(responses: Responses, loss_type: str, horizon: int, mean_length: float | None = None):

@@ -7,6 +7,7 @@ import torch
 from tic_grpo_trl.algorithms import FAMILY
 
 from .ascent import HORIZONS, Ascent, Setting, ascend, starting_point, theorem_algorithms
+from .carry_over import CarryOver, measure_carry_over
 from .decomposition import (
     IDENTITIES,
     advantages_of,
@@ -40,6 +41,7 @@ from .policy import (
     token_logps,
     tree_task,
 )
+from .reporting import Check
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Scale:
     tasks: tuple[int, ...] = (0, 1, 2)
     samples: int = 8000
     first_rates: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
+    rollouts: int = 12
 
 
 QUICK = Scale(
@@ -82,20 +85,8 @@ QUICK = Scale(
     tasks=(0, 1),
     samples=200,
     first_rates=(1.0,),
+    rollouts=4,
 )
-
-
-@dataclass(frozen=True)
-class Check:
-    """A worst value over all drifts and policies, next to its target."""
-
-    claim: str
-    value: float
-    target: float = 1e-12
-
-    @property
-    def holds(self) -> bool:
-        return self.value <= self.target
 
 
 def package_algorithms() -> dict[str, Algorithm]:
@@ -324,6 +315,7 @@ class Results:
     growth: dict[float, dict[str, torch.Tensor]]
     mini_batches: dict[float, dict[str, float]]
     ascents: dict[str, list[tuple[float, Ascent]]]
+    carry_over: CarryOver
 
 
 def measure(scale: Scale) -> Results:
@@ -335,11 +327,12 @@ def measure(scale: Scale) -> Results:
         spreads.append((sum(stds) / len(stds), max(largest)))
     residuals, groups = decomposition_residuals(scale, lists), group_expectations(scale)
     mini_batches = mini_batch_bias(scale)
+    carry_over = measure_carry_over(small_list(), scale.drifts, scale.rollouts, scale.first_rates)
     return Results(
         scale=scale,
         trajectories=len(lists[0].p_old),
         spreads=spreads,
-        checks=exactness_checks(scale, lists, residuals, groups, mini_batches),
+        checks=exactness_checks(scale, lists, residuals, groups, mini_batches) + carry_over.checks,
         biases=bias_curves(scale, lists),
         groups=groups,
         residuals=residuals,
@@ -348,4 +341,5 @@ def measure(scale: Scale) -> Results:
         growth={drift: second_moment_growth(scale, drift) for drift in (0.1, 0.3)},
         mini_batches=mini_batches,
         ascents=ascent_sweeps(scale),
+        carry_over=carry_over,
     )

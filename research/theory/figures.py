@@ -13,6 +13,7 @@ from matplotlib.ticker import LogLocator
 
 from tic_grpo_trl.metrics.run_summary import AMBER, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY
 
+from .carry_over import CONSTANT
 from .decomposition import IDENTITIES
 from .experiments import Results
 
@@ -184,9 +185,87 @@ def moments_figure(results: Results, path: Path) -> None:
     plt.close(figure)
 
 
+def _bias_by_update(axis, results: Results) -> None:
+    styles = {(0, 1.0): (BLACK, ":", "v"), (1, 1.5): (SKY, "--", "s"), (1, 2.0): (BLUE, "-", "o")}
+    styles |= {(2, 2.0): (GREEN, "-.", "^"), (3, 2.0): (ORANGE, ":", "D")}
+    updates = range(1, results.carry_over.rollouts + 1)
+    for engine, found in results.carry_over.releases.items():
+        if engine.prompts == 2:
+            key = engine.max_carry_over, engine.oversampling if engine.max_carry_over else 1.0
+            colour, dashes, marker = styles[key]
+            label = f"S = {key[0]}, O = {key[1]:g}" if key[0] else "waits for all (S = 0)"
+            biases = found.biases[CONSTANT]
+            axis.plot(updates, biases, color=colour, linestyle=dashes, marker=marker, markersize=5, label=label)
+    axis.set(title="two prompts per rollout", xlabel="update of the run", ylabel="bias of one update / ‖∇J‖")
+    axis.set_xticks(list(updates))
+
+
+def _bias_by_bound(axis, results: Results) -> None:
+    runs = {
+        engine.max_carry_over: found.biases[CONSTANT]
+        for engine, found in results.carry_over.releases.items()
+        if engine.prompts == engine.group_size == 1
+    }
+    rollouts = results.carry_over.rollouts
+    shown = {
+        1: (BLUE, "-", "o"),
+        3: (SKY, "--", "s"),
+        rollouts // 2 + 1: (GREEN, "-.", "^"),
+        rollouts: (ORANGE, ":", "D"),
+    }
+    for update, (colour, dashes, marker) in shown.items():
+        label = f"update {update}" + (", the last" if update == rollouts else "")
+        values = [biases[update - 1] for biases in runs.values()]
+        axis.plot(list(runs), values, color=colour, linestyle=dashes, marker=marker, label=label)
+    axis.set(title="one prompt per rollout, O = S + 1", xlabel="S: max_carry_over", ylabel="bias of one update / ‖∇J‖")
+    axis.set_xticks(list(runs))
+
+
+def _length_by_age(axis, results: Results) -> None:
+    styles = {1: (BLUE, "-"), 2: (GREEN, "-."), 3: (ORANGE, ":")}
+    for engine, found in results.carry_over.releases.items():
+        if engine.prompts == engine.group_size == 1 and engine.max_carry_over:
+            colour, dashes = styles[engine.max_carry_over]
+            ages = list(found.by_age)
+            shares, lengths = zip(*found.by_age.values(), strict=True)
+            axis.plot(ages, lengths, color=colour, linestyle=dashes, label=f"S = {engine.max_carry_over}")
+            axis.scatter(ages, lengths, s=[400 * share for share in shares], color=colour, alpha=0.8)
+    axis.axhline(results.carry_over.mean_length, color=BLACK, linewidth=0.8, linestyle="--", label="all responses")
+    axis.set(title="O = S + 1; area of a dot: share of the responses", xlabel="age: rollouts since the first token")
+    axis.set(ylabel="mean length, tokens")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _bias_of_learning(axis, results: Results) -> None:
+    (by_rate,) = (by for engine, by in results.carry_over.learning.items() if engine.max_carry_over)
+    rates = [rate for rate in by_rate if rate]
+    axis.plot(
+        rates, [by_rate[rate][0] for rate in rates], color=BLUE, marker="o", label="S = 1, mean of the run's updates"
+    )
+    axis.plot(
+        rates, [by_rate[rate][1] for rate in rates], color=SKY, linestyle="--", marker="s", label="S = 1, worst update"
+    )
+    axis.set(xscale="log", yscale="log", title="policy that learns; S = 0 has no bias", xlabel="learning rate η")
+    axis.set(ylabel="bias / ‖∇J‖ at the start")
+    axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axis.minorticks_off()
+
+
+def carry_over_figure(results: Results, path: Path) -> None:
+    """Bias of one update against the rollout and S, length against age, and the bias with a policy that learns."""
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8), constrained_layout=True)
+    for axis, draw in zip(axes.flat, (_bias_by_update, _bias_by_bound, _length_by_age, _bias_of_learning), strict=True):
+        draw(axis, results)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+
+
 FIGURES = {
     "bias.png": bias_figure,
     "terms.png": terms_figure,
     "stationarity.png": stationarity_figure,
     "moments.png": moments_figure,
+    "carry_over.png": carry_over_figure,
 }

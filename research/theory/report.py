@@ -8,17 +8,11 @@ import torch
 from tic_grpo_trl.metrics.run_summary import table
 
 from .ascent import Ascent, slope
+from .carry_over_report import carry_over_finding, carry_over_section
 from .decomposition import CORRECTIONS, IDENTITIES
 from .experiments import Results
 from .figures import ASCENT_STYLES
-
-
-def _number(value: float) -> str:
-    if value != value:
-        return "–"
-    if value and abs(value) < 1e-3:
-        return f"{value:.1e}"
-    return f"{value:.3g}"
+from .reporting import number
 
 
 def _exactness(results: Results) -> str:
@@ -32,7 +26,7 @@ def _biases(results: Results, clipped: bool, quantity: str, drifts: list[float])
         cells = []
         for drift in drifts:
             values = [getattr(b, quantity) for b in by_clip[clipped][results.scale.drifts.index(drift)]]
-            cells.append(_number(sum(values) / len(values)))
+            cells.append(number(sum(values) / len(values)))
         rows.append([f"`{name}`", *cells])
     return table(["algorithm", *(f"drift {d:g}" for d in drifts)], rows)
 
@@ -40,7 +34,7 @@ def _biases(results: Results, clipped: bool, quantity: str, drifts: list[float])
 def _groups(results: Results) -> str:
     sizes = results.scale.group_sizes
     rows = [
-        [f"`{name}`", *(f"{_number(by[size][0])} / {_number(by[size][1])}" for size in sizes)]
+        [f"`{name}`", *(f"{number(by[size][0])} / {number(by[size][1])}" for size in sizes)]
         for name, by in results.groups.items()
     ]
     return table(["algorithm", *(f"G = {size}" for size in sizes)], rows)
@@ -51,14 +45,14 @@ def _terms(results: Results, drift: float) -> str:
     names += ["length error", "clip error"]
     rows = []
     for key, terms in results.terms.items():
-        cells = [f"{_number(terms[n][at][0])} / {_number(terms[n][at][1])}" if n in terms else "–" for n in names]
+        cells = [f"{number(terms[n][at][0])} / {number(terms[n][at][1])}" if n in terms else "–" for n in names]
         rows.append([IDENTITIES[key].name, *cells])
     return table(["identity", *names], rows)
 
 
 def _martingale(results: Results) -> str:
     rows = [
-        [name, _number(m.of_sum), _number(m.summed), f"{m.gap:+.1e}" if abs(m.gap) < 1e-3 else f"{m.gap:+.3f}"]
+        [name, number(m.of_sum), number(m.summed), f"{m.gap:+.1e}" if abs(m.gap) < 1e-3 else f"{m.gap:+.3f}"]
         for name, m in results.martingale.items()
     ]
     return table(["x_t = c_t·∇log π_θ(o_t)", "E‖Σ x_t‖²", "Σ E‖x_t‖²", "relative gap"], rows)
@@ -66,7 +60,7 @@ def _martingale(results: Results) -> str:
 
 def _mini_batches(results: Results) -> str:
     names = list(next(iter(results.mini_batches.values())))
-    rows = [[f"{rate:g}", *(_number(by[name]) for name in names)] for rate, by in results.mini_batches.items()]
+    rows = [[f"{rate:g}", *(number(by[name]) for name in names)] for rate, by in results.mini_batches.items()]
     return table(["first step η", *names], rows)
 
 
@@ -188,6 +182,7 @@ def _findings(results: Results) -> str:
         f"{slopes('T, matched step', 'GRPO2', tic, unclipped)}; one η: "
         f"{slopes('T, equal η', 'GRPO2', tic, unclipped)}. "
         "A better dependence on T would be a smaller slope.",
+        carry_over_finding(results.carry_over),
     ]
     return "\n".join(f"- {line}" for line in lines)
 
@@ -345,4 +340,5 @@ Read with care: the theorems bound the gap from above for long runs with a step 
 runs at given step sizes, where the gap is mostly the time that a run needs. Matching the mean normaliser does not match
 the norm of the update. Runs share {len(scale.tasks)} tasks, so errors over runs understate the spread over tasks. A
 policy that turns deterministic has a vanishing ∇J whether or not its J is good: compare the gains too.
-"""
+
+{carry_over_section(results.carry_over)}"""
