@@ -229,7 +229,6 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
         self._resolve_algorithm()
         check_ranges(self)
         check_combinations(self)
-        check_carry_over(self)
         if self.loss_type == "cispo" and (self.epsilon_high or CISPO_CAP) < 1:
             warnings.warn(
                 f"With loss_type='cispo' the cap is epsilon_high={self.epsilon_high} itself, not 1 + epsilon_high, so "
@@ -249,6 +248,7 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
             if "divisible by" in str(error):  # our error has the nearest valid batch sizes
                 check_batches(self, self.world_size)
             raise
+        check_carry_over(self)
         if generation_batch_size not in (None, self.generation_batch_size):
             by = "steps_per_generation" if self.updates_per_rollout is None else "updates_per_rollout"
             raise ValueError(

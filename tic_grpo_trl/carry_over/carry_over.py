@@ -164,13 +164,19 @@ class CarryOver:
         return {"pool": self.pool.state_dict(), "released": released, "position": self.reader.position}
 
     def load_state_dict(self, state: dict[str, Any]):
-        """Restore the pool. Raise a ValueError on every process if a prompt in it has changed."""
+        """Restore the pool. Raise a ValueError on every process if a prompt has changed or a response is too long."""
         self.pool.load_state_dict(state["pool"], self.reader.read_again)
         self._released = load_groups(state["released"], self.reader.read_again)
         self.reader.move(state["position"])
         groups = self._released + self.pool.groups
         if any(gather_object([any(not self._is_unchanged(group) for group in groups)])):
             raise ValueError(CHANGED)
+        longest, most = max(gather_object([self.pool.longest])), self._trainer.args.max_completion_length
+        if longest >= most:
+            raise ValueError(
+                f"max_completion_length={most} is too short for an unfinished response of {longest} tokens, which the "
+                "checkpoint carries over: resume with the old max_completion_length."
+            )
 
     def _is_unchanged(self, group: Group) -> bool:
         return "prompt" in group.example and self._prompt_ids(group.example) == group.prompt_ids

@@ -115,6 +115,11 @@ class Pool:
         """The responses to go on with, oldest first."""
         return [(group, each) for group in self.groups for each in group.responses if not each.finished]
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest unfinished response."""
+        return max((len(response.tokens) for _, response in self.unfinished), default=0)
+
     def chosen(self) -> list[int] | None:
         """Return the indices of the groups for this rollout, or `None` if generation has to go on."""
         first_not_due = (self.call - self.max_carry_over + 1) * self.prompts

@@ -64,6 +64,8 @@ class VLLMColocated:
         use = EngineUse(slots=engine.vllm_config.scheduler_config.max_num_seqs)
         running: dict[str, Response] = {}
         written: dict[str, int] = {}  # by those that haven't been given a slot in this call
+        if enough():
+            return use
         try:
             for group, response in unfinished:
                 name = f"response-{next(self.numbers)}"
