@@ -116,8 +116,9 @@ def test_many_requests_at_once(noted):
         assert_whole(call)
         groups = [call["responses"][start : start + 8] for start in range(0, 512, 8)]
         assert sum(all(finished for *_, finished in group) for group in groups) >= complete
-    assert [all(finished for *_, finished in call["responses"]) for call in calls] == [False, False, True]
-    assert calls[1]["use"]["prefilled_again"] > 0
+    assert not all(finished for *_, finished in calls[0]["responses"])
+    assert all(finished for *_, finished in calls[-1]["responses"])
+    assert sum(call["use"]["prefilled_again"] for call in calls[1:]) > 0
 
 
 def test_oldest_first(noted):

@@ -22,6 +22,7 @@ from .sampling_parameters import request_parameters
 # Seconds
 ANSWER = 60.0  # for an answer, unless it takes generating
 HEALTH = 10.0  # between checks that the server is alive
+CLEAN_UP = 10.0  # for interrupting a server that has failed: what is left ends with its connection
 ARRIVAL = 0.2  # for requests that are on their way when the server is interrupted
 
 RESETS = 10  # attempts: a request that has just ended may still hold a part of the cache
@@ -121,8 +122,8 @@ class VLLMServer:
                         break
                 await self._interrupt(session, requests)
             except BaseException:
-                with suppress(RuntimeError):
-                    await self._interrupt(session, requests)
+                with suppress(RuntimeError, TimeoutError):
+                    await asyncio.wait_for(self._interrupt(session, requests), CLEAN_UP)
                 raise
             finally:
                 for task in (health, *requests):
