@@ -65,10 +65,12 @@ def largest_difference(noted: dict, shift: int = 0) -> float:
     expected = torch.zeros_like(recorded)
     for version, weights in enumerate(noted["weights"]):
         with torch.no_grad():
-            logits = policy(weights)(torch.cat([ids, tokens], 1), attention_mask=torch.cat(masks, 1).long()).logits
+            logits = (
+                policy(weights).double()(torch.cat([ids, tokens], 1), attention_mask=torch.cat(masks, 1).long()).logits
+            )
         scores = (logits[:, ids.size(1) - 1 : -1] / TEMPERATURE).log_softmax(-1)
         own = scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        expected = torch.where((versions + shift) % len(noted["weights"]) == version, own, expected)
+        expected = torch.where((versions + shift) % len(noted["weights"]) == version, own.float(), expected)
     return (recorded - expected)[masks[1]].abs().max().item()
 
 
