@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
 from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
+from tic_grpo_trl.carry_over.pool import Response
 from tic_grpo_trl.scripts import train as train_script
 from tic_grpo_trl.starter import STARTER_MODEL
 
@@ -56,14 +57,18 @@ class WatchedTrainer(TICGRPOTrainer):
     def is_saving(self) -> bool:
         return self._phases[-1] == "saving"
 
+    @property
+    def is_generating(self) -> bool:
+        return self._phases[-1] == "generation"
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         self._phases[0] = "between"
         with self._phase(f"update_{self.schedule.at(self._step).update + 1}"):
             return super().training_step(model, inputs, num_items_in_batch)
 
-    def _generate_and_score_completions(self, inputs):
-        with self._phase("generation" if self.model.training else self._phases[-1]):
-            return super()._generate_and_score_completions(inputs)
+    def _start_rollout(self, generation_batch):
+        with self._phase("generation"):
+            super()._start_rollout(generation_batch)
 
     def _evaluate(self, *args, **kwargs):
         with self._phase("evaluation"):
@@ -94,6 +99,18 @@ def die_at_rename(number):
     sys.addaudithook(watch)
 
 
+def die_at_call(owner, name, number):
+    """Before a method of a class runs for the so-many-th time in the generation of a rollout."""
+    method, calls = getattr(owner, name), itertools.count(1)
+
+    def watched(*args, **kwargs):
+        if WatchedTrainer.last.is_generating and next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return method(*args, **kwargs)
+
+    setattr(owner, name, watched)
+
+
 def use_own_lock(bars, lock):
     """Let a kind of progress bars and all made of it have another lock than their own, which is one semaphore for all
     processes that were forked from one: whoever is killed while holding it keeps it for ever."""
@@ -118,7 +135,12 @@ def train(flags):
     split_every_parameter(parsed[1])
     if "DIE_AT_RENAME" in os.environ:
         die_at_rename(int(os.environ["DIE_AT_RENAME"]))
-    train_script.train(train_script.build_trainer(*parsed), parsed[0].dataset_name)
+    trainer = train_script.build_trainer(*parsed)
+    if "DIE_AT_TOKEN" in os.environ:
+        die_at_call(type(trainer.model), "prepare_inputs_for_generation", int(os.environ["DIE_AT_TOKEN"]))
+    if "DIE_AT_WRITE" in os.environ:
+        die_at_call(Response, "write", int(os.environ["DIE_AT_WRITE"]))
+    train_script.train(trainer, parsed[0].dataset_name)
 
 
 folder = Path(sys.argv[1])

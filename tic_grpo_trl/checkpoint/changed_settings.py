@@ -65,8 +65,6 @@ class Changes:
             return ", ".join(f"{name} = {now[name]} (was {then[name]})" for name in names if name in changed)
 
         ends = ("max_carry_over",) if not now["max_carry_over"] else ()
-        longest = "max_completion_length"
-        shorter = (longest,) if (now[longest] or 0) < (then.get(longest) or 0) else ()
         return cls(
             batches=listed((*BATCHES, PROCESSES, PROMPTS)),
             scoring=listed(SCORING),
@@ -75,5 +73,5 @@ class Changes:
             updates=listed((*SCORING, *ALGORITHM, *UPDATES)),
             processes=PROCESSES in changed,
             carried=then.get(CARRIED, 0),
-            unfit=listed((*BATCHES, PROCESSES, PROMPTS, *ORDER, *ends, *shorter)),
+            unfit=listed((*BATCHES, PROCESSES, PROMPTS, *ORDER, *ends)),
         )
