@@ -94,10 +94,10 @@ def carry_over_finding(found: CarryOver) -> str:
         f"sampled, responses of several versions give ∇J(θ) to {number(ratios['what was recorded'])}; with the last "
         f"version alone the error is {number(ratios['the last version'])} (section 8). But the first rollouts hold the "
         f"groups that are complete first: with S = 2 and O = 2 the bias of the first update is {number(biases[0])} of "
-        f"‖∇J‖ and that of the third {number(biases[2])}. At a fixed policy the biases of a run cancel to "
-        f"{number(_run(found, 2).of_the_run[CONSTANT])}. With a policy that moves they do not: at a drift of {drift:g} "
-        f"per rollout {number(found.moving[drift].biases[-2])} is left after the start, and with a policy that learns "
-        f"(η = 1) {number(learned)} over the run."
+        f"‖∇J‖ and that of the third {number(biases[2])}. At a fixed policy later updates lose their bias, and that of "
+        f"a whole run is {number(_run(found, 2).of_the_run[CONSTANT])}. If the policy moves, some of it stays: "
+        f"{number(found.moving[drift].biases[-2])} in a single update after the start at a drift of {drift:g} per "
+        f"rollout, and {number(learned)} in the mean of a run whose policy learns (η = 1)."
     )
 
 
@@ -146,20 +146,20 @@ mean. Size of the term, relative to (G−1)/G·‖∇J(θ)‖:
 Under the release rule a group's members do not interrupt one another: whether generation goes on does not depend on a
 group that is incomplete. They only share the slots. Where responses wait for one, the end of a member lets another
 group start earlier. A run with one group of two per rollout (7 trajectories, S = 1, O = 2, drift 0.2 per rollout) shows
-how little that is. Relative error of the mean of all its updates, over (G−1)/G, against ∇J(θ): {moving_groups}.
-Four slots are enough for all responses.
+how little that is. Relative error of the mean of all its updates, over (G−1)/G, against ∇J(θ):
+{moving_groups}. Four slots are enough for all responses.
 
 ### Which groups a rollout holds
 
-Small engines with P prompts per rollout and `oversampling` = O, a run of {found.rollouts} rollouts, a policy that stays
-the same. The release rule is the package's own. Bias of an update: ‖E[update] − ∇J‖/‖∇J‖, with the true mean reward as
-a constant baseline, or with the group mean after division by (G−1)/G.
+Small engines with P prompts per rollout and `oversampling` = O, runs of {found.rollouts} rollouts, and a policy that
+stays the same. The release rule is the package's own. Bias of an update: ‖E[update] − ∇J‖/‖∇J‖, with the true mean
+reward as a constant baseline, or with the group mean after division by (G−1)/G.
 
 {_releases(found)}
 
 - **Start.** Short responses are complete first. The mean lengths of the first four rollouts with P = 2 and O = 2 are
-  {lengths[0]} (S = 1), {lengths[1]} (S = 2) and {lengths[2]} (S = 3). The bias of the first update depends on
-  how many groups are in flight (O), not on S.
+  {lengths[0]} (S = 1), {lengths[1]} (S = 2) and {lengths[2]} (S = 3).
+  The bias of the first update depends on how many groups are in flight (O), not on S.
 - **Later**, as many long responses are completed per rollout as are begun. At a fixed policy the bias dies out.
 - **End.** The last rollouts drain the pool and hold long responses.
 - **Whole run.** Every group is trained on exactly once, so the biases cancel (last column).
@@ -179,7 +179,7 @@ what was recorded, to the version of a response's last token, and to that of its
 {_moving(found)}
 
 Taken at one θ, all updates of a run together are exact. A single update at its own θ_k is not, even after the start:
-update {middle} is off by {number(found.moving[0.0].biases[middle - 1])} without drift and by
+update {middle} is off by {number(found.moving[0.0].biases[middle - 1])} without drift and by \
 {number(found.moving[moving_drift].biases[middle - 1])} at a drift of {moving_drift:g}.
 
 With a policy that follows its updates, θ_k depends on which groups were complete first, and so on the lengths of those
