@@ -69,6 +69,7 @@ $(VLLM_INSTALLED): $(VLLM_PACKAGES) setup.cfg pyproject.toml
 
 test-vllm: $(VLLM_INSTALLED) ## the tests with a real vLLM engine on this CPU, in .venv-vllm
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/rollout/test_vllm_colocate.py tests/rollout/test_vllm_server.py \
+		tests/carry_over/test_vllm_colocated.py tests/carry_over/test_carry_over_server.py \
 		tests/evaluation/test_evaluate_vllm.py $(ARGS)
 
 # A separate environment, because lighteval needs older versions. It downloads tinyBenchmarks.pkl unless a file exists.
@@ -126,6 +127,9 @@ bench: install ## time the update phase against TRL's trainer; table and figures
 bench-vllm: $(VLLM_INSTALLED) ## measure how vLLM's precision affects the ratios; table in runs/bench
 	$(VLLM_VENV)/bin/python benchmarks/sampler_mismatch.py $(ARGS)
 
+bench-rollouts: $(VLLM_INSTALLED) ## time whole rollouts with carry-over against waiting and TRL; table and figure in runs/bench
+	$(VLLM_VENV)/bin/python benchmarks/rollouts.py $(ARGS)
+
 theory: install ## check the papers' claims exactly on enumerable policies; report in runs/theory
 	$(BIN)/python -m research.theory $(ARGS)
 
@@ -148,4 +152,4 @@ clean: ## remove the environments, runs and caches
 	rm -rf $(VENV) $(VLLM_VENV) $(OLDEST_VENV) $(LIGHTEVAL_VENV) runs docs/_build build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 .PHONY: help install environments train eval smollm2 test test-slow test-distributed test-vllm test-oldest test-lighteval coverage mutation lint starter \
-	study study-quick study-tuned bench bench-vllm bench-math theory models notebooks docs docs-links clean
+	study study-quick study-tuned bench bench-vllm bench-rollouts bench-math theory models notebooks docs docs-links clean
