@@ -70,7 +70,7 @@ $(VLLM_INSTALLED): $(VLLM_PACKAGES) setup.cfg pyproject.toml
 test-vllm: $(VLLM_INSTALLED) ## the tests with a real vLLM engine on this CPU, in .venv-vllm
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/rollout/test_vllm_colocate.py tests/rollout/test_vllm_server.py \
 		tests/carry_over/test_vllm_colocated.py tests/carry_over/test_carry_over_server.py \
-		tests/evaluation/test_evaluate_vllm.py $(ARGS)
+		tests/evaluation/test_evaluate_vllm.py tests/benchmarks/test_rollouts.py $(ARGS)
 
 # A separate environment, because lighteval needs older versions. It downloads tinyBenchmarks.pkl unless a file exists.
 $(LIGHTEVAL_INSTALLED): constraints-lighteval.txt

