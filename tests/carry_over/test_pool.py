@@ -133,7 +133,9 @@ def simulate(data, prompts, rollouts, oversampling, late_by_call, responses=2):
         assert [each.number for each in pool.groups] == sorted(each.number for each in pool.groups)
         released.append(taken)
     assert pool.groups == []
-    assert sorted(sum(released, [])) == list(range(rollouts * prompts))  # each prompt once, none that isn't trained on
+    assert sorted(number for taken in released for number in taken) == list(
+        range(rollouts * prompts)
+    )  # each prompt once, none that isn't trained on
     return released
 
 

@@ -6,7 +6,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import pad
 
@@ -17,13 +24,25 @@ from .pool import Group, Response
 # The longest response has at most so many segments; no segment is shorter than the second number, in tokens.
 SEGMENTS, SHORTEST_SEGMENT = 16, 8
 
+# What comes after the temperature, and would come after the recorder too
+NO_TRUNCATION: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": None}
+
+
+def truncation(config: GenerationConfig) -> LogitsProcessorList:
+    """Return what leaves out improbable tokens, in transformers' order."""
+    warpers = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}
+    options = {name: getattr(config, name) for name in warpers}
+    return LogitsProcessorList(
+        [warpers[name](value) for name, value in options.items() if value not in (None, NO_TRUNCATION[name])]
+    )
+
 
 class Recorder(LogitsProcessor):
-    """Apply the temperature, and keep the log-probability of every token that is sampled afterwards."""
+    """Apply temperature and truncation, and keep the log-probability of every token that is sampled afterwards."""
 
-    def __init__(self, temperature: float, eos_ids: list[int], fewest: torch.Tensor):
+    def __init__(self, temperature: float, eos_ids: list[int], fewest: torch.Tensor, truncate: Callable):
         """`fewest`, (B,), says how many tokens of each response must follow before it may end."""
-        self._temperature, self._eos_ids, self._fewest = temperature, eos_ids, fewest
+        self._temperature, self._eos_ids, self._fewest, self._truncate = temperature, eos_ids, fewest, truncate
         self._previous: torch.Tensor | None = None  # (B, V) log-probabilities of the token that is sampled next
         self._columns: list[torch.Tensor] = []
 
@@ -35,6 +54,7 @@ class Recorder(LogitsProcessor):
             ends = torch.zeros_like(scores[0], dtype=torch.bool)
             ends[self._eos_ids] = True
             scores = scores.masked_fill(must_go_on.unsqueeze(1) & ends, -torch.inf)
+        scores = self._truncate(input_ids, scores)
         self._previous = scores.log_softmax(-1)
         return scores
 
@@ -42,10 +62,10 @@ class Recorder(LogitsProcessor):
         if self._previous is not None:
             self._columns.append(self._previous.gather(1, input_ids[:, -1:]))
 
-    def logps(self, sequences: torch.Tensor) -> torch.Tensor:
-        """Return the (B, n) log-probabilities of the n tokens that were sampled."""
-        self._take(sequences)
-        self._previous = None
+    def logps(self, sampled: torch.Tensor) -> torch.Tensor:
+        """Return the log-probabilities of the (B, n) tokens that were sampled."""
+        if len(self._columns) < sampled.size(1):  # otherwise transformers has undone a step, as it does on some devices
+            self._take(sampled)
         return torch.cat(self._columns, dim=1)
 
 
@@ -59,6 +79,11 @@ class TransformersEngine:
 
     def __init__(self, trainer: Any):
         self._trainer, args, schedule = trainer, trainer.args, trainer.schedule
+        if args.max_completion_length is None:
+            raise ValueError(
+                "behaviour_policy='sampler' needs max_completion_length, which is None: set it to the most tokens of a "
+                "response."
+            )
         self._longest = args.max_completion_length
         self._segment = max(SHORTEST_SEGMENT, -(-self._longest // SEGMENTS))
         self._slots = schedule.per_device_train_batch_size * schedule.steps_per_generation
@@ -121,26 +146,28 @@ class TransformersEngine:
     def _continue(self, model: Any, running: list[tuple[list[int], Response]], length: int, use: EngineUse) -> int:
         """Sample up to `length` tokens of each response, and return the number of steps."""
         trainer, device = self._trainer, self._trainer.accelerator.device
-        eos_ids, filler = trainer.eos_token_ids, trainer._tokenizer.pad_token_id
+        config, filler = copy.deepcopy(trainer.generation_config), trainer._tokenizer.pad_token_id
+        eos_ids = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or []
         # A process that has nothing left takes part with one token.
         written = [torch.tensor(prompt + response.tokens) for prompt, response in running] or [torch.tensor([filler])]
         left = [self._longest - len(response.tokens) for _, response in running] or [1]
-        fewest = (trainer.generation_config.min_new_tokens or 0) - (self._longest - torch.tensor(left))
-        config = copy.deepcopy(trainer.generation_config)
-        config.update(max_new_tokens=min(length, max(left)), min_new_tokens=None, temperature=1.0)
-        recorder = Recorder(trainer.temperature, eos_ids, fewest)
-        ids = pad(written, padding_value=filler, padding_side="left").to(device)
-        mask = pad([torch.ones_like(each) for each in written], padding_value=0, padding_side="left").to(device)
+        fewest = (config.min_new_tokens or 0) - (self._longest - torch.tensor(left))
+        recorder = Recorder(trainer.temperature, eos_ids, fewest, truncation(config))
+        config.update(max_new_tokens=min(length, max(left)), min_new_tokens=None, temperature=1.0, **NO_TRUNCATION)
+        of_ids = {"padding_side": "left", "pad_to_multiple_of": trainer.pad_to_multiple_of}
+        ids = pad(written, padding_value=filler, **of_ids).to(device)
+        mask = pad([torch.ones_like(each) for each in written], padding_value=0, **of_ids).to(device)
         sequences = model.generate(
             input_ids=ids,
             attention_mask=mask,
             generation_config=config,
             logits_processor=LogitsProcessorList([recorder]),
         )
-        sampled, logps = sequences[:, ids.size(1) :].tolist(), recorder.logps(sequences).tolist()
-        for (_, response), tokens, of_tokens, room in zip(running, sampled, logps, left, strict=False):
+        sampled = sequences[:, ids.size(1) :]
+        values = zip(sampled.tolist(), recorder.logps(sampled).tolist(), left, strict=True)
+        for (_, response), (tokens, of_tokens, room) in zip(running, values, strict=False):
             end = next((index + 1 for index, token in enumerate(tokens[:room]) if token in eos_ids), len(tokens[:room]))
             response.write(tokens[:end], of_tokens[:end])
             response.finished = tokens[end - 1] in eos_ids or end == room
             use.sampled += end
-        return len(sampled[0])
+        return sampled.size(1)
