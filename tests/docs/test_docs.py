@@ -106,7 +106,9 @@ def test_files_named_in_code_spans_exist(page):
 # Names in code spans
 
 # Pages on options only, where `name=value` is one
-OPTION_PAGES = [f"docs/{name}.md" for name in ("method", "algorithms", "diagnostics", "scaling", "migrating", "vllm")]
+OPTION_PAGES = [
+    f"docs/{name}.md" for name in ("method", "algorithms", "diagnostics", "scaling", "migrating", "vllm", "carry_over")
+]
 
 
 def spans_of(page: str) -> list[str]:
@@ -187,6 +189,19 @@ def test_the_settings_that_keep_trl_s_algorithm_are_trl_s(tmp_path):
         assert getattr(names["args"], name) == getattr(of_trl, name), name
     assert names["args"].clip_mode == "two_sided"
     assert names["args"].epsilon_high == of_trl.epsilon  # TRL's, unset, is epsilon
+
+
+# Carry-over
+
+
+def test_the_simulation_runs_as_printed(capsys):
+    code = re.search(r"```python\n(.*?)```", text_of("docs/carry_over.md"), re.DOTALL)[1]
+    exec(compile(code, "carry_over.md", "exec"), {})
+    rows = [list(map(float, line.split())) for line in capsys.readouterr().out.splitlines()]
+    steps = {(oversampling, late): share for oversampling, late, share, _, _ in rows}
+    assert len(steps) == len(rows) == 12
+    assert 0.1 < steps[3, 4] < steps[3, 1] < steps[1.5, 1] < 0.5
+    assert all(oldest <= late + -(-oversampling // 1) - 1 for oversampling, late, _, _, oldest in rows)
 
 
 # Citation
