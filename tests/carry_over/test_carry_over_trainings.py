@@ -1,5 +1,6 @@
 """Trainings with carry-over: what they train on, with which ratios, and that waiting is a special case of it."""
 
+import dataclasses
 import math
 from collections import Counter
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from rollouts import build, random_rollouts, with_vllm_correction
 from test_gradient import HORIZON, exact
 
 from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
+from tic_grpo_trl.carry_over.carry_over import Share
 
 
 pytestmark = pytest.mark.usefixtures("cheap_garbage_collection")
@@ -152,6 +154,8 @@ def test_what_trains_is_what_was_recorded(tmp_path):
         {"algorithm": "grpo"},
         {"algorithm": "gspo"},
         {"gradient_accumulation_steps": 4},
+        {"pad_to_multiple_of": 8},
+        {"gradient_checkpointing": True},
     ],
     ids=lambda settings: "-".join(settings),
 )
@@ -338,6 +342,38 @@ def test_the_correction_is_the_old_policy_over_what_was_recorded(tmp_path, enume
     if mode == "sequence_mask":
         bounded = torch.where((products < low) | (products > high), 0.0, products)
     torch.testing.assert_close(inputs["importance_sampling_ratio"].squeeze(1), bounded, rtol=1e-4, atol=1e-6)
+
+
+# Processes
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [(0, 2, 0, 1), (2, 2, 0, 1), (4, 2, 0, 1), (6, 2, 0, 1)]),
+        ({"use_vllm": True}, [(0, 2, 0, 1), (2, 2, 0, 1), (4, 2, 0, 1), (6, 2, 0, 1)]),
+        (
+            {"use_vllm": True, "vllm_tensor_parallel_size": 2},
+            [(0, 4, 0, 2), (0, 4, 1, 2), (4, 4, 0, 2), (4, 4, 1, 2)],
+        ),
+        ({"use_vllm": True, "vllm_mode": "server"}, [(0, 8, process, 4) for process in range(4)]),
+    ],
+)
+def test_share_of_a_process(tmp_path, settings, expected):
+    """Of eight prompts in four processes: first prompt, prompts, and the part that is trained on. Together they are the
+    rollout, in the order of TRL's loader."""
+    trainer = Noting(tmp_path)
+    trainer.schedule = dataclasses.replace(trainer.schedule, processes=4, steps_per_generation=2)
+    for name, value in settings.items():
+        setattr(trainer.args, name, value)
+    taken = []
+    for process, values in enumerate(expected):
+        trainer.accelerator = SimpleNamespace(process_index=process)
+        share = Share.of(trainer)
+        assert (share.first, share.prompts, share.part, share.parts) == values
+        assert share.broadcast == ("vllm_mode" in settings)
+        taken += share.of_process(list(range(share.first * GROUP, (share.first + share.prompts) * GROUP)))
+    assert taken == list(range(8 * GROUP))
 
 
 # What it refuses while it runs
