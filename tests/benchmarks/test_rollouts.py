@@ -233,12 +233,11 @@ def test_steady_state_is_whole_periods():
     assert Kind(2).steady(run[:8]) == run[4:7]  # less than a period
 
 
-def test_cost_of_a_step():
-    from rollouts_report import step_cost
+def test_mean_step():
+    from rollouts_report import mean_running, step_milliseconds
 
-    rollout = timed(1, 1.0, 1.0)
-    rollout.work.running, rollout.work.seconds = [1, 1, 1, 5, 9], [0.003, 0.003, 0.5, 0.011, 0.019]
-    assert step_cost([rollout]) == pytest.approx((1.0, 2.0))
+    rollouts = [timed(1, 1.0, 1.0), timed(3, 1.0, 1.0)]  # steps of (responses, ms): (2, 2); (1, 1), (1, 1), (2, 2)
+    assert (mean_running(rollouts), step_milliseconds(rollouts)) == (1.5, pytest.approx(1.5))
 
 
 # The benchmark itself
