@@ -82,12 +82,9 @@ class CarryOver:
 
     def __init__(self, trainer: Any):
         self._trainer = trainer
-        self.share = share = Share.of(trainer)
-        self.pool = Pool(share.prompts, trainer.args.max_carry_over)
-        self.reader = PromptReader(trainer, share.first, share.prompts)
+        self.share = Share.of(trainer)
         self.engine = engine_of(trainer)
-        self._rollout: list[Sampled] = []
-        self._released: list[Group] = []  # those of the newest rollout
+        self.reset()
 
     @classmethod
     def of(cls, trainer: Any) -> "CarryOver | None":
@@ -97,8 +94,15 @@ class CarryOver:
         """
         if not trainer.args.max_carry_over:
             return None
-        check_trainer(trainer)
+        check_trainer(trainer, Share.of(trainer).prompts)
         return cls(trainer)
+
+    def reset(self):
+        """Forget all responses, and begin to read prompts where training is."""
+        self.pool = Pool(self.share.prompts, self._trainer.args.max_carry_over)
+        self.reader = PromptReader(self._trainer, self.share.first, self.share.prompts)
+        self._rollout: list[Sampled] = []
+        self._released: list[Group] = []  # those of the newest rollout
 
     def collect(self, metrics: dict[str, list[float]]) -> list[dict[str, Any]]:
         """Generate until a rollout is complete, and return its examples, one per response of this process."""

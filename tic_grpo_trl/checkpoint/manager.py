@@ -72,6 +72,8 @@ class CheckpointManager:
     def running(self) -> Iterator[None]:
         """Keep other runs out of the output folder in a `with` block around a call of `train()`."""
         self.saved_step = -1
+        if (carry_over := self.objects.get("carry_over")) is not None:
+            carry_over.reset()  # what an earlier call of `train()` has left
         with locked(Path(str(self.args.output_dir)), self.accelerator):
             yield
 
@@ -186,8 +188,9 @@ class CheckpointManager:
         aren't in it.
         """
         changes = Changes.between(storage.read_manifest(checkpoint)["settings"], self.settings())
-        carries = f"{checkpoint} carries over {changes.carried} groups of responses"
-        if changes.carried and changes.unfit:
+        carried = max(gather_object([changes.carried]))  # a server's pool is known on the main node
+        carries = f"{checkpoint} carries over {carried} groups of responses"
+        if carried and changes.unfit:
             ends = "" if self.args.max_carry_over else ", or first with oversampling=1 until none is carried over"
             raise ValueError(
                 f"{carries}, which don't fit these settings: {changes.unfit}. Resume with the old ones{ends}."
@@ -200,7 +203,7 @@ class CheckpointManager:
         if state is not None and state.keys() - optional != self.objects.keys() - optional:
             logger.warning(f"{path} was written by another version of this package and is not used.")
             state = None
-        if changes.carried and state is None:
+        if carried and state is None:
             raise ValueError(
                 f"{carries}, but has no {path.name} of this version that holds them: start a new run from its weights, "
                 "and train with save_only_model=False to resume."

@@ -1,5 +1,6 @@
 """Refuse settings that responses can't be carried over with, before anything is generated."""
 
+import math
 from typing import Any
 
 from ..carry_over.sampling_parameters import check_generation_kwargs
@@ -27,8 +28,8 @@ def check_carry_over(args: Any):
     check_generation_kwargs(args)
 
 
-def check_trainer(trainer: Any):
-    """Refuse inputs and batches of a trainer that carry-over can't handle."""
+def check_trainer(trainer: Any, prompts: int):
+    """Refuse inputs and batches of a trainer that carry-over can't handle; `prompts` are those of a pool's rollout."""
     args, schedule = trainer.args, trainer.schedule
     given = f"max_carry_over={args.max_carry_over}"
     unsupported = {
@@ -53,4 +54,10 @@ def check_trainer(trainer: Any):
             f"{given} needs whole groups on every process, but per_device_train_batch_size * steps_per_generation = "
             f"{responses} is not divisible by num_generations = {schedule.num_generations}: make it divisible, set "
             "vllm_mode='server', or max_carry_over=0."
+        )
+    if args.oversampling > 1 and int(args.oversampling * prompts) == prompts:
+        least = math.ceil(100 * (prompts + 1) / prompts) / 100
+        raise ValueError(
+            f"oversampling={args.oversampling} begins no prompt ahead, because a rollout has {prompts} of them on each "
+            f"engine: set it to {least:g} or more, or to 1 to wait for all."
         )
