@@ -112,7 +112,6 @@ def targets(results: Results) -> str:
 def by_kind(results: Results, steady: bool) -> str:
     """List what each trainer's rollouts took, in the steady state or over whole runs."""
     slots = results.scale.responses
-    fewest = results.scale.mean  # steps of a rollout, if all slots are always full
     rows = []
     for kind in results.skewed[0]:
         runs = [kind.steady(run[kind]) if steady else run[kind] for run in results.skewed]
@@ -121,7 +120,6 @@ def by_kind(results: Results, steady: bool) -> str:
             [
                 "TRL's trainer" if kind.trl else kind.name,
                 f"{mean_steps(every):.0f}",
-                f"{fewest / mean_steps(every):.0%}",
                 f"{occupancy(every, slots):.0%}",
                 f"{prefilled_again(every):.2f}",
                 f"{generation_cpu(every):.2f}",
@@ -130,7 +128,7 @@ def by_kind(results: Results, steady: bool) -> str:
                 spread(ratios(results.skewed, whole_cpu, TRL, kind, steady)),
             ]
         )
-    header = ["trainer", "engine steps", "share of the limit", "slots in use", "tokens prefilled again per token"]
+    header = ["trainer", "engine steps", "slots in use", "tokens prefilled again per token"]
     header += ["generation, s", "whole rollout, s", "generation, waiting / this", "whole rollout, TRL / this"]
     return table(header, rows)
 
@@ -182,16 +180,15 @@ def at_full_size(results: Results) -> str:
     """List the simulated runs."""
     rows = []
     for each in results.full_size:
-        cells = [f"{speedup:.1f}" for speedup in each.speedups]
-        gains = [f"{whole_step(each, case):.1f}" for case in (0, 1)]
+        speedups = " / ".join(f"{speedup:.1f}" for speedup in each.speedups)
+        gains = " / ".join(f"{whole_step(each, case):.1f}" for case in (0, 1))
         name = f"S = {each.max_carry_over}"
-        rows.append(
-            [each.pools, name, f"{each.steps:,.0f}", f"{each.seconds:.0f}", *cells, *gains, f"{each.prefilled:.2f}"]
-        )
-    header = ["pools", "", "engine steps", "H200: s per rollout", "H200: waiting / this"]
-    header += [f"{seconds} s of generation: waiting / this" for seconds, _ in AUTHORS]
-    header += [f"whole step of {step} s: gain" for _, step in AUTHORS]
-    return table([*header, "tokens prefilled per token"], rows)
+        prefilled = f"{each.prefilled:.2f}"
+        rows.append([each.pools, name, f"{each.steps:,.0f}", prefilled, f"{each.seconds:.0f}", speedups, gains])
+    (short, step), (long, long_step) = AUTHORS
+    header = ["pools", "", "engine steps", "tokens prefilled per token", "H200: s"]
+    header += [f"waiting / this: H200 / {short} s / {long} s", f"gain of the whole step: {step} s / {long_step} s"]
+    return table(header, rows)
 
 
 def draw(results: Results, path: Path) -> None:
@@ -252,7 +249,8 @@ state: after the pool has filled, and before the end of the run.
 
 ## By S
 
-If all slots were always full, a rollout would take {scale.mean} engine steps: the limit.
+The engine's limit: if all slots were always full, a rollout would take {scale.mean} steps. The share of slots in use is
+the share of this limit that is reached.
 
 {by_kind(results, steady=True)}
 
@@ -284,7 +282,8 @@ trained on, on average.
 
 {by_oversampling(results)}
 
-The default is 2: 1.5 has more steps, and 3 saves few of them for responses that are older and prefilled more often.
+A larger value saves steps and makes responses older. From 1.5 to 2 the mean age grows by half a rollout; from 2 to 3 it
+grows by a whole one, for a smaller gain, and more tokens are prefilled again. The default is 2.
 
 ## At full size, on paper
 
@@ -300,8 +299,8 @@ For Qwen3-8B in bfloat16 on one H200:
 - *c* = 0.041 µs: 147 kB of keys and values at the same bandwidth.
 
 4.8 TB/s and 989 TFLOP/s are from NVIDIA's data sheet. The shares of them and the 2 ms are assumptions. The authors'
-generation took 405 to 713 s of a step of 500 to 900 s. The columns about it use the *a* with which waiting takes that
-long, and the same *b*, *c* and *d*; all else in the step stays as it was.
+generation took 405 to 713 s of a step of 500 to 900 s. Where a column names these times, *a* is such that waiting takes
+that long, and the same *b*, *c* and *d*; all else in the step stays as it was.
 
 {at_full_size(results)}
 

@@ -213,10 +213,10 @@ def test_whole_runs_have_their_start_and_end(results):
     from rollouts_report import by_kind
 
     steady, whole = ({row[0]: row[1:] for row in rows(by_kind(results, steady))} for steady in (True, False))
-    assert steady["S = 2"][:4] == ["125", "30%", "2%", "0.25"]
-    assert steady["S = 2"][4:6] == ["1.00", "1.25"]
+    assert steady["S = 2"][:3] == ["125", "2%", "0.25"]
+    assert steady["S = 2"][3:5] == ["1.00", "1.25"]
     assert whole["S = 2"][0] == f"{(11 * 125 + 5) / 16:.0f}"
-    assert whole["S = 2"][4] == f"{(11 * 1.0 + 5 * 100) / 16:.2f}"
+    assert whole["S = 2"][3] == f"{(11 * 1.0 + 5 * 100) / 16:.2f}"
     assert steady["TRL's trainer"][-1] == "1.00 (1.00–1.00)"
 
 
