@@ -22,6 +22,7 @@ from conftest import (
 )
 from rollouts import build, random_rollouts, with_vllm_correction
 from test_gradient import HORIZON, exact
+from transformers import TrainerCallback
 
 from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
 from tic_grpo_trl.carry_over.carry_over import Share
@@ -30,11 +31,8 @@ from tic_grpo_trl.carry_over.carry_over import Share
 pytestmark = pytest.mark.usefixtures("cheap_garbage_collection")
 
 EXAMPLES = TINY_PROMPTS.select(range(26)).add_column("answer", list(range(26)))
-PROMPTS, GROUP, EPOCH = (
-    4,
-    4,
-    6,
-)  # prompts of a rollout, responses of a group, and rollouts of an epoch: two are left over
+PROMPTS, GROUP = 4, 4  # prompts of a rollout, responses of a group
+EPOCH = 6  # rollouts; two examples are left over
 COLUMNS = ("prompt_ids", "completion_ids", "sampling_per_token_logps", "token_age")
 
 
@@ -173,6 +171,30 @@ def test_settings_of_the_update_go_with_it(tmp_path, settings):
     assert trainer.carry_over.pool.groups == []
     assert all(row.isfinite().all() for row in trainer.model.parameters())
     assert max(rollout.rows["token_age"].max() for rollout in trainer.rollouts) > 0
+
+
+def test_a_second_training_begins_anew(tmp_path):
+    """Of the first one, which a callback ended, nothing is left."""
+    trainer = Noting(tmp_path, max_steps=8)
+    stop = StopAfter(steps=2)
+    trainer.add_callback(stop)
+    trainer.train()
+    assert len(trainer.rollouts) == 1
+    assert len(trainer.carry_over.pool.groups) == PROMPTS
+    trainer.remove_callback(stop)
+    trainer.seen, trainer.rollouts = [], []
+    trainer.train()
+    assert len(trainer.rollouts) == 4
+    assert trainer.carry_over.pool.groups == []
+    assert set(Counter(answer for seen in trainer.seen for *_, answer in seen).values()) == {GROUP}
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.steps
 
 
 def test_an_evaluation_leaves_a_full_pool_alone(tmp_path):

@@ -50,7 +50,7 @@ def carried(tmp_path, calls=6, drift=0.3, model=None, **config):
 
 
 def errors(rollouts, versions, temperature=1.0, shift=0):
-    """|recorded - own| of every token, where the weights are those of its version, `shift` calls later."""
+    """Of every token: against the weights of its version, or those `shift` calls later."""
     found = []
     for call, rollout in enumerate(rollouts):
         version = (call - rollout["token_age"] + shift).clamp(max=call)
@@ -99,7 +99,7 @@ def test_log_probabilities_are_those_of_the_version_that_sampled(tmp_path, case)
 def test_responses_end_at_an_end_token_or_at_the_longest_length(tmp_path):
     """Also where a segment ends, and every response has its log-probabilities and nothing beyond its end."""
     _, rollouts, _ = carried(tmp_path, calls=10)
-    at_end_of_segment = at_limit = at_limit_by_token = 0
+    at_end_of_segment = at_limit = 0
     for rollout in rollouts:
         lengths = rollout["completion_mask"].sum(1)
         for ids, logps, age, length in zip(
@@ -117,7 +117,6 @@ def test_responses_end_at_an_end_token_or_at_the_longest_length(tmp_path):
             ends = ids[length - 1] == 0
             at_end_of_segment += ends and length % SEGMENT == 0 and length < LONGEST
             at_limit += length == LONGEST and not ends
-            at_limit_by_token += length == LONGEST and ends
     print(f"ends: {at_end_of_segment} at a segment's end, {at_limit} at the limit")
     assert at_end_of_segment > 0
     assert at_limit > 0
@@ -153,7 +152,7 @@ def test_fewest_tokens_hold_over_segments(tmp_path):
 
 
 def truncated(logits):
-    """TRUNCATED by hand: every token's log-probability among those that are left."""
+    """The case of this name by hand: log-probabilities among the tokens that are left."""
     probabilities = logits.softmax(-1)
     fourth = probabilities.sort(descending=True).values[..., 3:4]
     probabilities = torch.where(probabilities < fourth, 0, probabilities)
@@ -176,8 +175,9 @@ SAMPLING = {
     "truncated": {"top_p": 0.8, "top_k": 4, "min_p": 0.05},
     "lora": {"peft_config": LORA},
     "bf16": {"bf16": True},
-    "end tokens": {"generation_kwargs": {"eos_token_id": [0]}},
+    "end tokens": {"generation_kwargs": {"eos_token_id": 0}},
 }
+EXACT = ("plain", "temperature", "padded", "lora", "end tokens")
 
 
 def waited(tmp_path, policy, **config):
@@ -208,7 +208,6 @@ def test_recording_changes_nothing(tmp_path, case):
             assert torch.equal(mine[name], theirs[name]), name
     for name in ("eval_reward", "eval_completions/mean_length", "eval_completions/clipped_ratio"):
         assert evaluated[name] == expected[name]
-    assert evaluated["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-6 if case == "plain" else 1)
 
     process = {
         "temperature": lambda logits: logits / 0.7,
@@ -219,6 +218,26 @@ def test_recording_changes_nothing(tmp_path, case):
         (own,) = logps_by_version([plain_copy(trainer)], rollout, process)
         difference = (rollout["sampling_per_token_logps"] - own)[rollout["completion_mask"].bool()].abs()
         assert difference.max() < (0.2 if case == "bf16" else 1e-5)
+    if case in EXACT:  # the sampler is the policy
+        assert evaluated["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-6)
+        for rollout in recorded:
+            difference = rollout["sampling_per_token_logps"] - trainer.packed_forward.score(rollout).logps
+            assert difference[rollout["completion_mask"].bool()].abs().max() < 1e-5
+
+
+def test_segments_are_padded_as_asked(tmp_path):
+    """What a segment continues is as wide as TRL makes prompts."""
+    torch.manual_seed(0)
+    trainer, widths = make_trainer(tmp_path, talkative_model(), pad_to_multiple_of=8, **SETTINGS), []
+    trainer.model.train()
+    trainer.state.max_steps = 100
+    trainer.model.register_forward_pre_hook(
+        lambda module, inputs, kwargs: widths.append(kwargs["input_ids"].size(1)), with_kwargs=True
+    )
+    trainer.carry_over.collect(trainer._metrics["train"])
+    prefilled = [width for width in widths if width > 1]  # a step later on has one token
+    assert len(prefilled) > 1
+    assert not any(width % 8 for width in prefilled)
 
 
 @pytest.mark.parametrize("undone", [0, 1])

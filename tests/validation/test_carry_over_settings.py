@@ -13,6 +13,8 @@ from tic_grpo_trl.validation.carry_over import check_trainer
 BATCHES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4}
 SETTINGS = CPU | BATCHES | {"num_generations": 4, "max_completion_length": 8, "max_carry_over": 2}
 
+PROMPTS = 4  # of a rollout
+
 CONFIGS = {
     "max_completion_length": (
         {"max_completion_length": None, "loss_type": "dapo"},
@@ -103,21 +105,33 @@ INPUTS = {
 @pytest.mark.parametrize("name", INPUTS)
 def test_what_carry_over_cannot_continue_is_refused(tmp_path, name):
     with_them = trainer(tmp_path)
-    check_trainer(with_them)
+    check_trainer(with_them, PROMPTS)
     for attribute, value in INPUTS[name].items():
         setattr(with_them, attribute, value)
     with pytest.raises(ValueError, match=rf"^max_carry_over=2 [^\n]* {name}: set max_carry_over=0\.$"):
-        check_trainer(with_them)
+        check_trainer(with_them, PROMPTS)
 
 
 def test_groups_that_span_processes_are_refused(tmp_path):
     """Except on a server, where one pool serves all processes."""
     spanning = trainer(tmp_path)
     spanning.schedule = dataclasses.replace(spanning.schedule, processes=2, per_device_train_batch_size=1)
-    check_trainer(spanning)  # four responses on each process
+    check_trainer(spanning, PROMPTS)  # four responses on each process
     spanning.schedule = dataclasses.replace(spanning.schedule, steps_per_generation=2, gradient_accumulation_steps=1)
     with pytest.raises(ValueError, match=r"^max_carry_over=2 .* or max_carry_over=0\.$") as raised:
-        check_trainer(spanning)
+        check_trainer(spanning, PROMPTS)
     assert_one_line(str(raised.value), ["steps_per_generation = 2", "num_generations = 4", "vllm_mode='server'"])
     spanning.args.use_vllm, spanning.args.vllm_mode = True, "server"
-    check_trainer(spanning)
+    check_trainer(spanning, PROMPTS)
+
+
+@pytest.mark.parametrize("oversampling", [1, 1.25, 3])
+def test_oversampling_that_begins_prompts_ahead_or_none_at_all(tmp_path, oversampling):
+    trainer(tmp_path, oversampling=oversampling)
+
+
+def test_oversampling_that_begins_no_prompt_ahead_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"^oversampling=1\.2 begins no prompt ahead, .* has 4 .* set it to 1\.25 or more"
+    ):
+        trainer(tmp_path, oversampling=1.2)
