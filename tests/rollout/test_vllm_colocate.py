@@ -2,24 +2,33 @@
 computed again from plain logits. Needs the environment of `make test-vllm`."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 from conftest import logps
+from launching import free_port
 from transformers import AutoTokenizer
 from workers.vllm_records import (
+    GROUP,
     LONGEST,
     MINI_BATCH,
     Record,
+    assert_carried_ratios,
+    assert_each_prompt_once,
     assert_logged,
     assert_old_weights_noticed,
+    assert_old_weights_noticed_in_current_tokens,
     assert_ratios_of_the_weights,
+    assert_recorded_when_sampled,
     assert_weights_arrived,
     largest_gradient_error,
     log_ratios,
     mismatch,
+    of_several_versions,
     own_logps,
     policy,
+    prompts_of,
     real_rows,
     run,
     sampler_logps,
@@ -31,6 +40,7 @@ from tic_grpo_trl.starter import STARTER_MODEL
 pytestmark = pytest.mark.vllm
 
 FLOAT32 = ["synced", "stale", "stale, truncated", "stale, tokens", "lora", "sampler"]
+FLOAT32 += ["carried", "carried, stale", "carried, lora", "carried, corrected"]
 BFLOAT16 = ["trainer", "sampler"]
 
 
@@ -38,14 +48,23 @@ BFLOAT16 = ["trainer", "sampler"]
 def float32(tmp_path_factory):
     folder = tmp_path_factory.mktemp("float32")
     run(folder, "vllm_colocate.py", "float32", *FLOAT32)
-    return {name: Record(folder / f"{name}.pt") for name in FLOAT32}
+    return {name: Record(folder / f"{name}-0.pt") for name in FLOAT32}
 
 
 @pytest.fixture(scope="module")
 def bfloat16(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bfloat16")
     run(folder, "vllm_colocate.py", "bfloat16", *BFLOAT16)
-    return {name: Record(folder / f"{name}.pt") for name in BFLOAT16}
+    return {name: Record(folder / f"{name}-0.pt") for name in BFLOAT16}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A folder with the notes of two processes, each of which has its own engine."""
+    folder = tmp_path_factory.mktemp("two")
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    run(folder, "vllm_colocate.py", "float32", "both", "both, spanning", launcher=launcher)
+    return folder
 
 
 def of_stale_rollout(record, step):
@@ -53,6 +72,21 @@ def of_stale_rollout(record, step):
     batch = real_rows(record.batches[step])
     old = own_logps(record.rollout_of(step)["weights"], batch)
     return batch, old - sampler_logps(batch), log_ratios(record, step)
+
+
+def capped(log_ratio):
+    """The algorithm's weight of each response."""
+    weight = log_ratio.exp()
+    return weight.where(weight <= 1.28, 0.0)
+
+
+def gradient_error(record, step, weight):
+    """Relative error of a mini-batch's gradient against that of the mean of weight · A · log P."""
+    batch = real_rows(record.batches[step])
+    model = policy(batch["weights"])
+    log_p = (logps(model, batch) * batch["completion_mask"]).sum(dim=1)
+    (-(weight * batch["advantages"] * log_p).sum() / (MINI_BATCH * LONGEST)).backward()
+    return largest_gradient_error(record.gradients[step], model)
 
 
 def test_the_engine_answers_as_the_starter_does(float32):
@@ -127,17 +161,11 @@ def test_ratios_to_the_engine(float32):
 def test_trl_s_correction_multiplies_the_clipped_weight(float32, name, step):
     """Gradient of one mini-batch: s · w' · A · ∇log P for w' up to the cap, s from TRL's bounds."""
     record = float32[name]
-    batch, log_sampler_ratio, log_ratio = of_stale_rollout(record, step)
+    _, log_sampler_ratio, log_ratio = of_stale_rollout(record, step)
     ratio = log_sampler_ratio.sum(dim=1).exp()
     assert 0 < (ratio > 1.2).float().mean() < 1  # the correction acts on some of them
     correction = ratio.clamp(max=1.2) if name == "stale, truncated" else ratio.where(ratio <= 1.2, 0.0)
-    weight = log_ratio.exp()
-    weight = correction * weight.where(weight <= 1.28, 0.0)
-
-    model = policy(batch["weights"])
-    log_p = (logps(model, batch) * batch["completion_mask"]).sum(dim=1)
-    (-(weight * batch["advantages"] * log_p).sum() / (MINI_BATCH * LONGEST)).backward()
-    assert largest_gradient_error(record.gradients[step], model) < 1e-4
+    assert gradient_error(record, step, correction * capped(log_ratio)) < 1e-4
 
 
 def test_token_correction_with_token_ratios(float32):
@@ -170,3 +198,96 @@ def test_an_engine_in_bfloat16_is_another_policy(bfloat16):
         assert_logged(record.logs[step], (own_logps(batch["weights"], batch) - sampler_logps(batch)).sum(dim=1))
     assert bfloat16["sampler"].forwards["scored"] == 0
     assert bfloat16["trainer"].forwards["scored"] == 2 * 3  # what the updates 2 to 4 train on
+
+
+# Responses that go on from one rollout to the next
+
+
+@pytest.mark.parametrize("name", ["carried", "carried, lora"])
+def test_carried_over_tokens_are_those_of_the_weights_that_sampled(float32, name):
+    record = float32[name]
+    assert_recorded_when_sampled(record)
+    assert record.forwards == {"scored": 0, "trained": 16}
+    assert max(rollout["token_age"].max() for rollout in record.rollouts) == 2
+    assert of_several_versions(record) > 50
+
+
+@pytest.mark.parametrize("name", ["carried", "carried, lora"])
+def test_ratios_of_carried_over_responses(float32, name):
+    assert abs(assert_carried_ratios([float32[name]])) > 0.01  # with which the alarm begins
+
+
+def test_each_prompt_is_trained_on_once(float32):
+    record, waits = float32["carried"], float32["synced"]
+    assert_each_prompt_once([record])
+    carried, waited = ([prompts_of(rollout) for rollout in each.rollouts] for each in (record, waits))
+    assert set().union(*waited) < set().union(*carried)  # three rollouts of the same prompts, and a fourth
+    assert [set(rollout) for rollout in carried[:3]] != [set(rollout) for rollout in waited]
+
+
+def test_evaluations_with_a_full_pool(float32):
+    record = float32["carried"]
+    waiting = [rollout["waiting"] for rollout in record.rollouts]
+    batches = len(record.evaluations) // len(waiting)
+    assert [each["waiting"] for each in record.evaluations] == [each for each in waiting for _ in range(batches)]
+    for pool in waiting[:-1]:
+        assert sum(sum(lengths) for _, lengths in pool) > 100
+
+
+@pytest.mark.parametrize("step", [4, 9, 13])
+def test_the_loss_has_the_exact_ratio(float32, step):
+    """With a control that takes all tokens for those of the rollout's weights."""
+    record = float32["carried"]
+    batch = real_rows(record.batches[step])
+    log_ratio = (own_logps(batch["weights"], batch) - sampler_logps(batch)).sum(dim=1)
+    assert gradient_error(record, step, capped(log_ratio)) < 1e-4
+    assert gradient_error(record, step, capped(log_ratios(record, step))) > 0.01
+
+
+def test_an_engine_with_old_weights_is_noticed_with_carry_over(float32):
+    assert_old_weights_noticed_in_current_tokens(float32["carried, stale"])
+
+
+def test_the_trainer_s_policy_as_the_behaviour_policy(float32):
+    """All tokens are scored with the weights at the rollout's start, and TRL corrects for those that sampled them."""
+    record, masked = float32["carried, corrected"], []
+    assert_recorded_when_sampled(record)
+    assert_each_prompt_once([record])
+    assert_ratios_of_the_weights(record)
+    assert not record.stale_warnings
+    for step in range(len(record.batches)):
+        batch, log_sampler_ratio, log_ratio = of_stale_rollout(record, step)
+        old = own_logps(record.rollout_of(step)["weights"], batch)
+        assert ((batch["old_per_token_logps"] - old) * batch["completion_mask"]).abs().max() <= 1e-4
+        ratio = log_sampler_ratio.sum(dim=1).exp()
+        correction = ratio.where(ratio <= 1.2, 0.0)
+        torch.testing.assert_close(batch["importance_sampling_ratio"].squeeze(1), correction, rtol=1e-3, atol=0)
+        masked += (ratio > 1.2).tolist()
+        assert gradient_error(record, step, correction * capped(log_ratio)) < 1e-4
+    assert 0 < sum(masked) < len(masked) / 2
+
+
+def test_two_processes_with_an_engine_each(two):
+    """One of them has short sums and the other long ones: it has enough earlier, and does not wait in vain."""
+    records = [Record(two / f"both-{rank}.pt") for rank in (0, 1)]
+    assert [record.num_processes for record in records] == [2, 2]
+    for record in records:
+        assert_recorded_when_sampled(record)
+        assert len(record.uses) == len(record.rollouts) == 4
+        for rollout in record.rollouts:
+            assert set(Counter(prompts_of(rollout)).values()) == {GROUP}
+    assert_each_prompt_once(records)
+    assert_carried_ratios(records)
+    short, long = (sum(use["steps"] for use in record.uses) for record in records)
+    assert short < 0.75 * long
+    for rollouts in zip(*(record.rollouts for record in records), strict=True):
+        for name, weights in rollouts[0]["weights"].items():
+            assert torch.equal(weights, rollouts[1]["weights"][name]), name
+
+
+def test_groups_that_span_engines_are_refused(two):
+    for rank in (0, 1):
+        refused = torch.load(two / f"both, spanning-{rank}.pt")["refused"]
+        assert "\n" not in refused
+        for word in ("max_carry_over=2", "num_generations = 8", "vllm_mode='server'"):
+            assert word in refused

@@ -1,76 +1,46 @@
 """The trainer against a real vLLM server, in one process and in two. Needs the environment of `make test-vllm`."""
 
 import json
-import subprocess
-import sys
-import tempfile
-import time
-import urllib.error
 import urllib.request
+from collections import Counter
 
 import pytest
 import torch
-from launching import free_port, started
+from launching import free_port
+from vllm_serving import serving
 from workers.vllm_records import (
-    WORKERS,
+    GROUP,
     Record,
+    assert_carried_ratios,
+    assert_each_prompt_once,
     assert_logged,
     assert_old_weights_noticed,
+    assert_old_weights_noticed_in_current_tokens,
     assert_ratios_of_the_weights,
+    assert_recorded_when_sampled,
     assert_weights_arrived,
     log_ratios,
     mismatch,
+    of_several_versions,
     own_logps,
+    prompts_of,
     real_rows,
     run,
     sampler_logps,
 )
 
-from tic_grpo_trl.starter import STARTER_MODEL
-
 
 pytestmark = pytest.mark.vllm
 
-ALONE = ["synced", "stale", "sampler", "lora"]
-# As a user starts it, but for the precision and the limits that suit a CPU
-FLAGS = [
-    "--weight-transfer-config",
-    '{"backend": "nccl"}',
-    "--logprobs-mode",
-    "processed_logprobs",
-    "--max-logprobs=-1",
-]
-ON_CPU = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "64"]
-
-
-def wait_until_up(address: str, process: subprocess.Popen, seconds: int):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            return urllib.request.urlopen(f"{address}/health", timeout=10).close()
-        except (urllib.error.URLError, OSError):
-            time.sleep(1)
-    raise TimeoutError(f"The server is not up after {seconds} s, or it ended: {process.poll()}.")
+ALONE = ["synced", "stale", "sampler", "lora", "carried", "carried, stale"]
+TWO = ["both", "both, sampler", "both, carried", "both, spanning"]
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """Address of a running server; it and all that it started are gone afterwards."""
-    folder = tmp_path_factory.mktemp("server")
-    port = free_port()
-    command = [sys.executable, WORKERS / "vllm_cpu.py", "--model", STARTER_MODEL]
-    command += ["--host", "127.0.0.1", "--port", port, *FLAGS, *ON_CPU]
-    log = folder / "log.txt"
-    # Not the test's folder for temporary files: the path of a socket must be short
-    with (
-        tempfile.TemporaryDirectory(prefix="vllm-") as scratch,
-        started(command, log, cwd=folder, TMPDIR=scratch) as process,
-    ):
-        try:
-            wait_until_up(f"http://127.0.0.1:{port}", process, 300)
-        except TimeoutError as error:
-            raise AssertionError(f"{error}\n{log.read_text()[-5000:]}") from error
-        yield f"http://127.0.0.1:{port}"
+    """Address of a running server."""
+    with serving(tmp_path_factory.mktemp("server")) as (address, _):
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +55,8 @@ def two(server, tmp_path_factory):
     """The records of both processes, by run."""
     folder = tmp_path_factory.mktemp("two")
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    names = ["both", "both, sampler"]
-    run(folder, "vllm_server.py", server, *names, launcher=launcher)
-    return {name: [Record(folder / f"{name}-{rank}.pt") for rank in (0, 1)] for name in names}
+    run(folder, "vllm_server.py", server, *TWO, launcher=launcher)
+    return {name: [Record(folder / f"{name}-{rank}.pt") for rank in (0, 1)] for name in TWO}
 
 
 def test_the_server_is_as_the_flags_say(server):
@@ -149,3 +118,52 @@ def test_ratios_of_two_processes_to_the_server(two):
         expected = [(own_logps(b["weights"], b) - sampler_logps(b)).sum(dim=1) for b in batches]
         assert_logged(log, torch.cat(expected))
         assert (log["trajectory_ratio/log_std"] < 1e-3) == (step == 0)
+
+
+def test_carry_over_with_a_server(alone):
+    record = alone["carried"]
+    assert_recorded_when_sampled(record)
+    assert_each_prompt_once([record])
+    assert_carried_ratios([record])
+    assert of_several_versions(record) > 0
+    assert record.forwards == {"scored": 0, "trained": 16}
+    waiting = [rollout["waiting"] for rollout in record.rollouts]
+    batches = len(record.evaluations) // len(waiting)
+    assert [each["waiting"] for each in record.evaluations] == [each for each in waiting for _ in range(batches)]
+
+
+def test_a_server_with_old_weights_is_noticed_with_carry_over(alone):
+    assert_old_weights_noticed_in_current_tokens(alone["carried, stale"])
+
+
+@pytest.mark.parametrize("name", ["both, carried", "both, spanning"])
+def test_carry_over_of_two_processes_on_a_server(two, name):
+    """The main process has the pool; each process trains on its part of what that releases."""
+    two = two[name]
+    assert [record.num_processes for record in two] == [2, 2]
+    for record in two:
+        assert_recorded_when_sampled(record)
+    assert_each_prompt_once(two)
+    assert_carried_ratios(two)
+    assert [len(record.uses) for record in two] == [len(two[0].rollouts), 0]
+    assert sum(map(of_several_versions, two)) > 0
+    assert all(rollout["waiting"] == [] for rollout in two[1].rollouts)
+    for rollouts in zip(*(record.rollouts for record in two), strict=True):
+        first, second = (Counter(prompts_of(rollout)) for rollout in rollouts)
+        assert first.total() == second.total()
+        if name == "both, spanning":  # three groups, the second of them half and half
+            assert first & second == {next(iter(first & second)): GROUP // 2}
+        else:
+            assert not first & second
+        for weights, of_other in zip(*(rollout["weights"].values() for rollout in rollouts), strict=True):
+            assert torch.equal(weights, of_other)
+    for record in two:
+        assert sum(len(real_rows(batch)["prompt_ids"]) > 0 for batch in record.batches) > 8
+
+
+def test_mini_batches_of_groups_that_span_processes(two):
+    """Each is a group, whose responses are on both processes."""
+    for batches in zip(*(record.batches for record in two["both, spanning"]), strict=True):
+        first, second = (Counter(prompts_of(real_rows(batch))) for batch in batches)
+        assert list(first.values()) == list(second.values()) == [GROUP // 2]
+        assert first == second

@@ -2,8 +2,10 @@
 
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import logps
 from launching import finish, started
@@ -14,7 +16,8 @@ from tic_grpo_trl.starter import STARTER_MODEL
 
 WORKERS = Path(__file__).parent
 OF_ROWS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "sampling_per_token_logps")
-MINI_BATCH, LONGEST = 32, 48  # responses, tokens: as the workers train
+OF_ROWS += ("token_age", "old_per_token_logps", "importance_sampling_ratio")
+MINI_BATCH, GROUP, LONGEST = 32, 8, 48  # responses, responses, tokens: as the workers train
 
 
 def run(folder: Path, worker: str, *arguments, launcher=(), seconds: int = 300):
@@ -34,15 +37,16 @@ class Record:
     def __init__(self, path: Path):
         noted = torch.load(path)
         self.logs, self.rollouts, self.batches = noted["logs"], noted["rollouts"], noted["batches"]
+        self.evaluations, self.uses, self.updates = noted["evaluations"], noted["uses"], noted["updates"]
         self.gradients, self.forwards, self.frozen = noted["gradients"], noted["forwards"], noted["frozen"]
-        self.num_processes = noted["num_processes"]
+        self.num_processes, self.oldest = noted["num_processes"], noted["oldest"]
         self.stale_warnings = [text for text in noted["warnings"] if "stale" in text]
 
     def metric(self, name: str) -> list[float]:
         return [entry[name] for entry in self.logs if name in entry]
 
     def rollout_of(self, step: int) -> dict:
-        return self.rollouts[step // 4]
+        return self.rollouts[int(step // self.updates)]
 
 
 def policy(weights: dict):
@@ -118,6 +122,108 @@ def assert_ratios_of_the_weights(record: Record):
         expected = log_ratios(record, step)
         assert_logged(log, expected)
         assert expected.std() > 1e-2 or step % 4 == 0
+
+
+def when_sampled(record: Record, call: int, inputs: dict) -> torch.Tensor:
+    """(B, T) log-probabilities of a rollout's tokens under the weights that sampled each, 0 outside of responses."""
+    age, logps = inputs["token_age"], own_logps(record.rollouts[call]["weights"], inputs)
+    for late in range(1, int(age.max()) + 1):
+        logps = torch.where(age == late, own_logps(record.rollouts[call - late]["weights"], inputs), logps)
+    return logps
+
+
+def assert_recorded_when_sampled(record: Record):
+    """Of every token, also in the mini-batches and in the evaluations in between.
+
+    Controls: the current weights would be the wrong ones for old tokens, and the last ones for the others.
+    """
+    wrong = {"current": [], "last": []}
+    for call, rollout in enumerate(record.rollouts):
+        recorded, age = sampler_logps(rollout), rollout["token_age"]
+        written = rollout["completion_mask"].bool()
+        assert not age[~written].any()
+        assert age.max() <= min(call, record.oldest)
+        assert (when_sampled(record, call, rollout) - recorded).abs().max() <= 1e-4
+        if (age > 0).any():
+            wrong["current"].append(mismatch(rollout)[age > 0].abs().max().item())
+        if call and (written & (age == 0)).any():
+            last = own_logps(record.rollouts[call - 1]["weights"], rollout) - recorded
+            wrong["last"].append(last[written & (age == 0)].abs().max().item())
+    assert len(wrong["current"]) > 1
+    assert min(max(wrong["current"]), max(wrong["last"])) > 1e-2
+    for step, batch in enumerate(record.batches):
+        batch = real_rows(batch)
+        difference = when_sampled(record, int(step // record.updates), batch) - sampler_logps(batch)
+        assert difference.abs().max() <= 1e-4
+    for evaluation in record.evaluations:
+        assert mismatch(evaluation).abs().max() <= 1e-4
+
+
+def assert_old_weights_noticed_in_current_tokens(record: Record):
+    """The control of the alarm that leaves out old tokens: an engine that keeps the weights of the start."""
+    current = [(rollout["token_age"] == 0) & rollout["completion_mask"].bool() for rollout in record.rollouts]
+    wrong = [
+        mismatch(r)[tokens].abs().max() for r, tokens in zip(record.rollouts, current, strict=True) if tokens.any()
+    ]
+    assert wrong[0] <= 1e-4
+    assert min(wrong[1:]) > 1e-2
+    assert record.stale_warnings
+
+
+def of_several_versions(record: Record) -> int:
+    """How many responses more than one version of the weights wrote."""
+    written = [
+        ages[mask.bool()].unique()
+        for rollout in record.rollouts
+        for ages, mask in zip(rollout["token_age"], rollout["completion_mask"], strict=True)
+    ]
+    return sum(len(ages) > 1 for ages in written)
+
+
+def prompts_of(rollout: dict) -> list[tuple]:
+    """The prompt of each response."""
+    pairs = zip(rollout["prompt_ids"], rollout["prompt_mask"].bool(), strict=True)
+    return [tuple(ids[mask].tolist()) for ids, mask in pairs]
+
+
+def assert_each_prompt_once(records: list[Record]):
+    """All responses to a prompt are in one rollout, in whole groups, and nothing is left in the end.
+
+    `records`: those of all processes.
+    """
+    seen, each_rollout = Counter(), list(zip(*(record.rollouts for record in records), strict=True))
+    for rollouts in each_rollout:
+        of_rollout = Counter(prompt for rollout in rollouts for prompt in prompts_of(rollout))
+        assert set(of_rollout.values()) == {GROUP}
+        seen.update(of_rollout.keys())
+    assert set(seen.values()) == {1}
+    waiting = [sum(len(rollout["waiting"]) for rollout in rollouts) for rollouts in each_rollout]
+    assert waiting[-1] == 0
+    assert min(waiting[:-1]) > 0
+
+
+def assert_carried_ratios(records: list[Record]) -> float:
+    """What was logged at every update is the weights then over what was recorded; a first update isn't on-policy.
+
+    There is no alarm. `records`: those of all processes. Returns the mean log-ratio of old tokens in a first update,
+    from which an alarm would start if it looked at them: the one that is farthest from 0.
+    """
+    first, of_old = [], []
+    for step, log in enumerate(records[0].logs):
+        batches = [real_rows(record.batches[step]) for record in records]
+        per_token = [own_logps(batch["weights"], batch) - sampler_logps(batch) for batch in batches]
+        assert_logged(log, torch.cat([each.sum(dim=1) for each in per_token]))
+        if step % records[0].updates == 0:
+            first.append(log["trajectory_ratio/log_std"])
+            old = [each[batch["token_age"] > 0] for each, batch in zip(per_token, batches, strict=True)]
+            of_old.append(torch.cat(old).sum().item() / max(1, sum(map(len, old))))
+    assert first[0] < 1e-3
+    assert max(first) > 1e-2
+    current = records[0].metric("sampling/mean_ratio")
+    assert current
+    assert all(ratio == pytest.approx(1, abs=1e-4) for ratio in current)
+    assert not any(record.stale_warnings for record in records)
+    return max(of_old, key=abs)
 
 
 def largest_gradient_error(gradients: dict, model) -> float:

@@ -5,7 +5,7 @@ Arguments: a folder for the results, the server's address and the names of the r
 TRL streams weights to a server over NCCL, which needs a GPU: here they take the way over a file. What is synced, when,
 and what becomes of the samples stays TRL's."""
 
-from vllm_engine import ROWS, train  # isort: skip (first, because of its settings)
+from vllm_engine import CARRIED, ROWS, SPANNING, train  # isort: skip (first, because of its settings)
 
 import os
 import sys
@@ -17,15 +17,19 @@ from safetensors.torch import save_file
 from trl.generation.vllm_client import VLLMClient
 
 
+AHEAD = {"oversampling": 3.0}  # enough that it is not all finished before the server hears of the interruption
 RUNS = {
     "synced": {},
     "stale": {"sync": False},
     "sampler": {"behaviour_policy": "sampler", "max_steps": 8},
     "lora": {"lora": True, "learning_rate": 5e-3, "max_steps": 8},
+    "carried": CARRIED | AHEAD,
+    "carried, stale": CARRIED | AHEAD | {"sync": False, "eval_strategy": "no"},
 }
 # in two processes
 HALF = {"per_device_train_batch_size": ROWS // 2}
 RUNS |= {"both": HALF | {"max_steps": 8}, "both, sampler": HALF | {"max_steps": 4, "behaviour_policy": "sampler"}}
+RUNS |= {"both, carried": CARRIED | AHEAD | HALF, "both, spanning": SPANNING | {"oversampling": 4.0}}
 
 
 def transfer_by_file(folder: Path):
