@@ -5,6 +5,7 @@ python benchmarks/rollouts.py --output_dir runs/bench   # in .venv-vllm
 
 import argparse
 import logging
+import os
 import shlex
 import sys
 import tempfile
@@ -85,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = Results(shlex.join(["python", "benchmarks/rollouts.py", *arguments]), scale)
     with tempfile.TemporaryDirectory() as folder:
         measure(results, 1 if args.quick else args.seeds, Path(folder))
+    results.load = os.getloadavg()[0]
     results.full_size = full_size(rollouts=2 if args.quick else 24)
     results.seconds = time.perf_counter() - start
     output = Path(args.output_dir)

@@ -40,6 +40,7 @@ class Results:
         choosing: those with other values of `oversampling`.
         full_size: what the simulation at full size says.
         seconds: duration of the benchmark.
+        load: load average of the machine at its end.
     """
 
     command: str
@@ -49,6 +50,7 @@ class Results:
     choosing: list[Measured] = field(default_factory=list)
     full_size: list[Outcome] = field(default_factory=list)
     seconds: float = 0.0
+    load: float = 0.0
 
 
 def mean_steps(rollouts: list[Timed]) -> float:
@@ -205,7 +207,7 @@ def draw(results: Results, path: Path) -> None:
         end += each.work.steps
         axes[0].axvline(end, color=BLUE, linestyle=":", linewidth=1)
     axes[0].set(xlabel="engine steps", ylabel="responses that get a token", xlim=(0, None), ylim=(0, None))
-    axes[0].legend(frameon=False)
+    axes[0].legend(loc="upper right")
     names = [kind.name for kind in first]
     every = [[each for run in results.skewed for each in kind.steady(run[kind])] for kind in first]
     generation = [generation_cpu(rollouts) for rollouts in every]
@@ -229,7 +231,8 @@ def report(results: Results) -> str:
     bounds = ", ".join(f"{scale.longest / (carry + 2):.0f} for S = {carry}" for carry in CARRIED[1:])
     return f"""# Rollouts that don't wait for their longest response
 
-`{results.command}`, {results.seconds:.0f} s on {machine()}, 1 thread; Python {platform.python_version()}, {versions}.
+`{results.command}`, {results.seconds:.0f} s on {machine()}, load average {results.load:.1f} at the end, 1 thread;
+Python {platform.python_version()}, {versions}.
 
 A rollout has {scale.responses} responses in groups of {GROUP}, and K = {UPDATES} updates. The model is a Qwen3 with
 {scale.model["num_hidden_layers"]} layers, hidden size {scale.model["hidden_size"]} and random weights. TRL's
@@ -241,9 +244,9 @@ All trainers get the same prompts, and each response has a prescribed length. Le
 / 32), or all {scale.mean}. The benchmark checks the length of every response that is trained on, and that each prompt
 is trained on once. No group has advantage 0.
 
-Results are medians (ranges) over draws of the lengths: {len(results.skewed)}. Times are CPU times of the process, whose
-one thread never waits; on an idle core wall-clock time is the same. Unless a table says otherwise, it shows the steady
-state: after the pool has filled, and before the end of the run.
+Results are medians (ranges) over draws of the lengths: {len(results.skewed)}. Times are CPU times of the process,
+which uses one core; if that is idle otherwise, wall-clock time is the same. Unless a table says otherwise, it shows the
+steady state: after the pool has filled, and before the end of the run.
 
 {targets(results)}
 
@@ -273,6 +276,9 @@ Dotted lines are the ends of rollouts.
   {step_milliseconds(carried):.1f} ms, with what is prefilled again. If all steps took the same time, the gain in time
   would be the gain in steps: {mean_steps(waiting) / mean_steps(carried):.1f} times. On a GPU the time of a step depends
   less on the number of responses, as long as their keys and values are small.
+- **Requests cost time.** Each has a seed of its own with carry-over, and vLLM then draws random numbers request by
+  request. In every call the requests that get no slot are added and removed as well. This shows with equal lengths,
+  where there is nothing to gain.
 
 ## Oversampling
 
@@ -305,7 +311,7 @@ that long, and the same *b*, *c* and *d*; all else in the step stays as it was.
 {at_full_size(results)}
 
 With a pool per engine, a call lasts until the last engine has its part of the rollout. Each engine waits for a long
-response in other calls than the others, so they stand still much of the time. One pool avoids that. The simulation
-draws lengths independently. If the long responses belong to few prompts, fewer groups have to wait. It has no limit
-for the memory of keys and values.
+response in other calls than the others, so they stand still much of the time. The second group of rows isn't what the
+package does: it shows what standing still costs. One pool avoids that. The simulation draws lengths independently; if
+the long responses belong to few prompts, fewer groups have to wait. It has no limit for the memory of keys and values.
 """
