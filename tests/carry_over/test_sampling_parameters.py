@@ -1,10 +1,8 @@
-"""What a request for the rest of a response asks for, and which sampling options an interruption would change."""
-
-import pytest
+"""What a request for the rest of a response asks for."""
 
 from tic_grpo_trl import TICGRPOConfig
 from tic_grpo_trl.carry_over.pool import Group, Response
-from tic_grpo_trl.carry_over.sampling_parameters import check_generation_kwargs, request_parameters
+from tic_grpo_trl.carry_over.sampling_parameters import request_parameters
 
 
 def config(**settings):
@@ -55,47 +53,3 @@ def test_seeds():
         assert seed(same, generation_kwargs={"seed": value}, seed=2) == seed(same, seed=value)
     assert [seed(same, index) for index in range(4)] == seeds[:4]
     assert all(0 <= each < 2**63 for each in seeds)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"generation_kwargs": {"min_new_tokens": 4, "repetition_penalty": 1.2, "cache_implementation": "dynamic"}},
-        {"generation_kwargs": {"do_sample": True, "num_beams": 1, "top_p": 1.0, "stop_strings": None}},
-        {"use_vllm": True, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.2},
-        {"use_vllm": True, "generation_kwargs": {"seed": 1, "min_tokens": 2, "stop_token_ids": [3], "n": 1}},
-        {"use_vllm": True, "generation_kwargs": {"temperature": 0.8, "ignore_eos": True, "presence_penalty": 0.0}},
-    ],
-)
-def test_what_survives_an_interruption(settings):
-    check_generation_kwargs(config(**settings))
-
-
-@pytest.mark.parametrize(
-    ("value", "settings"),
-    [
-        ("top_p=0.9", {"top_p": 0.9}),
-        ("top_k=50", {"use_vllm": True, "top_k": 50}),
-        ("min_p=0.1", {"min_p": 0.1}),
-        ("temperature=0.0", {"temperature": 0.0}),
-        ("vllm_structured_outputs_regex='a+'", {"use_vllm": True, "vllm_structured_outputs_regex": "a+"}),
-        ("{'stop_strings': ['.']}", {"generation_kwargs": {"stop_strings": ["."]}}),
-        ("{'do_sample': False}", {"generation_kwargs": {"do_sample": False}}),
-        ("{'num_beams': 4}", {"generation_kwargs": {"num_beams": 4}}),
-        ("{'max_new_tokens': 4}", {"generation_kwargs": {"max_new_tokens": 4}}),
-        ("{'min_tokens': 4}", {"generation_kwargs": {"min_tokens": 4}}),  # vLLM's
-        ("{'stop': ['.']}", {"use_vllm": True, "generation_kwargs": {"stop": ["."]}}),
-        ("{'frequency_penalty': 0.5}", {"use_vllm": True, "generation_kwargs": {"frequency_penalty": 0.5}}),
-        ("{'top_p': 0.5}", {"use_vllm": True, "generation_kwargs": {"top_p": 0.5}}),
-        ("{'n': 2}", {"use_vllm": True, "generation_kwargs": {"n": 2}}),
-        ("{'logit_bias': {5: 2.0}}", {"use_vllm": True, "generation_kwargs": {"logit_bias": {5: 2.0}}}),
-        ("{'min_new_tokens': 4}", {"use_vllm": True, "generation_kwargs": {"min_new_tokens": 4}}),  # transformers'
-    ],
-)
-def test_what_does_not_is_refused(value, settings):
-    with pytest.raises(ValueError, match="max_carry_over=0") as caught:
-        check_generation_kwargs(config(**settings))
-    message = str(caught.value)
-    assert value in message
-    assert "\n" not in message

@@ -1,5 +1,7 @@
 """transformers' own generation in segments: recorded log-probabilities are those of the weights that sampled."""
 
+import math
+
 import pytest
 import torch
 from carrying import generate, logps_by_version, talkative_model
@@ -70,9 +72,20 @@ CASES = {
     "plain": {},
     "temperature": {"temperature": 0.7},
     "lora": {"peft_config": LORA, "drift": 1.0},
+    "temperature of generate": {"generation_kwargs": {"temperature": 0.7}},
     "no cache": {"generation_kwargs": {"use_cache": False}},
     "bf16": {"bf16": True},
 }
+
+
+def test_the_model_s_own_sampling_options_are_not_used(tmp_path):
+    model = talkative_model()
+    model.generation_config.min_p, model.generation_config.typical_p = 0.5, 0.5
+    trainer, rollouts, versions = carried(tmp_path, model=model)
+    assert errors(rollouts, versions).max() < 1e-4
+    improbable = torch.cat([each["sampling_per_token_logps"].flatten() for each in rollouts]) < math.log(1 / 12)
+    assert improbable.any()  # with six tokens the likeliest has more than 1/6, so min_p would leave these out
+    assert trainer.model.generation_config.min_p == 0.5  # as it was
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -83,7 +96,7 @@ def test_log_probabilities_are_those_of_the_version_that_sampled(tmp_path, case)
     assert {0, 1, 2} <= set(ages.tolist())
     assert max(versions_of(rollout).max() for rollout in rollouts) >= 3  # a response of three versions
     assert len({int(row.sum()) for r in rollouts for row in r["prompt_mask"]}) > 1  # padded on the left
-    temperature = config.get("temperature", 1.0)
+    temperature = (config | config.get("generation_kwargs", {})).get("temperature", 1.0)
     found = errors(rollouts, versions, temperature)
     print(f"{case}: largest error {found.max():.1e} of {len(found)} tokens, {int((ages > 0).sum())} carried over")
     assert found.max() < (0.2 if case == "bf16" else 1e-4)

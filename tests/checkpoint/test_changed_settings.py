@@ -43,3 +43,14 @@ def test_other_processes_and_other_data_are_other_batches(tmp_path):
     changes = Changes.between(remembered(tmp_path), remembered(tmp_path, processes=2, dataset=iter(())))
     assert changes.batches == "number of processes = 2 (was 1), number of prompts = None (was 32)"
     assert changes.processes
+
+
+def test_a_pool_of_unfinished_responses_belongs_to_an_engine(tmp_path):
+    def unfit(**changed):
+        vllm = {"use_vllm": True, "max_carry_over": 1}
+        then = remembered(tmp_path, processes=2, **vllm)
+        return Changes.between(then, remembered(tmp_path, processes=2, **vllm | changed)).unfit
+
+    assert unfit(oversampling=3.0) == ""
+    assert unfit(vllm_tensor_parallel_size=2) == unfit(vllm_mode="server") == "number of pools = 1 (was 2)"
+    assert unfit(use_vllm=False) == ""  # each process still has its own

@@ -81,7 +81,7 @@ def trainer(tmp_path, given=None, **settings):
 
 
 def test_a_rollout_func_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"^max_carry_over=2 .* rollout_func: set max_carry_over=0\.$"):
+    with pytest.raises(ValueError, match=r"^max_carry_over=2 .* rollout_func, which .*: set max_carry_over=0\.$"):
         trainer(tmp_path, {"rollout_func": random_rollouts()[0]})
 
 
@@ -108,7 +108,7 @@ def test_what_carry_over_cannot_continue_is_refused(tmp_path, name):
     check_trainer(with_them, PROMPTS)
     for attribute, value in INPUTS[name].items():
         setattr(with_them, attribute, value)
-    with pytest.raises(ValueError, match=rf"^max_carry_over=2 [^\n]* {name}: set max_carry_over=0\.$"):
+    with pytest.raises(ValueError, match=rf"^max_carry_over=2 [^\n]* {name}, [^\n]*: set max_carry_over=0\.$"):
         check_trainer(with_them, PROMPTS)
 
 

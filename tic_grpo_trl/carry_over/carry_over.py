@@ -9,9 +9,9 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from trl.trainer.utils import pad
 
-from ..metrics.carry_over import carry_over_metrics, count_carry_over
 from ..validation.carry_over import check_trainer
 from .engine import Engine, EngineUse
+from .measures import carry_over_metrics, count_carry_over
 from .pool import Group, Pool, Response, load_groups, save_groups
 from .prompts import PromptReader
 from .transformers_engine import TransformersEngine
@@ -154,7 +154,8 @@ class CarryOver:
 
     def mark(self, rollout: dict[str, Any]):
         """Add `token_age`, (n, T): rollouts since the weights that sampled each token; 0 on padding."""
-        ages = pad([torch.tensor(each.ages) for each in self._rollout], padding_value=0, padding_side="right")
+        of_each = [torch.tensor(each.ages, dtype=torch.int32) for each in self._rollout]
+        ages = pad(of_each, padding_value=0, padding_side="right")
         missing = rollout["completion_ids"].size(1) - ages.size(1)
         rollout["token_age"] = torch.nn.functional.pad(ages, (0, missing)).to(rollout["completion_ids"].device)
 

@@ -37,8 +37,8 @@ class Response:
         """
         if not all(map(math.isfinite, logps)):
             raise RuntimeError(
-                "max_carry_over needs the log-probability of every sampled token, but the engine returned one that is "
-                "NaN or infinite: check the model's weights, or set max_carry_over=0."
+                "The engine returned a log-probability that is NaN or infinite, so the ratio to it is none: check the "
+                "model's weights, or set max_carry_over=0 and behaviour_policy='trainer'."
             )
         self.tokens += tokens
         self.logps += logps

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -17,6 +18,8 @@ from transformers import (
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import pad
 
+from ..loss.importance_weight import overridden
+from ..validation.sampling_options import check_sampling_options
 from .engine import EngineUse
 from .pool import Group, Response
 
@@ -49,11 +52,11 @@ class Recorder(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self._take(input_ids)
         scores = scores / self._temperature
-        must_go_on = (self._fewest > len(self._columns)).to(scores.device)
+        must_go_on = self._fewest > len(self._columns)
         if must_go_on.any():
             ends = torch.zeros_like(scores[0], dtype=torch.bool)
             ends[self._eos_ids] = True
-            scores = scores.masked_fill(must_go_on.unsqueeze(1) & ends, -torch.inf)
+            scores = scores.masked_fill(must_go_on.unsqueeze(1).to(scores.device) & ends, -torch.inf)
         scores = self._truncate(input_ids, scores)
         self._previous = scores.log_softmax(-1)
         return scores
@@ -84,6 +87,7 @@ class TransformersEngine:
                 "behaviour_policy='sampler' needs max_completion_length, which is None: set it to the most tokens of a "
                 "response."
             )
+        check_sampling_options(args)
         self._longest = args.max_completion_length
         self._segment = max(SHORTEST_SEGMENT, -(-self._longest // SEGMENTS))
         self._slots = schedule.per_device_train_batch_size * schedule.steps_per_generation
@@ -141,7 +145,9 @@ class TransformersEngine:
             torch.no_grad(),
             trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
         ):
-            yield model
+            base = model.get_base_model() if is_peft_model(model) else model
+            with overridden(base, generation_config=GenerationConfig()):  # options that aren't set would come from it
+                yield model
 
     def _continue(self, model: Any, running: list[tuple[list[int], Response]], length: int, use: EngineUse) -> int:
         """Sample up to `length` tokens of each response, and return the number of steps."""
@@ -152,7 +158,7 @@ class TransformersEngine:
         written = [torch.tensor(prompt + response.tokens) for prompt, response in running] or [torch.tensor([filler])]
         left = [self._longest - len(response.tokens) for _, response in running] or [1]
         fewest = (config.min_new_tokens or 0) - (self._longest - torch.tensor(left))
-        recorder = Recorder(trainer.temperature, eos_ids, fewest, truncation(config))
+        recorder = Recorder(config.temperature, eos_ids, fewest, truncation(config))
         config.update(max_new_tokens=min(length, max(left)), min_new_tokens=None, temperature=1.0, **NO_TRUNCATION)
         of_ids = {"padding_side": "left", "pad_to_multiple_of": trainer.pad_to_multiple_of}
         ids = pad(written, padding_value=filler, **of_ids).to(device)
@@ -165,7 +171,7 @@ class TransformersEngine:
         )
         sampled = sequences[:, ids.size(1) :]
         values = zip(sampled.tolist(), recorder.logps(sampled).tolist(), left, strict=True)
-        for (_, response), (tokens, of_tokens, room) in zip(running, values, strict=False):
+        for (_, response), (tokens, of_tokens, room) in zip(running, values, strict=bool(running)):
             end = next((index + 1 for index, token in enumerate(tokens[:room]) if token in eos_ids), len(tokens[:room]))
             response.write(tokens[:end], of_tokens[:end])
             response.finished = tokens[end - 1] in eos_ids or end == room

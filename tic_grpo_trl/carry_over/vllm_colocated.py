@@ -18,8 +18,8 @@ class VLLMColocated:
     """
     Run the engine's steps on the calling thread, so that they can stop after any of them.
 
-    An [`Engine`]. With tensor parallelism every process of a group calls it with the same responses in the same order.
-    What it does then follows from these and from what the engine samples, which is the same on all of them.
+    With tensor parallelism every process of a group calls it with the same responses in the same order. What it does
+    then follows from these and from what the engine samples, which is the same on all of them.
     """
 
     def __init__(self, trainer: GRPOTrainer):
@@ -46,7 +46,7 @@ class VLLMColocated:
             )
 
     def run(self, unfinished: list[tuple[Group, Response]], enough: Callable[[], bool]) -> EngineUse:
-        """Go on with responses until `enough()`, as [`Engine.run`] says."""
+        """Go on with responses until `enough()`, and leave nothing in the engine."""
         if self.vllm.enable_sleep_mode:
             self.vllm.llm.wake_up(tags=["kv_cache"])
         if is_peft_model(self.vllm.model) and self.vllm.tensor_parallel_size > 1:

@@ -33,8 +33,8 @@ class VLLMServer:
     """
     Send the server a request for each response, and interrupt them together.
 
-    An [`Engine`]. Its requests don't stream: the server answers an interrupted one with all its tokens at once.
-    `/pause?mode=abort` is what vLLM's versions since 0.22 and all its processes obey.
+    They don't stream: the server answers an interrupted one with all its tokens at once. `/pause?mode=abort` is what
+    vLLM's versions since 0.22 and all its processes obey.
     """
 
     def __init__(self, trainer: GRPOTrainer):
@@ -61,7 +61,7 @@ class VLLMServer:
         self._on_main_process(self._reset_prefix_cache)
 
     def run(self, unfinished: list[tuple[Group, Response]], enough: Callable[[], bool]) -> EngineUse:
-        """Go on with responses until `enough()`, as [`Engine.run`] says; on the main process alone.
+        """Go on with responses until `enough()`; on the main process alone.
 
         Raises:
             RuntimeError: if the server fails. What was written stays, and unfinished responses can go on.

@@ -30,6 +30,7 @@ CARRY_OVER = ("max_carry_over", "oversampling")
 UPDATES = (*SCHEDULE, *SAMPLING, *CARRY_OVER, *REWARDS, *LOSS, *SAPO, *VESPO)
 # With groups that are carried over: an error. The order of the prompts that follow them would be another one.
 ORDER = ("seed", "shuffle_dataset")
+POOLS = "number of pools"  # of unfinished responses: one per engine
 CARRIED = "groups that are carried over"
 
 
@@ -40,7 +41,10 @@ def settings_to_remember(trainer: Any) -> dict[str, Any]:
     settings = json.loads(json.dumps({name: values[name] for name in names}, default=str))
     carried = len(trainer.carry_over.pool.groups) if trainer.carry_over else 0
     prompts = len(dataset) if hasattr(dataset, "__len__") else None
-    return settings | {PROCESSES: processes, PROMPTS: prompts, CARRIED: carried}
+    pools = processes
+    if trainer.args.use_vllm:
+        pools = 1 if trainer.args.vllm_mode == "server" else processes // trainer.args.vllm_tensor_parallel_size
+    return settings | {PROCESSES: processes, PROMPTS: prompts, POOLS: pools, CARRIED: carried}
 
 
 @dataclass(frozen=True)
@@ -73,5 +77,5 @@ class Changes:
             updates=listed((*SCORING, *ALGORITHM, *UPDATES)),
             processes=PROCESSES in changed,
             carried=then.get(CARRIED, 0),
-            unfit=listed((*BATCHES, PROCESSES, PROMPTS, *ORDER, *ends)),
+            unfit=listed((*BATCHES, PROCESSES, PROMPTS, POOLS, *ORDER, *ends)),
         )

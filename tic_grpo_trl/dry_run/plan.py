@@ -239,7 +239,7 @@ class Plan:
             remark = ": some span two rollouts; make steps_per_generation a multiple of gradient_accumulation_steps"
         elif b.update_responses % b.num_generations:
             remark = ": groups are split between them"
-        elif b.updates == 1 and args.behaviour_policy == "trainer":
+        elif b.updates == 1 and args.behaviour_policy == "trainer" and not args.max_carry_over:
             remark = ": on-policy, every ratio is 1"
         passes = counted(b.gradient_accumulation_steps, "pass")
         prompts = counted(b.update_responses / b.num_generations, "prompt")

@@ -3,12 +3,14 @@
 import math
 from typing import Any
 
-from ..carry_over.sampling_parameters import check_generation_kwargs
+from .sampling_options import check_sampling_options
 
 
 def check_carry_over(args: Any):
     """Refuse a configuration whose `max_carry_over` contradicts its other settings."""
     if not args.max_carry_over:
+        if args.oversampling != type(args).oversampling:
+            args.notes.append(f"oversampling={args.oversampling} has no effect with max_carry_over=0.")
         return
     given = f"max_carry_over={args.max_carry_over}"
     off = "or max_carry_over=0"
@@ -25,22 +27,28 @@ def check_carry_over(args: Any):
             f"{given} trains on responses of earlier weights, which behaviour_policy='trainer' corrects for only with "
             "use_vllm=True and vllm_importance_sampling_correction=True: set behaviour_policy='sampler'."
         )
-    check_generation_kwargs(args)
+    check_sampling_options(args)
+    if args.behaviour_policy == "trainer":
+        args.notes.append(
+            f"{given} with behaviour_policy='trainer' weights a response by two factors, P_θ/P_old and TRL's bounded "
+            "correction P_old/P_behaviour. behaviour_policy='sampler' is one exact ratio."
+        )
 
 
 def check_trainer(trainer: Any, prompts: int):
     """Refuse inputs and batches of a trainer that carry-over can't handle; `prompts` are those of a pool's rollout."""
     args, schedule = trainer.args, trainer.schedule
     given = f"max_carry_over={args.max_carry_over}"
+    environments = trainer.environment_factories is not None
     unsupported = {
-        "tools": trainer.tools and not trainer.environment_factories,
-        "environment_factory": trainer.environment_factories is not None,
-        "rollout_func": trainer.rollout_func is not None,
-        "a model with images": trainer._is_vlm,
+        "tools, whose answers are tokens that no policy sampled": trainer.tools and not environments,
+        "environment_factory, because an environment's state can't wait in a pool": environments,
+        "rollout_func, which generates by itself": trainer.rollout_func is not None,
+        "a model with images, because the pool holds token ids only": trainer._is_vlm,
     }
-    for name, used in unsupported.items():
+    for what, used in unsupported.items():
         if used:
-            raise ValueError(f"{given} cannot continue the responses of {name}: set max_carry_over=0.")
+            raise ValueError(f"{given} cannot be combined with {what}: set max_carry_over=0.")
     if not schedule.starts_on_policy:
         raise ValueError(
             f"{given} needs rollouts of whole updates, but steps_per_generation * num_iterations = "

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
 
-from ..carry_over.engine import EngineUse
-from ..carry_over.pool import Group
+from .engine import EngineUse
+from .pool import Group
 
 
 @dataclass(frozen=True)
