@@ -276,9 +276,8 @@ Dotted lines are the ends of rollouts.
   {step_milliseconds(carried):.1f} ms, with what is prefilled again. If all steps took the same time, the gain in time
   would be the gain in steps: {mean_steps(waiting) / mean_steps(carried):.1f} times. On a GPU the time of a step depends
   less on the number of responses, as long as their keys and values are small.
-- **Requests cost time.** Each has a seed of its own with carry-over, and vLLM then draws random numbers request by
-  request. In every call the requests that get no slot are added and removed as well. This shows with equal lengths,
-  where there is nothing to gain.
+- **Requests cost time.** In every call the requests that get no slot are added and removed as well. This shows with
+  equal lengths, where there is nothing to gain.
 
 ## Oversampling
 

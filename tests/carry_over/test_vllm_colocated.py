@@ -101,7 +101,7 @@ def test_where_responses_end(noted, name, longest):
     for prompt, response in responses(noted[name]):
         tokens = response["tokens"]
         at = {
-            "eos": tokens[-1:] == [EOS] and not noted[name]["settings"].get("generation_kwargs"),
+            "eos": tokens[-1:] == [EOS] and not noted[name]["settings"].get("generation_kwargs", {}).get("ignore_eos"),
             "longest": len(tokens) == longest,
             "model": len(prompt) + len(tokens) == 128,
         }

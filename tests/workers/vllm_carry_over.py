@@ -23,9 +23,10 @@ from tic_grpo_trl.starter import STARTER_MODEL, exact_match_reward, make_dataset
 SLOTS, GROUP, BEGUN, CALLS = 16, 4, 6, 4  # the engine's, responses of a group, groups of a pool, generation calls
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # that share the engine
 PROBE = 8  # prompts that an evaluation generates for
+SEEDED = {"generation_kwargs": {"seed": 42}}
 SCENARIOS = {
-    "plain": {},
-    "again": {},
+    "plain": SEEDED,
+    "again": SEEDED,
     "short": {"max_completion_length": 20},
     "options": {
         "temperature": 0.8,
@@ -92,7 +93,7 @@ class Driver:
 
             def enough(asked=asked):
                 asked.append(sum(each.finished for group in pool.groups for each in group.responses))
-                return pool.chosen() is not None
+                return len(asked) > 1 and pool.chosen() is not None  # also where the pool has a rollout at once
 
             self.engine.prepare()
             use = self.engine.run(pool.unfinished, enough)
@@ -107,7 +108,7 @@ class Driver:
                     "use": asdict(use),
                     "asked": asked,
                     "left": left,
-                    "evaluated": self.evaluate() if not settings else None,
+                    "evaluated": self.evaluate() if settings == SEEDED else None,
                 }
             )
             perturb(self.trainer.model, call)
@@ -121,7 +122,9 @@ class Driver:
         self.fill(pool)
 
         def enough():
-            raise KeyboardInterrupt
+            if any(each.finished for group in pool.groups for each in group.responses):
+                raise KeyboardInterrupt
+            return False
 
         self.engine.prepare()
         try:
@@ -162,7 +165,7 @@ class Driver:
         for _ in range(2):
             self.fill(pool)
             self.engine.prepare()
-            self.engine.run(pool.unfinished, lambda: pool.chosen() is not None)
+            self.engine.run(pool.unfinished, lambda: noted[-1] == ("step",) and pool.chosen() is not None)
             pool.release()
         vllm.enable_sleep_mode = vllm._llm_weights_sleeping = False
         del llm.sleep, llm.wake_up, llm.llm_engine.step, vllm.sync_weights
