@@ -11,6 +11,7 @@ OLDEST_VENV := .venv-oldest
 OLDEST_INSTALLED := $(OLDEST_VENV)/.installed
 OLDEST_TESTS := tests/test_algorithms.py tests/test_config.py tests/test_lora.py tests/test_objective.py tests/test_trainer.py \
 	tests/forward/test_packing.py tests/loss tests/checkpoint/test_run_state.py tests/checkpoint/test_storage.py \
+	tests/carry_over/test_carry_over_trainings.py tests/carry_over/test_prompts.py tests/carry_over/test_transformers_engine.py \
 	tests/data tests/evaluation tests/metrics/test_[!t]*.py tests/rewards/test_answers.py tests/rewards/test_failures.py tests/rewards/test_mathematics.py \
 	tests/rollout/test_batcher.py tests/safety/test_update_guard.py tests/scripts/test_train.py tests/starter tests/validation
 OLDEST_EXCEPT := not (leak_shows and nemotron_h) and not (trl_s_layout_will_do and qwen3_5) \
