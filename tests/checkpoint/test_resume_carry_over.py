@@ -433,4 +433,4 @@ def test_processes_killed_in_generation(tmp_path, name):
         flags += ["--output_dir", tmp_path / "alone", "--resume_from_checkpoint", run / "checkpoint-6"]
         alone = run_script(*flags)
         assert alone.returncode != 0
-        assert "don't fit these settings: number of processes = 1 (was 2). Resume with the old ones." in alone.stderr
+        assert "don't fit these settings: number of processes = 1 (was 2), number of pools = 1 (was 2)." in alone.stderr
