@@ -4,10 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from ..validation.sampling_options import OPTIONS
 from .pool import Group, Response
-
-
-OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # fields of TRL's configuration
 
 
 def request_parameters(args: Any, group: Group, response: Response, pool: int = 0) -> dict[str, Any]:

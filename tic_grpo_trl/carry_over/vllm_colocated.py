@@ -12,6 +12,7 @@ from trl.extras.profiling import profiling_context
 from .engine import EngineUse
 from .pool import Group, Response
 from .sampling_parameters import request_parameters
+from .vllm_weights import load_weights
 
 
 class VLLMColocated:
@@ -34,11 +35,7 @@ class VLLMColocated:
         Raises:
             RuntimeError: if the engine would go on with keys and values of older weights.
         """
-        step = self.trainer.state.global_step
-        if step != self.trainer._last_loaded_step or self.vllm._llm_weights_sleeping:
-            with profiling_context(self.trainer, "sync_weights"):
-                self.vllm.sync_weights()
-            self.trainer._last_loaded_step = step
+        load_weights(self.trainer, again=self.vllm._llm_weights_sleeping)
         if not self.vllm.llm.reset_prefix_cache():
             raise RuntimeError(
                 "vLLM didn't reset its prefix cache, which holds keys and values of older weights, because a request "

@@ -17,6 +17,7 @@ from trl.extras.profiling import profiling_context
 from .engine import EngineUse
 from .pool import Group, Response
 from .sampling_parameters import request_parameters
+from .vllm_weights import load_weights
 
 
 # Seconds
@@ -53,11 +54,7 @@ class VLLMServer:
         Raises:
             RuntimeError: if the server would go on with keys and values of older weights.
         """
-        step = self._trainer.state.global_step
-        if step != self._trainer._last_loaded_step:
-            with profiling_context(self._trainer, "sync_weights"):
-                self._trainer.vllm_generation.sync_weights()
-            self._trainer._last_loaded_step = step
+        load_weights(self._trainer)
         self._on_main_process(self._reset_prefix_cache)
 
     def run(self, unfinished: list[tuple[Group, Response]], enough: Callable[[], bool]) -> EngineUse:

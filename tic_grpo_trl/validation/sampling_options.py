@@ -3,7 +3,7 @@
 from typing import Any
 
 
-_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # fields of TRL's configuration
+OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # fields of TRL's configuration
 
 # What means the same for a response that goes on as for one that is written at once
 _KEPT_BY_VLLM = (
@@ -49,7 +49,7 @@ def check_sampling_options(args: Any):
     if carries:
         other, fix = "max_carry_over > 0", "max_carry_over=0"
     given = dict(args.generation_kwargs or {})
-    options = {name: getattr(args, name) for name in _OPTIONS if name not in given} | given
+    options = {name: getattr(args, name) for name in OPTIONS if name not in given} | given
     if args.use_vllm:
         options["vllm_structured_outputs_regex"] = args.vllm_structured_outputs_regex
     kept = (_KEPT_BY_VLLM if args.use_vllm else _KEPT_BY_TRANSFORMERS).split()
