@@ -20,7 +20,18 @@ from tic_grpo_trl import TICGRPOConfig, TICGRPOTrainer
 UPDATES = 4  # per rollout, K
 MICRO_BATCH = 8  # responses
 GROUP = 8  # responses per prompt
-LEARNING_RATE = 1e-6
+SETTINGS = {  # of every trainer
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "dataloader_pin_memory": False,
+    "learning_rate": 1e-6,
+    "lr_scheduler_type": "constant",
+    "shuffle_dataset": False,
+}
 
 
 @dataclass(frozen=True)
@@ -227,18 +238,9 @@ def make_trainer(kind: str, scale: Scale, model: Qwen3ForCausalLM, rollout: Roll
     trainer_class: Any
     args: Any
     settings: dict[str, Any] = {
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "dataloader_pin_memory": False,
+        **SETTINGS,
         "logging_steps": 1,
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
         "seed": seed,
-        "shuffle_dataset": False,
         "max_steps": 2 * UPDATES,
         "num_generations": GROUP,
         "per_device_train_batch_size": MICRO_BATCH,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cases import GROUP, LEARNING_RATE, UPDATES, Scale, make_model, make_tokenizer
+from cases import GROUP, SETTINGS, UPDATES, Scale, make_model, make_tokenizer
 from datasets import Dataset
 from prescribed_lengths import EngineWork, PrescribedEngine, Responses, Workload
 from transformers import PrinterCallback, TrainerCallback
@@ -213,17 +213,8 @@ class Bench:
         responses = self.scale.responses
         settings: dict[str, Any] = {
             "output_dir": tempfile.mkdtemp(dir=self.folder),
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "dataloader_pin_memory": False,
+            **SETTINGS,
             "logging_steps": UPDATES,
-            "learning_rate": LEARNING_RATE,
-            "lr_scheduler_type": "constant",
-            "shuffle_dataset": False,
             "max_steps": UPDATES * run.left,
             "num_generations": GROUP,
             "per_device_train_batch_size": responses // UPDATES // 2,
