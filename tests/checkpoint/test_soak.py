@@ -37,8 +37,9 @@ def soak(tmp_path_factory):
     folder = tmp_path_factory.mktemp("soak")
     (folder / "tmp").mkdir()
     # One arena, and a fixed size from which blocks are mapped on their own. Otherwise that size grows, and large blocks
-    # fragment the heap, by an amount that depends on the paths of the environment.
-    allocator = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    # fragment the heap, by an amount that depends on the paths of the environment. Python's own allocator takes memory
+    # by the megabyte, which is a slope of 1,000 bytes per step if it happens once more.
+    allocator = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONMALLOC": "malloc"}
     environment = {"TMPDIR": str(folder / "tmp"), **allocator}
     command = [sys.executable, ROOT / "tests/workers/soak.py", folder, STEPS]
     with started(command, folder / "log.txt", **environment) as process:
