@@ -93,6 +93,7 @@ CLIPS = st.builds(
     epsilon_high=st.floats(0.01, 10),
     delta=st.none() | st.floats(11.5, 1e12),  # above 1 + epsilon_high, also beyond what a weight is held at
     length_scale=st.just(0.0) | st.floats(1e-3, 2),
+    length_scale_low=st.just(0.0) | st.floats(1e-3, 2),
 )
 RULES = st.sampled_from([(algorithm.level, algorithm.clip) for algorithm in ALGORITHM_RULES.values()]) | st.tuples(
     st.sampled_from(LEVELS), CLIPS
@@ -109,18 +110,30 @@ def bounds(clip: Clip, gains: bool, length: int, number=float) -> tuple[float, f
         cap = number(number(clip.length_scale) * number(math.sqrt(length)))
     dual = math.inf if clip.delta is None else number(math.log(clip.delta))
     low = number(math.log1p(-clip.epsilon_low)) if clip.epsilon_low < 1 else -math.inf
+    if clip.length_scale_low:
+        low = -number(number(clip.length_scale_low) * number(math.sqrt(length)))
     if clip.mode == "none":
         return -math.inf, math.inf
     if clip.mode in ("up_only", "capped"):
         return -math.inf, cap if gains or clip.delta is None else dual
+    if clip.mode == "masked":
+        return low, cap
     return -math.inf if gains else low, dual if clip.mode == "two_sided" and not gains else cap
 
 
 def log_weights(ratios: dict[int, float], level: str) -> dict[int, float]:
     """The log-weight of every token of a response."""
+    if level == "prefix":
+        return {t: math.fsum(r for s, r in ratios.items() if s <= t) for t in ratios}
     total = math.fsum(ratios.values())
     of_response = {"trajectory": total, "sequence": total / max(len(ratios), 1), "none": 0.0}
     return ratios if level == "token" else dict.fromkeys(ratios, of_response[level])
+
+
+def lengths_at(ratios: dict[int, float], level: str) -> dict[int, int]:
+    """The tokens that the bounds of every token count: those so far, or all of the response."""
+    per_token = level in ("token", "prefix")
+    return {t: place if per_token else len(ratios) for place, t in enumerate(sorted(ratios), start=1)}
 
 
 def lies_on_a_bound(batch: Batch, level: str, clip: Clip, within: float) -> bool:
@@ -128,16 +141,18 @@ def lies_on_a_bound(batch: Batch, level: str, clip: Clip, within: float) -> bool
     return any(
         abs(x - bound) <= within * (1 + abs(x))
         for ratios in batch.log_ratios
-        for x in log_weights(ratios, level).values()
+        for t, x in log_weights(ratios, level).items()
         for gains in (True, False)
-        for bound in bounds(clip, gains, len(ratios))
+        for bound in bounds(clip, gains, lengths_at(ratios, level)[t])
     )
 
 
 def by_the_table(x: float, gains: bool, clip: Clip, length: int, number=float) -> tuple[float, bool]:
     """The bounded log-weight, never above 20, and whether it keeps its gradient."""
     low, high = bounds(clip, gains, length, number)
-    above_stops = {"up_only": True, "two_sided": True, "truncated": gains}.get(clip.mode, False)
+    if clip.mode == "masked" and not low <= x <= high:
+        return -200.0, False
+    above_stops = {"truncated": gains, "capped": False, "none": False}.get(clip.mode, True)
     return min(max(x, low), high, 20.0), not (x < low or (x > high and above_stops))
 
 
@@ -147,7 +162,7 @@ def written_out(batch: Batch, level: str, clip: Clip) -> tuple[torch.Tensor, tor
     for i, ratios in enumerate(batch.log_ratios):
         for t, x in log_weights(ratios, level).items():
             a = float(batch.advantages[i, t] if batch.advantages.dim() == 2 else batch.advantages[i])
-            bounded, keeps = by_the_table(x, a >= 0, clip, len(ratios))
+            bounded, keeps = by_the_table(x, a >= 0, clip, lengths_at(ratios, level)[t])
             value[i, t] = math.exp(bounded) * a
             gradient[i, t] = math.exp(bounded) * a * keeps
     return value, gradient

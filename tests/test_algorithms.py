@@ -13,6 +13,7 @@ import torch
 from conftest import batch, logps, loss_and_gradients, make_trainer, relative_error, tiny_model
 
 from tic_grpo_trl import ALGORITHMS
+from tic_grpo_trl.objective import PRODUCT_LEVELS
 
 
 T = 8
@@ -51,6 +52,24 @@ def tic_grpo_truncated(r, a, high=HIGH):  # A > 0 as PPO; A < 0: nothing below 1
     if a >= 0:
         return [ppo(w, a, 0.8, high)] * len(r)
     return [(min(max(w, 0.8), high) * a, 0.0 if w < 0.8 else min(w, high) * a)] * len(r)
+
+
+def seq_tis(r, a, high=2.0):  # verl: min(w, C)·A·∇log π, C = 2
+    return tic_grpo_capped(r, a, high)
+
+
+def seq_mis(r, a, high=3.0):  # verl and TRL's sequence_mask: w·A·∇log π where w ≤ C = 3, else nothing
+    w = math.prod(math.exp(x) for x in r)
+    return [(w * a, w * a) if w <= high else (0.0, 0.0)] * len(r)
+
+
+def ctpo(r, a, sigma=0.05):  # CTPO: the ratio of the tokens so far, PPO's clip with bounds in √t, dual clip for A < 0
+    terms = []
+    for t in range(1, len(r) + 1):
+        w = math.prod(math.exp(x) for x in r[:t])
+        low, high = math.exp(-0.025 * math.sqrt(t)), math.exp(sigma * math.sqrt(t))
+        terms.append((high * a, 0.0) if a < 0 and w > high else ppo(w, a, low, high))
+    return terms
 
 
 def grpo(r, a):  # v2 Eq. 5 with DAPO's bounds
@@ -110,6 +129,9 @@ FORMULAS = {
     "tic_grpo_capped": (tic_grpo_capped, "constant"),
     "tic_grpo_truncated": (tic_grpo_truncated, "constant"),
     "tic_grpo_v2": (tic_grpo, "per response"),
+    "seq_tis": (seq_tis, "constant"),
+    "seq_mis": (seq_mis, "constant"),
+    "ctpo": (ctpo, "constant"),
     "grpo": (grpo, "all tokens"),
     "dapo": (grpo, "all tokens"),
     "grpo2": (grpo2, "constant"),
@@ -123,7 +145,7 @@ FORMULAS = {
     "vespo": (vespo, "all tokens"),
 }
 TRAJECTORY_ALGORITHMS = [
-    name for name, algorithm in ALGORITHMS.items() if algorithm["importance_sampling_level"] == "trajectory"
+    name for name, algorithm in ALGORITHMS.items() if algorithm["importance_sampling_level"] in PRODUCT_LEVELS
 ]
 
 
@@ -163,7 +185,7 @@ def written_out(algorithm, inputs, **cap):
     loss, surrogate = 0.0, torch.zeros((), dtype=torch.float64)
     for i, r in enumerate(ratios):
         high = {"high": math.exp(cap["sigma"] * math.sqrt(len(r)))} if cap else {}
-        terms = formula(r, inputs["advantages"][i].double().item(), **high)
+        terms = formula(r, inputs["advantages"][i].double().item(), **cap if formula is ctpo else high)
         by = NORMALISERS[normaliser](lengths, i)
         chosen = logp[i][chosen_tokens(inputs)[i]].double()
         values = [c * p if v is None else v for (v, c), p in zip(terms, chosen.tolist(), strict=True)]
@@ -232,10 +254,11 @@ def test_these_rollouts_reach_both_sides_of_every_bound_and_lie_on_none():
         ratios = log_ratios(logps(tiny_model(), inputs), inputs)
         for r, a in zip(ratios, inputs["advantages"].tolist(), strict=True):
             bounds = {"low": math.log(0.8), "high": math.log(HIGH)}
+            constant = {"tis": math.log(2.0), "mis": math.log(3.0)}
             caps = {"dual": math.log(3.0), "released": 0.01 * math.sqrt(len(r)), "scaled": SIGMA * math.sqrt(len(r))}
             for level, values, of_level in (
                 ("token", r, bounds),
-                ("trajectory", [sum(r)] if r else [], bounds | caps),
+                ("trajectory", [sum(r)] if r else [], bounds | caps | constant),
                 ("sequence", [sum(r) / len(r)] if r else [], {"low": math.log1p(-3e-4), "high": math.log1p(4e-4)}),
             ):
                 assert all(abs(x) < 15 for x in values)  # within the hold of an unbounded weight
@@ -243,5 +266,20 @@ def test_these_rollouts_reach_both_sides_of_every_bound_and_lie_on_none():
                     assert all(abs(x - bound) > 5e-6 for x in values)
                     reached |= {(level, name, x > bound, a > 0) for x in values if a}
     names = {(level, name) for level, name, *_ in reached}
-    assert len(names) == 2 + 5 + 2
+    assert len(names) == 2 + 7 + 2
     assert reached == {(*name, above, gain) for name in names for above in (True, False) for gain in (True, False)}
+
+
+def test_these_rollouts_reach_both_sides_of_the_bounds_of_prefixes():
+    """As above, for bounds that grow with the position of a token."""
+    reached = set()
+    for drift, tools in ROLLOUTS:
+        inputs = rollout(drift, tools)
+        ratios = log_ratios(logps(tiny_model(), inputs), inputs)
+        for r, a in zip(ratios, inputs["advantages"].tolist(), strict=True):
+            for t in range(1, len(r) + 1):
+                for sigma in (-0.025, 0.05, SIGMA):
+                    bound, x = sigma * math.sqrt(t), sum(r[:t])
+                    assert abs(x - bound) > 5e-6
+                    reached |= {(sigma, x > bound, a > 0)} if a else set()
+    assert len(reached) == 3 * 2 * 2

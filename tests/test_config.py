@@ -18,24 +18,27 @@ def config(**fields) -> TICGRPOConfig:
     return TICGRPOConfig(output_dir="unused", **CPU | fields)
 
 
-# The table of the papers' algorithms: level, clip mode, loss type, scaling, ε_low, ε_high, δ, σ
+# The table of the papers' algorithms: level, clip mode, loss type, scaling, ε_low, ε_high, δ, σ of cap and floor
 TABLE = {
-    "tic_grpo": ("trajectory", "up_only", "dr_grpo", "none", None, 0.28, None, None),
-    "tic_grpo_released": ("trajectory", "up_only", "dr_grpo", "group", None, None, 3.0, 0.01),
-    "tic_grpo_capped": ("trajectory", "capped", "dr_grpo", "none", None, 0.28, None, None),
-    "tic_grpo_truncated": ("trajectory", "truncated", "dr_grpo", "none", 0.2, 0.28, None, None),
-    "tic_grpo_v2": ("trajectory", "up_only", "grpo", "group", None, 0.28, None, None),
-    "grpo": ("token", "two_sided", "dapo", "none", 0.2, 0.28, None, None),
-    "dapo": ("token", "two_sided", "dapo", "none", 0.2, 0.28, None, None),
-    "grpo2": ("token", "up_only", "dr_grpo", "none", None, 0.28, None, None),
-    "grpo_ub_clip": ("token", "up_only", "dr_grpo", "none", None, 0.28, None, None),
-    "grpo_traj_is": ("trajectory", "two_sided", "dapo", "none", 0.2, 0.28, None, None),
-    "gspo": ("sequence", "two_sided", "grpo", "group", 3e-4, 4e-4, None, None),
-    "cispo": ("token", "two_sided", "cispo", "batch", None, 5.0, None, None),
-    "sapo": ("token", "two_sided", "sapo", "group", None, None, None, None),
-    "luspo": ("sequence", "two_sided", "luspo", "group", 2e-3, 2.5e-3, None, None),
-    "vespo": ("token", "two_sided", "vespo", "group", None, None, None, None),
-    "grpo_no_is": ("none", "none", "dapo", "none", None, None, None, None),
+    "tic_grpo": ("trajectory", "up_only", "dr_grpo", "none", None, 0.28, None, None, None),
+    "tic_grpo_released": ("trajectory", "up_only", "dr_grpo", "group", None, None, 3.0, 0.01, None),
+    "tic_grpo_capped": ("trajectory", "capped", "dr_grpo", "none", None, 0.28, None, None, None),
+    "tic_grpo_truncated": ("trajectory", "truncated", "dr_grpo", "none", 0.2, 0.28, None, None, None),
+    "tic_grpo_v2": ("trajectory", "up_only", "grpo", "group", None, 0.28, None, None, None),
+    "grpo": ("token", "two_sided", "dapo", "none", 0.2, 0.28, None, None, None),
+    "dapo": ("token", "two_sided", "dapo", "none", 0.2, 0.28, None, None, None),
+    "grpo2": ("token", "up_only", "dr_grpo", "none", None, 0.28, None, None, None),
+    "grpo_ub_clip": ("token", "up_only", "dr_grpo", "none", None, 0.28, None, None, None),
+    "grpo_traj_is": ("trajectory", "two_sided", "dapo", "none", 0.2, 0.28, None, None, None),
+    "gspo": ("sequence", "two_sided", "grpo", "group", 3e-4, 4e-4, None, None, None),
+    "cispo": ("token", "two_sided", "cispo", "batch", None, 5.0, None, None, None),
+    "sapo": ("token", "two_sided", "sapo", "group", None, None, None, None, None),
+    "luspo": ("sequence", "two_sided", "luspo", "group", 2e-3, 2.5e-3, None, None, None),
+    "vespo": ("token", "two_sided", "vespo", "group", None, None, None, None, None),
+    "grpo_no_is": ("none", "none", "dapo", "none", None, None, None, None, None),
+    "seq_tis": ("trajectory", "capped", "dr_grpo", "none", None, 1.0, None, None, None),
+    "seq_mis": ("trajectory", "masked", "dr_grpo", "none", 1.0, 2.0, None, None, None),
+    "ctpo": ("prefix", "dual_clip", "dr_grpo", "none", None, None, None, 0.05, 0.025),
 }
 
 
@@ -43,7 +46,7 @@ TABLE = {
 def test_algorithms_resolve_to_the_table(algorithm):
     args = config(algorithm=algorithm)
     names = ("importance_sampling_level", "clip_mode", "loss_type", "scale_rewards")
-    names += ("epsilon", "epsilon_high", "delta", "length_scaled_cap")
+    names += ("epsilon", "epsilon_high", "delta", "length_scaled_cap", "length_scaled_floor")
     assert tuple(getattr(args, name) for name in names) == TABLE[algorithm]
     assert args.resolved_algorithm == {"algorithm": algorithm} | dict(zip(names, TABLE[algorithm], strict=True))
     assert args.is_anchored == (algorithm not in ("grpo", "dapo", "gspo", "cispo", "sapo", "luspo", "vespo"))
@@ -96,6 +99,13 @@ def test_new_fields_have_help_and_are_documented():
         ({"algorithm": "tic_grpo_released", "importance_sampling_level": "token"}, {"length_scaled_cap": None}),
         ({"algorithm": "tic_grpo", "length_scaled_cap": 0.02}, {"epsilon_high": None, "length_scaled_cap": 0.02}),
         ({"algorithm": "tic_grpo_released", "delta": float("inf")}, {"delta": float("inf")}),
+        ({"algorithm": "tic_grpo_released", "importance_sampling_level": "prefix"}, {"length_scaled_cap": 0.01}),
+        ({"algorithm": "grpo_no_is", "importance_sampling_level": "prefix"}, {"clip_mode": "dual_clip"}),
+        ({"algorithm": "ctpo", "epsilon": 0.2}, {"epsilon": 0.2, "length_scaled_floor": None, "epsilon_high": None}),
+        ({"algorithm": "ctpo", "length_scaled_floor": 0.0}, {"epsilon": 0.2, "length_scaled_cap": 0.05}),
+        ({"algorithm": "ctpo", "clip_mode": "capped"}, {"length_scaled_floor": None, "length_scaled_cap": 0.05}),
+        ({"algorithm": "ctpo", "importance_sampling_level": "token"}, {"epsilon": 0.2, "epsilon_high": 0.28}),
+        ({"algorithm": "seq_mis", "length_scaled_floor": 0.5}, {"epsilon": None, "epsilon_high": 2.0}),
     ],
 )
 def test_an_explicit_value_wins(fields, expected):
@@ -120,6 +130,19 @@ REFUSED = [
     ),
     ({"clip_mode": "none"}, r"importance_sampling_level='trajectory' cannot be combined with clip_mode='none'"),
     ({"epsilon_high": 0.2, "length_scaled_cap": 0.01}, r"both set the upper bound of the weight: remove one"),
+    (
+        {"algorithm": "seq_mis", "epsilon": 0.2, "length_scaled_floor": 0.01},
+        r"epsilon=0.2 and length_scaled_floor=0.01 both set the lower bound of the weight: remove one",
+    ),
+    ({"length_scaled_floor": 0.01}, r"length_scaled_floor=0.01 has no effect with clip_mode='up_only': remove"),
+    (
+        {"algorithm": "grpo", "length_scaled_floor": 0.01},
+        r"length_scaled_floor=0.01 bounds a trajectory ratio, .*='token': remove it, or set .*'trajectory' or 'prefix'",
+    ),
+    (
+        {"algorithm": "ctpo", "length_scaled_floor": -1.0},
+        r"length_scaled_floor=-1.0 must be in \[0, inf\), for example 0.025",
+    ),
     ({"algorithm": "grpo2", "length_scaled_cap": 0.01}, r"length_scaled_cap=0.01 bounds a trajectory ratio"),
     ({"max_completion_length": None}, r"loss_type='dr_grpo' divides by the constant T = max_completion_length"),
     ({"epsilon_high": -0.1}, r"epsilon_high=-0.1 must be in \(0, inf\), for example 0.28"),
@@ -178,6 +201,8 @@ def test_vllm_corrections_by_token_go_with_weights_by_token(tmp_path):
             ValueError, match=f"vllm_importance_sampling_mode='{mode}' gives every token its own factor"
         ):
             config(mode)
+        with pytest.raises(ValueError, match="a product of token ratios as the weight"):
+            config(mode, algorithm="ctpo")
         for fits in (
             {"algorithm": "grpo"},
             {"algorithm": "gspo"},

@@ -49,13 +49,17 @@ def exact(model, inputs, rewards):
     return log_p.detach().exp(), {name: p.grad for name, p in model.named_parameters()}
 
 
-def trainer_error(tmp_path, enumeration, drift, baseline=0.3, **config) -> float:
-    """Relative error of −T·(gradient of the trainer's own loss) against ∇J(θ)."""
+def rewards_of(enumeration):
+    return torch.rand(len(enumeration["prompt_ids"]), generator=torch.Generator().manual_seed(5)).double()
+
+
+def trainer_error(tmp_path, enumeration, drift, baseline=0.3, gradient=None, **config) -> float:
+    """Relative error of −T·(gradient of the trainer's own loss) against ∇J(θ), or against another `gradient`."""
     old_model = tiny_model()
     model = drifted(old_model, drift)
-    rewards = torch.rand(len(enumeration["prompt_ids"]), generator=torch.Generator().manual_seed(5)).double()
+    rewards = rewards_of(enumeration)
     old_p, _ = exact(old_model, enumeration, rewards)
-    p, gradient = exact(model, enumeration, rewards)
+    p, policy_gradient = exact(model, enumeration, rewards)
     assert abs(old_p.sum() - 1) < 1e-6
     assert abs(p.sum() - 1) < 1e-6
 
@@ -68,7 +72,7 @@ def trainer_error(tmp_path, enumeration, drift, baseline=0.3, **config) -> float
         tmp_path, model, loss_type="dr_grpo", max_completion_length=HORIZON, epsilon_high=1e6, **config
     )
     _, gradients = loss_and_gradients(trainer, inputs)
-    return relative_error({name: -HORIZON * g for name, g in gradients.items()}, gradient)
+    return relative_error({name: -HORIZON * g for name, g in gradients.items()}, gradient or policy_gradient)
 
 
 @pytest.mark.parametrize("drift", DRIFTS)
@@ -85,6 +89,27 @@ def test_token_and_sequence_levels_are_not(tmp_path, enumeration, drift, level):
     error = trainer_error(tmp_path, enumeration, drift, importance_sampling_level=level)
     print(f"{level}, drift {drift}: relative error {error:.1e}")
     assert error > 1e-2
+
+
+@pytest.mark.parametrize("drift", DRIFTS[1:])
+def test_prefixes_weigh_the_state_of_a_token_and_not_what_follows_it(tmp_path, enumeration, drift):
+    """Level "prefix" is unbiased for Σ E_θ[Q_old(s, o)·∇log π_θ(o|s)]: states and tokens of θ, values of π_old."""
+    old_model = tiny_model()
+    model, rewards = drifted(old_model, drift), rewards_of(enumeration)
+    old_p, _ = exact(old_model, enumeration, rewards)
+    p, _ = exact(model, enumeration, rewards)
+    reference = drifted(model, 0.0).double()
+    log_p, trajectories = logps(reference, enumeration), every_trajectory()
+    surrogate = torch.zeros((), dtype=torch.float64)
+    for prefix in {tokens[:length] for tokens in trajectories for length in range(1, len(tokens) + 1)}:
+        passing = torch.tensor([tokens[: len(prefix)] == prefix for tokens in trajectories])
+        value = (old_p * (rewards - 0.3))[passing].sum() / old_p[passing].sum()
+        surrogate = surrogate + p[passing].sum() * value * log_p[passing.nonzero()[0, 0], len(prefix) - 1]
+    surrogate.backward()
+    gradient = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    settings = {"importance_sampling_level": "prefix", "clip_mode": "capped"}
+    assert trainer_error(tmp_path, enumeration, drift, gradient=gradient, **settings) <= 1e-4
+    assert trainer_error(tmp_path, enumeration, drift, **settings) > 1e-2  # which is not the policy gradient
 
 
 def test_without_importance_sampling_it_is_the_score_of_the_rows_as_they_come(tmp_path, enumeration):

@@ -111,7 +111,7 @@ def test_value_and_gradient_of_a_weight_are_those_of_the_table(
 def test_loss_and_gradient_are_the_formulas(batch, rule, loss_type, parent_level):
     level, clip = rule
     assume(not lies_on_a_bound(batch, level, clip, 1e-13))
-    if level == "token" or batch.advantages.dim() == 2:
+    if level in ("token", "prefix") or batch.advantages.dim() == 2:
         parent_level = "token"
     loss, gradient = loss_of(batch, level, clip, loss_type, parent_level=parent_level)
     value, coefficient = written_out(batch, level, clip)

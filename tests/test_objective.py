@@ -21,6 +21,8 @@ TWO_SIDED = Clip("two_sided", epsilon_low=0.2, epsilon_high=0.28)
 CAPPED = Clip("capped", epsilon_high=0.28)
 TRUNCATED = Clip("truncated", epsilon_low=0.2, epsilon_high=0.28)
 RELEASED = Clip("up_only", delta=3.0, length_scale=0.01)
+MASKED = Clip("masked", epsilon_low=0.5, epsilon_high=2.0)
+DUAL = Clip("dual_clip", length_scale=0.05, length_scale_low=0.025)  # CTPO's, of four tokens: e^0.1 and e^-0.05
 
 
 def parent_ratio(logps, old):
@@ -71,6 +73,21 @@ HAND_COMPUTED = [
     (RELEASED, 1.03, -1.0, 1.03, 1.03),
     (RELEASED, 4.0, -1.0, 3.0, 0.0),
     (Clip("none"), 1.0, -1.0, 1.0, 1.0),
+    (MASKED, 2.9, 1.0, 2.9, 2.9),
+    (MASKED, 2.9, -1.0, 2.9, 2.9),
+    (MASKED, 3.1, 1.0, 0.0, 0.0),
+    (MASKED, 3.1, -1.0, 0.0, 0.0),
+    (MASKED, 0.6, 1.0, 0.6, 0.6),
+    (MASKED, 0.4, 1.0, 0.0, 0.0),
+    (MASKED, 0.4, -1.0, 0.0, 0.0),
+    (Clip("masked", epsilon_high=2.0), 1e-6, -1.0, 1e-6, 1e-6),
+    (DUAL, 1.1, 1.0, 1.1, 1.1),
+    (DUAL, 1.1, -1.0, 1.1, 1.1),
+    (DUAL, 1.2, 1.0, math.exp(0.1), 0.0),
+    (DUAL, 1.2, -1.0, math.exp(0.1), 0.0),
+    (DUAL, 0.96, -1.0, 0.96, 0.96),
+    (DUAL, 0.9, -1.0, math.exp(-0.05), 0.0),
+    (DUAL, 0.9, 1.0, 0.9, 0.9),
 ]
 
 
@@ -100,7 +117,7 @@ def test_the_length_scaled_cap_counts_only_the_tokens_that_the_policy_chose():
     torch.testing.assert_close(clipped.log_weight, torch.tensor([[0.02]]))
 
 
-@pytest.mark.parametrize("clip", [UP_ONLY, TWO_SIDED, TRUNCATED, RELEASED, Clip("none")])
+@pytest.mark.parametrize("clip", [UP_ONLY, TWO_SIDED, TRUNCATED, RELEASED, MASKED, DUAL, Clip("none")])
 @pytest.mark.parametrize("advantage", [-2.0, 0.0, 2.0])
 @pytest.mark.parametrize("log_weight", [-1e4, -89.0, -1.0, 0.0, 0.2, 1.0, 89.0, 1e4])
 def test_loss_and_gradient_stay_finite(clip, advantage, log_weight):
@@ -162,6 +179,30 @@ def test_levels_by_hand():
     )
     torch.testing.assert_close(log_importance_weight(log_ratio, mask, "sequence"), torch.tensor([[0.1], [0.2], [0.0]]))
     assert torch.equal(log_importance_weight(log_ratio, mask, "none"), torch.zeros(3, 1))
+    torch.testing.assert_close(
+        log_importance_weight(log_ratio, mask, "prefix"),
+        torch.tensor([[0.3, 0.2, 0.2], [0.1, 0.3, 0.6], [0.0, 0.0, 0.0]]),
+    )
+
+
+def test_the_bounds_of_a_prefix_count_the_tokens_so_far():
+    mask = torch.tensor([[1, 0, 1, 1]])
+    above = clip_log_weight(torch.full((1, 4), 5.0), torch.tensor([1.0]), mask, DUAL)
+    below = clip_log_weight(torch.full((1, 4), -5.0), torch.tensor([-1.0]), mask, DUAL)
+    root = torch.tensor([[1, 1, 2, 3]]).sqrt()
+    torch.testing.assert_close(above.log_weight, 0.05 * root)
+    torch.testing.assert_close(below.log_weight, -0.025 * root)
+
+
+def test_a_masked_weight_stays_finite_where_trl_multiplies_it_by_the_mask():
+    """The mean over a response, as TRL's sequence level takes it, of old log-probabilities that make the weight 0."""
+    logps = torch.tensor([[-0.3, -1.7, -2.9, -0.01]], requires_grad=True)
+    mask = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+    clipped = clip_log_weight(torch.tensor([[9.0]]), torch.tensor([1.0]), mask, MASKED)
+    ratio = (((logps - anchored_old_logps(logps, clipped)) * mask).sum(1) / mask.sum(1)).exp()
+    (gradient,) = torch.autograd.grad(ratio.sum(), logps)
+    assert not ratio.any()
+    assert torch.equal(gradient, torch.zeros_like(logps))
 
 
 def test_unknown_names_are_refused():
@@ -186,18 +227,27 @@ def papers_surrogate(logps, old, advantages, mask, level, clip):
                 "token": ratios[t],
                 "sequence": math.prod(ratios.values()) ** (1 / length),
                 "trajectory": math.prod(ratios.values()),
+                "prefix": math.prod(ratios[s] for s in chosen if s <= t),
                 "none": 1.0,
             }[level]
-            high = (
-                math.exp(clip.length_scale * math.sqrt(length)) if clip.length_scale else 1 + (clip.epsilon_high or 0)
-            )
+            tokens = chosen.index(t) + 1 if level in ("token", "prefix") else length
+            high = 1 + (clip.epsilon_high or 0)
+            if clip.length_scale:
+                high = math.exp(clip.length_scale * math.sqrt(tokens))
+            low = 1 - clip.epsilon_low
+            if clip.length_scale_low:
+                low = math.exp(-clip.length_scale_low * math.sqrt(tokens))
             if clip.mode == "capped":  # min(w, cap)·A·∇log π
                 row.append((min(w, high) * a, min(w, high) * a))
             elif clip.mode == "up_only":
                 limit = clip.delta if clip.delta and a < 0 else high
                 row.append((min(w, limit) * a, w * a if w <= limit else 0.0))
-            elif clip.mode == "two_sided":  # min(wA, clip(w)A)
-                bounded = min(max(w, 1 - clip.epsilon_low), high)
+            elif clip.mode == "masked":
+                row.append((w * a, w * a) if low <= w <= high else (0.0, 0.0))
+            elif clip.mode == "dual_clip" and a < 0 and w > high:
+                row.append((high * a, 0.0))
+            elif clip.mode in ("two_sided", "dual_clip"):  # min(wA, clip(w)A)
+                bounded = min(max(w, low), high)
                 row.append((min(w * a, bounded * a), w * a if w * a <= bounded * a else 0.0))
             elif clip.mode == "truncated":
                 if a >= 0:
@@ -227,6 +277,13 @@ def papers_surrogate(logps, old, advantages, mask, level, clip):
         ("trajectory", Clip("two_sided", epsilon_low=0.2, length_scale=0.05)),
         ("trajectory", Clip("truncated", epsilon_low=0.2, length_scale=0.05)),
         ("trajectory", Clip("capped", length_scale=0.05)),
+        ("trajectory", MASKED),
+        ("trajectory", DUAL),
+        ("trajectory", Clip("masked", length_scale=0.05, length_scale_low=0.1)),
+        ("prefix", DUAL),
+        ("prefix", CAPPED),
+        ("prefix", MASKED),
+        ("prefix", UP_ONLY),
         ("token", UP_ONLY),
         ("token", TRUNCATED),
         ("sequence", UP_ONLY),

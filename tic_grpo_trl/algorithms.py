@@ -10,17 +10,21 @@ ALGORITHM_FIELDS = (
     "epsilon_high",
     "delta",
     "length_scaled_cap",
+    "length_scaled_floor",
     "loss_type",
     "scale_rewards",
 )
 
 # The bounds that each clip mode reads. Other bounds have no effect.
-BOUNDS = ("epsilon", "epsilon_high", "delta", "length_scaled_cap")
+BOUNDS = ("epsilon", "epsilon_high", "delta", "length_scaled_cap", "length_scaled_floor")
+_UPPER, _LOWER = {"epsilon_high", "length_scaled_cap"}, {"epsilon", "length_scaled_floor"}
 BOUNDS_READ = {
-    "up_only": {"epsilon_high", "delta", "length_scaled_cap"},
-    "two_sided": {"epsilon", "epsilon_high", "delta", "length_scaled_cap"},
-    "capped": {"epsilon_high", "delta", "length_scaled_cap"},
-    "truncated": {"epsilon", "epsilon_high", "length_scaled_cap"},
+    "up_only": _UPPER | {"delta"},
+    "capped": _UPPER | {"delta"},
+    "two_sided": _UPPER | _LOWER | {"delta"},
+    "dual_clip": _UPPER | _LOWER,
+    "truncated": _UPPER | _LOWER,
+    "masked": _UPPER | _LOWER,
     "none": set(),
 }
 ANCHORED_LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo")
@@ -70,6 +74,13 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "vespo": _algorithm("token", "two_sided", "vespo", "group"),
     # no importance sampling: v2 Fig. 1 and v5 Fig. 1
     "grpo_no_is": _algorithm("none", "none", "dapo", "none"),
+    # Rules for stale data, with the normaliser and the advantages of tic_grpo, so that only the weight differs.
+    # verl's rollout correction in bypass mode: truncated importance sampling with the cap 2
+    "seq_tis": _algorithm("trajectory", "capped", "dr_grpo", "none", epsilon_high=1.0),
+    # verl's and TRL's sequence_mask with the cap 3, and no lower bound
+    "seq_mis": _algorithm("trajectory", "masked", "dr_grpo", "none", epsilon=1.0, epsilon_high=2.0),
+    # CTPO (arXiv 2605.07331): the ratio of the tokens so far, with the released code's bounds
+    "ctpo": _algorithm("prefix", "dual_clip", "dr_grpo", "none", length_scaled_floor=0.025, length_scaled_cap=0.05),
 }
 # Algorithms made of a level, a clip mode and a length normaliser, without TRL's other losses and the aliases
 FAMILY = [name for name, algorithm in ALGORITHMS.items() if algorithm["loss_type"] in ANCHORED_LOSS_TYPES]

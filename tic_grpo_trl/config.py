@@ -11,19 +11,11 @@ from typing import Annotated, Any
 import torch
 from trl import GRPOConfig
 
-from .algorithms import (
-    ALGORITHM_FIELDS,
-    ALGORITHMS,
-    ANCHORED_LOSS_TYPES,
-    BOUNDS,
-    BOUNDS_READ,
-    BY_TOKEN,
-    CISPO_CAP,
-    OTHER_LOSS_TYPES,
-)
+from .algorithms import ALGORITHM_FIELDS, ALGORITHMS, ANCHORED_LOSS_TYPES, CISPO_CAP, OTHER_LOSS_TYPES
 from .objective import CLIP_MODES, LEVELS, Clip
 from .safety.credentials import WithoutCredentials
 from .safety.third_party import silence_libraries
+from .validation.algorithm import is_weight_of_trl, resolve_algorithm
 from .validation.batch_sizes import check_batches, derive_batches
 from .validation.carry_over import check_carry_over
 from .validation.settings import Range, check_choices, check_combinations, check_ranges, convert_types
@@ -44,11 +36,6 @@ def _document(cls):
         entries.append(textwrap.indent(textwrap.fill(field.metadata["help"], 107, break_on_hyphens=False), " " * 12))
     cls.__doc__ = "\n".join([*entries, "    "])
     return cls
-
-
-def _is_of_trl(level: str | None, clip_mode: str | None) -> bool:
-    """Return whether TRL's default loss computes this importance weight."""
-    return level in ("token", "sequence") and clip_mode == "two_sided"
 
 
 @_document
@@ -76,14 +63,17 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
     importance_sampling_level: Annotated[str | None, LEVELS] = _option(  # type: ignore[assignment]
         None,
         "Importance weight: 'token' and 'sequence' as in TRL; 'trajectory' for one weight per response, the product "
-        "P_θ/P_old of its token ratios; 'none' for weight 1 and the gradient A·∇log π_θ.",
+        "P_θ/P_old of its token ratios; 'prefix' for the product of the ratios up to each token; 'none' for weight 1 "
+        "and the gradient A·∇log π_θ.",
     )
     clip_mode: Annotated[str | None, CLIP_MODES] = _option(
         None,
         "How the weight is bounded. 'up_only': above 1 + epsilon_high the gradient is 0 for both signs of the "
         "advantage, and there is no lower bound. 'capped': the weight is capped at 1 + epsilon_high and keeps its "
         "gradient, for both signs. 'two_sided': PPO's rule, with TRL's optional delta. 'truncated': PPO's rule, but "
-        "for A < 0 the weight is capped at 1 + epsilon_high and keeps its gradient. 'none': only with level 'none'.",
+        "for A < 0 the weight is capped at 1 + epsilon_high and keeps its gradient. 'dual_clip': PPO's rule, and above "
+        "1 + epsilon_high the gradient is 0 for A < 0 too. 'masked': outside the bounds the weight and its gradient "
+        "are 0, for both signs. 'none': only with level 'none'.",
     )
     epsilon: Annotated[float | None, Range("(0, 1]", 0.2)] = _option(  # type: ignore[assignment]
         None, "Lower bound 1 - epsilon of the weight, for the clip modes that have one (0.2 by default)."
@@ -100,7 +90,13 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
     length_scaled_cap: Annotated[float | None, Range("[0, inf)", 0.01)] = _option(
         None,
         "σ of the upper bound exp(σ·√|o_i|) for a response of |o_i| tokens, which replaces 1 + epsilon_high. The "
-        "authors' released code uses 0.01. 0 turns an algorithm's off. Only with level 'trajectory'.",
+        "authors' released code uses 0.01. 0 turns an algorithm's off. Only with the levels 'trajectory' and 'prefix'; "
+        "with 'prefix', |o_i| counts the tokens so far.",
+    )
+    length_scaled_floor: Annotated[float | None, Range("[0, inf)", 0.025)] = _option(
+        None,
+        "σ of the lower bound exp(-σ·√|o_i|), which replaces 1 - epsilon in the clip modes that have a lower bound. "
+        "Otherwise as length_scaled_cap.",
     )
     loss_type: Annotated[str | None, (*ANCHORED_LOSS_TYPES, *OTHER_LOSS_TYPES)] = _option(  # type: ignore[assignment]
         None,
@@ -226,7 +222,7 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
             self.behaviour_policy = "sampler" if self.max_carry_over else "trainer"
         if self.vllm_importance_sampling_correction is None:
             self.vllm_importance_sampling_correction = self.behaviour_policy != "sampler"
-        self._resolve_algorithm()
+        resolve_algorithm(self)
         check_ranges(self)
         check_combinations(self)
         if self.loss_type == "cispo" and (self.epsilon_high or CISPO_CAP) < 1:
@@ -266,12 +262,13 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
         """The clip rule for [`~tic_grpo_trl.objective.clip_log_weight`]."""
         low = 1.0 if self.epsilon is None else self.epsilon
         high = math.inf if self.epsilon_high is None else self.epsilon_high
-        return Clip(str(self.clip_mode), low, high, self.delta, length_scale=self.length_scaled_cap or 0.0)
+        scales = self.length_scaled_cap or 0.0, self.length_scaled_floor or 0.0
+        return Clip(str(self.clip_mode), low, high, self.delta, *scales)
 
     @property
     def is_anchored(self) -> bool:
         """Whether this package computes the importance weight, because TRL's loss cannot."""
-        return not _is_of_trl(self.importance_sampling_level, self.clip_mode)
+        return not is_weight_of_trl(self.importance_sampling_level, self.clip_mode)
 
     @property
     def changed_sampling(self) -> dict[str, Any]:
@@ -280,68 +277,3 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
         kwargs = self.generation_kwargs if isinstance(self.generation_kwargs, dict) else {}
         sampler = {name: kwargs.get(name, getattr(self, name)) for name in neutral}
         return {name: value for name, value in sampler.items() if value is not None and value not in neutral[name]}
-
-    def _resolve_algorithm(self):
-        """Fill the fields that the user left unset from the algorithm, the loss type and the clip mode."""
-        self.notes = []  # printed when training starts
-        algorithm = dict(ALGORITHMS[self.algorithm])
-        explicit = {name for name in ALGORITHM_FIELDS if getattr(self, name) is not None}
-        if self.loss_type not in (None, algorithm["loss_type"]):
-            self._follow_loss_type(algorithm, explicit)
-        for name in ALGORITHM_FIELDS:
-            if name not in explicit:
-                setattr(self, name, algorithm.get(name))
-        # Level and clip mode "none" go together; one of them that was set decides.
-        if "clip_mode" not in explicit and "none" in (self.importance_sampling_level, self.clip_mode):
-            default = {"none": "none", "trajectory": "up_only"}
-            self.clip_mode = default.get(str(self.importance_sampling_level), "two_sided")
-        self._resolve_bounds(explicit)
-
-    def _follow_loss_type(self, algorithm: dict[str, Any], explicit: set[str]):
-        """Replace the algorithm's weight and bounds where an explicit loss type comes with its own."""
-        has_own_weight, had_own_weight = (name in OTHER_LOSS_TYPES for name in (self.loss_type, algorithm["loss_type"]))
-        if not (has_own_weight or had_own_weight):
-            return
-        fits = _is_of_trl(algorithm["importance_sampling_level"], algorithm["clip_mode"])
-        if had_own_weight or self.loss_type != "luspo" or not fits:
-            for name in BOUNDS:
-                algorithm.pop(name, None)
-        if self.loss_type == "cispo":
-            algorithm["epsilon_high"] = CISPO_CAP
-        if has_own_weight and not fits:
-            algorithm |= BY_TOKEN
-            if used := ", ".join(f"{name}={value!r}" for name, value in BY_TOKEN.items() if name not in explicit):
-                own = f"loss_type={self.loss_type!r} defines its own weight"
-                self.notes.append(f"{own}: using {used} instead of the algorithm's.")
-
-    def _resolve_bounds(self, explicit: set[str]):
-        """Drop the bounds that the loss does not read, and fill those that it does."""
-        if self.loss_type in OTHER_LOSS_TYPES:
-            read, reader = OTHER_LOSS_TYPES[str(self.loss_type)], f"loss_type={self.loss_type!r}"
-        else:
-            read, reader = BOUNDS_READ[str(self.clip_mode)], f"clip_mode={self.clip_mode!r}"
-        for name in [name for name in BOUNDS if name not in read]:
-            if name in explicit:
-                unused = f"{name}={getattr(self, name)} has no effect with {reader}"
-                if name == "length_scaled_cap" and self.length_scaled_cap:
-                    raise ValueError(f"{unused}: remove {name}.")
-                self.notes.append(f"{unused}.")
-            setattr(self, name, None)
-        if self.length_scaled_cap and self.epsilon_high is not None:
-            if {"length_scaled_cap", "epsilon_high"} <= explicit:
-                raise ValueError(
-                    f"epsilon_high={self.epsilon_high} and length_scaled_cap={self.length_scaled_cap} both set the "
-                    "upper bound of the weight: remove one of them."
-                )
-            setattr(self, "length_scaled_cap" if "epsilon_high" in explicit else "epsilon_high", None)
-        if self.importance_sampling_level != "trajectory" and "length_scaled_cap" not in explicit:
-            self.length_scaled_cap = None
-        if "epsilon_high" in read and self.epsilon_high is None and not self.length_scaled_cap:
-            self.epsilon_high = 0.28
-        if "epsilon" in read and self.epsilon is None:
-            self.epsilon = 0.2
-        if "epsilon" in explicit & read and "epsilon_high" not in explicit and not self.length_scaled_cap:
-            self.notes.append(
-                f"epsilon={self.epsilon} sets only the lower bound here, unlike in TRL; the upper bound is "
-                f"epsilon_high={self.epsilon_high}."
-            )

@@ -14,12 +14,15 @@ from dataclasses import dataclass
 import torch
 
 
-LEVELS = ("token", "sequence", "trajectory", "none")
-CLIP_MODES = ("up_only", "capped", "two_sided", "truncated", "none")
+LEVELS = ("token", "sequence", "prefix", "trajectory", "none")
+PRODUCT_LEVELS = ("prefix", "trajectory")  # the weight is a product of token ratios
+CLIP_MODES = ("up_only", "capped", "two_sided", "dual_clip", "truncated", "masked", "none")
 CORRECTION_MODES = ("sequence_mask", "sequence_truncate", "token_mask", "token_truncate")
 
 # Where a rule has no upper bound (PPO's clip at A < 0), the weight is held at e^20 so that no loss or gradient is inf.
 LOG_WEIGHT_BOUND = 20.0
+# A weight of 0. It is finite because TRL's sequence level multiplies it by the mask, and -inf times 0 is NaN.
+LOG_ZERO = -200.0
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,13 @@ class Clip:
     """The clip rule of an algorithm.
 
     Args:
-        mode: `"up_only"`, `"capped"`, `"two_sided"`, `"truncated"` or `"none"`, see [`clip_log_weight`].
-        epsilon_low: lower bound of the weight is `1 - epsilon_low` (modes with a lower bound).
+        mode: one of `CLIP_MODES`, see [`clip_log_weight`].
+        epsilon_low: lower bound of the weight is `1 - epsilon_low` (modes with a lower bound), unless
+            `length_scale_low` is set.
         epsilon_high: upper bound of the weight is `1 + epsilon_high`, unless `length_scale` is set.
         delta: upper bound of the weight for A < 0 where it differs (TRL's `delta`, the released code's dual clip).
         length_scale: σ of the length-scaled cap: the upper bound in log space is σ·√|o_i| (the authors' released code).
+        length_scale_low: σ of the length-scaled floor: the lower bound in log space is −σ·√|o_i| (CTPO).
     """
 
     mode: str
@@ -39,6 +44,7 @@ class Clip:
     epsilon_high: float = math.inf
     delta: float | None = None
     length_scale: float = 0.0
+    length_scale_low: float = 0.0
 
 
 def token_log_ratio(
@@ -73,22 +79,25 @@ def log_importance_weight(
 
     - `"token"`: r_{i,t}, one weight per token (GRPO, v2 Eq. 5), (B, T)
     - `"sequence"`: the mean of r over the response (GSPO), (B, 1)
+    - `"prefix"`: R_{i,t} = Σ_{s≤t} r_{i,s}, the log of P_θ(s_t|s_0)/P_old(s_t|s_0) (CTPO, arXiv 2605.07331), (B, T)
     - `"trajectory"`: R_i = Σ_t r_{i,t}, the log of P_θ(s_T|s_0)/P_old(s_T|s_0); summed, never averaged (v2 §4), (B, 1)
     - `"none"`: 0, a weight of 1 (the ablation of v2 Fig. 1 and v5 Fig. 1), (B, 1)
 
     Args:
         log_ratio: output of [`token_log_ratio`], 0 at masked positions.
         mask: 1 on the tokens that count.
-        level: one of the four above.
+        level: one of the five above.
 
     Returns:
-        (B, T) for `"token"`, else (B, 1), in nats.
+        (B, T) for `"token"` and `"prefix"`, else (B, 1), in nats.
 
     Raises:
         ValueError: for an unknown level.
     """
     if level == "token":
         return log_ratio
+    if level == "prefix":
+        return log_ratio.cumsum(dim=-1)
     total = log_ratio.sum(dim=-1, keepdim=True)  # (B, 1)
     if level == "trajectory":
         return total
@@ -127,12 +136,16 @@ def clip_log_weight(
     | mode | A ≥ 0, above 1+ε_high | A < 0, above 1+ε_high | A < 0, below 1−ε_low |
     |---|---|---|---|
     | `up_only` (v2 §4, v5 §3) | held at 1+ε_high, gradient 0 | the same, or at `delta` | – |
-    | `capped` (ours) | held at 1+ε_high, gradient kept | the same, or at `delta` | – |
+    | `capped` (ours, seq_tis) | held at 1+ε_high, gradient kept | the same, or at `delta` | – |
     | `two_sided` (PPO, v2 Eq. 5) | held at 1+ε_high, gradient 0 | –, or at `delta` | at 1−ε_low, gradient 0 |
+    | `dual_clip` (CTPO) | held at 1+ε_high, gradient 0 | the same | at 1−ε_low, gradient 0 |
     | `truncated` (ours) | held at 1+ε_high, gradient 0 | held at 1+ε_high, gradient kept | at 1−ε_low, gradient 0 |
+    | `masked` (seq_mis) | 0 | 0 | 0, also for A ≥ 0 |
     | `none` | – | – | – |
 
-    With `clip.length_scale` = σ the bound 1+ε_high becomes exp(σ·√|o_i|), |o_i| = Σ_t m_{i,t} tokens.
+    With `clip.length_scale` = σ the bound 1+ε_high becomes exp(σ·√|o_i|), and with `clip.length_scale_low` = σ the
+    bound 1−ε_low becomes exp(−σ·√|o_i|), |o_i| = Σ_t m_{i,t} tokens. With one weight per token, |o_i| is the number of
+    tokens so far, t.
 
     Args:
         log_weight: output of [`log_importance_weight`], in nats.
@@ -154,22 +167,26 @@ def clip_log_weight(
         no = torch.zeros_like(gains)
         return ClippedWeight(bounded, ~no, above=no, below=no)
 
-    # Bounds, (B, 1) unless advantages are per token
-    unbounded = torch.full_like(gains, math.inf, dtype=log_weight.dtype)
+    # Bounds, (B, 1) unless the weight or the advantages are per token
+    tokens = mask.sum(dim=-1, keepdim=True) if log_weight.size(1) == 1 else mask.cumsum(dim=-1)
+    tokens, gains = torch.broadcast_tensors(tokens.to(log_weight.dtype), gains)
+    unbounded = torch.full_like(tokens, math.inf)
+    log_high = torch.full_like(tokens, math.log1p(clip.epsilon_high))
     if clip.length_scale:
-        log_high = clip.length_scale * mask.sum(dim=-1, keepdim=True).to(log_weight.dtype).sqrt()  # (B, 1)
-        log_high = log_high.expand_as(gains)
-    else:
-        log_high = torch.full_like(unbounded, math.log1p(clip.epsilon_high))
-    log_delta = unbounded if clip.delta is None else torch.full_like(unbounded, math.log(clip.delta))
+        log_high = clip.length_scale * tokens.sqrt()
+    log_low = torch.full_like(tokens, math.log1p(-clip.epsilon_low) if clip.epsilon_low < 1 else -math.inf)
+    if clip.length_scale_low:
+        log_low = -clip.length_scale_low * tokens.sqrt()
+    log_delta = unbounded if clip.delta is None else torch.full_like(tokens, math.log(clip.delta))
 
     if clip.mode in ("up_only", "capped"):
         high = log_high if clip.delta is None else torch.where(gains, log_high, log_delta)
         low = -unbounded
-    elif clip.mode in ("two_sided", "truncated"):
+    elif clip.mode in ("two_sided", "dual_clip", "truncated"):
         high = torch.where(gains, log_high, log_delta) if clip.mode == "two_sided" else log_high
-        log_low = math.log1p(-clip.epsilon_low) if clip.epsilon_low < 1 else -math.inf
-        low = torch.where(gains, -unbounded, torch.full_like(unbounded, log_low))
+        low = torch.where(gains, -unbounded, log_low)
+    elif clip.mode == "masked":
+        high, low = log_high, log_low
     else:
         raise ValueError(f"Unknown clip_mode {clip.mode!r}: choose one of {', '.join(CLIP_MODES)}.")
 
@@ -177,6 +194,8 @@ def clip_log_weight(
     # which of the weights above their bound lose their gradient, by the sign of A
     stops_above = gains if clip.mode == "truncated" else torch.full_like(gains, clip.mode != "capped")
     bounded = log_weight.clamp(min=low, max=high.clamp(max=LOG_WEIGHT_BOUND))
+    if clip.mode == "masked":
+        bounded = bounded.masked_fill(above | below, LOG_ZERO)
     return ClippedWeight(bounded, ~(below | (above & stops_above)), above=above, below=below)
 
 

@@ -4,8 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tic_grpo_trl.algorithms import FAMILY
-
+from ..compared import COMPARED
 from .ascent import HORIZONS, Ascent, Setting, ascend, starting_point, theorem_algorithms
 from .carry_over import CarryOver, measure_carry_over
 from .decomposition import (
@@ -90,8 +89,8 @@ QUICK = Scale(
 
 
 def package_algorithms() -> dict[str, Algorithm]:
-    """The package's algorithms, without the alias `grpo_ub_clip` and TRL's own losses."""
-    return {name: package_algorithm(name) for name in FAMILY if name != "grpo_ub_clip"}
+    """The package's algorithms that the report compares."""
+    return {name: package_algorithm(name) for name in COMPARED}
 
 
 def large_lists(scale: Scale) -> list[Listed]:

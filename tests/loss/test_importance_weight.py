@@ -46,6 +46,12 @@ def test_trl_sees_its_own_level_and_no_bounds_only_within_a_loss(tmp_path):
     assert per_token.level == "token"
 
 
+def test_the_product_of_a_prefix_is_a_weight_of_each_token(tmp_path):
+    trainer = make_trainer(tmp_path, algorithm="ctpo")
+    loss_pass = trainer.weighted_loss.weight.loss_pass({"advantages": torch.ones(2)}, trainer.schedule.at(0))
+    assert loss_pass.level == "token"
+
+
 def test_a_loss_that_reads_no_old_log_probabilities_is_refused(tmp_path):
     """The control: TRL's loss must have made its forward pass through the trainer."""
     trainer = make_trainer(tmp_path)

@@ -42,6 +42,16 @@ def test_effective_sample_size_of_a_gaussian_drift():
     assert effective_sample_size(log_weights).item() == pytest.approx(math.exp(-variance), abs=0.01)
 
 
+def test_clip_shares_of_prefixes_are_shares_of_tokens():
+    # R_t = 0.1, 0.4, 0.2, the cap is log 1.28 = 0.247: one token of three; the tool's token does not count
+    clip = Clip("dual_clip", epsilon_low=0.2, epsilon_high=0.28)
+    rows = rows_of([[0.1, 0.3, 0.0, -0.2]] * 2, [1.0, -1.0], [[1.0, 1.0, 0.0, 1.0]] * 2, level="prefix", clip=clip)
+    metrics = ratio_metrics(rows)
+    assert metrics["clip_high_pos"] == pytest.approx(1 / 3)
+    assert metrics["clip_high_neg"] == pytest.approx(1 / 3)
+    assert metrics["log_mean"] == pytest.approx(0.2)  # R of the response
+
+
 def test_metrics_by_hand():
     # R = 0.4, 0.5, −3, 0.1, 0.2: w' = 1.49, 1.65, 0.0498, 1.105, 1.22; the cap is log 1.28 = 0.247
     rows = rows_of(

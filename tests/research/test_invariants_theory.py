@@ -57,6 +57,8 @@ def clipped_objective(log_p, w, a, clip, low, high) -> torch.Tensor:
         return torch.min(w * a, w.clamp(low, high) * a)
     if clip.mode == "capped":
         return held
+    if clip.mode == "masked":
+        return w * a * (low <= w <= high)
     return (w.clamp(max=high) * a) if a >= 0 else held * (w >= low)
 
 

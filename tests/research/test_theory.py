@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from research.compared import COMPARED
 from research.theory import estimators
 from research.theory.__main__ import main
 from research.theory.ascent import Setting, ascend, initial_step_ratio, slope, starting_point, theorem_algorithms
@@ -423,7 +424,7 @@ def test_command_writes_figures_and_report(tmp_path, capsys, monkeypatch, quick_
     assert {path.name for path in tmp_path.iterdir()} == {"theory.md", *FIGURES}
     report = (tmp_path / "theory.md").read_text()
     assert all(f"]({name})" in report for name in FIGURES)
-    assert all(f"`{name}`" in report for name in FAMILY if name != "grpo_ub_clip")
+    assert all(f"`{name}`" in report for name in COMPARED)
     assert "| **no** |" not in report
     assert "nan" not in report
 

@@ -43,6 +43,7 @@ FIELDS = {
     "epsilon_high": numbers(0.28, 4e-4, 5.0),
     "delta": numbers(3.0, 1.1),
     "length_scaled_cap": numbers(0.01, 1.0),
+    "length_scaled_floor": numbers(0.025, 1.0),
     "loss_type": choice(*ANCHORED_LOSS_TYPES, *OTHER_LOSS_TYPES),
     "scale_rewards": choice("none", "group", "batch", False, "False"),
     "partition_by_prompt": switch(),

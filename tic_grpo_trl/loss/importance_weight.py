@@ -58,7 +58,7 @@ class ImportanceWeight:
             return LossPass(dict(inputs), self.level, position)
         correction = inputs.get("importance_sampling_ratio")  # (B, 1) or (B, T)
         per_response = (
-            self.level != "token"
+            self.level not in ("token", "prefix")
             and inputs["advantages"].dim() == 1
             and self.terms.beta == 0.0
             and self.terms.trainer.top_entropy_quantile == 1.0

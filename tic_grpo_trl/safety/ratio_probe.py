@@ -24,6 +24,7 @@ from ..config import TICGRPOConfig
 from ..forward.packed_forward import PackedForward
 from ..forward.packing import used_columns
 from ..forward.responses import loss_mask, response_count, sequences
+from ..objective import PRODUCT_LEVELS
 
 
 logger = get_logger(__name__)
@@ -100,7 +101,7 @@ class RatioProbe:
     compares: bool  # whether an update compares the policy with an earlier one or the sampler; else the ratio is 1
 
     def __post_init__(self):
-        self.by_trajectory = self.args.importance_sampling_level == "trajectory"
+        self.by_trajectory = self.args.importance_sampling_level in PRODUCT_LEVELS
         self._has_measured = self._is_stale = False
         self.dropout = disable_attention_dropout(self.model(), self.args.disable_dropout)
         if self.dropout and self.by_trajectory:

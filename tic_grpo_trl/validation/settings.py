@@ -13,7 +13,8 @@ from typing import Any
 from transformers.hf_argparser import string_to_bool
 
 from ..algorithms import ANCHORED_LOSS_TYPES, OTHER_LOSS_TYPES
-from ..objective import CORRECTION_MODES
+from ..objective import CORRECTION_MODES, PRODUCT_LEVELS
+from .algorithm import LENGTH_SCALED
 from .suggestions import did_you_mean
 
 
@@ -150,11 +151,12 @@ def check_combinations(config: Any):
             "loss_type='dr_grpo' divides by the constant T = max_completion_length, which is None: set "
             "max_completion_length, or choose another loss_type."
         )
-    if config.length_scaled_cap and level != "trajectory":
-        raise ValueError(
-            f"length_scaled_cap={config.length_scaled_cap} bounds a trajectory ratio, so it cannot be combined with "
-            f"importance_sampling_level={level!r}: remove it, or set importance_sampling_level='trajectory'."
-        )
+    for name in LENGTH_SCALED:
+        if (sigma := getattr(config, name)) and level not in PRODUCT_LEVELS:
+            raise ValueError(
+                f"{name}={sigma} bounds a trajectory ratio, so it cannot be combined with importance_sampling_level="
+                f"{level!r}: remove it, or set importance_sampling_level='trajectory' or 'prefix'."
+            )
     upper = 1 + (config.epsilon_high or 0)
     if config.delta is not None and not config.delta > upper:
         raise ValueError(
@@ -172,9 +174,9 @@ def check_combinations(config: Any):
             "behaviour_policy='sampler' already divides by the sampler's probabilities, so "
             "vllm_importance_sampling_correction=True would correct twice: remove one of them."
         )
-    if config.use_vllm and corrects and correction.startswith("token_") and level == "trajectory":
+    if config.use_vllm and corrects and correction.startswith("token_") and level in PRODUCT_LEVELS:
         raise ValueError(
             f"vllm_importance_sampling_mode={correction!r} gives every token its own factor, which cannot be combined "
-            "with one weight per trajectory. Choose 'sequence_mask' or 'sequence_truncate', "
+            "with a product of token ratios as the weight. Choose 'sequence_mask' or 'sequence_truncate', "
             "behaviour_policy='sampler', or importance_sampling_level='token'."
         )
