@@ -6,14 +6,14 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from ..starter import few_shot_sums, task
+from ..starter import TASKS, few_shot_sums
 from ..validation.suggestions import did_you_mean, near_files
 from .named_sets import NAMED_SETS
 from .sources import BUILDERS, PLACES, is_hub_id
 
 
 GENERATED_SETS: dict[str, Callable[..., Dataset]] = {
-    "starter": task.make_dataset,
+    **{name: task.make_dataset for name, task in TASKS.items()},
     "few_shot_sums": few_shot_sums.make_dataset,
 }
 EVALUATION_SETS = tuple(name for name, known in NAMED_SETS.items() if known.evaluation)

@@ -9,7 +9,7 @@ import torch
 
 from ..data import GENERATED_SETS
 from ..data.sources import BUILDERS
-from ..starter import STARTER_MODEL
+from ..starter import STARTER_MODEL, TASKS
 from .sampling import Sampling
 
 
@@ -26,7 +26,7 @@ GREEDY = (1, 0.0, 1.0)
 PAPER = {"aime24": (32, 1.0, 1.0), "aime25": (32, 1.0, 1.0), "math500": GREEDY, "livecodebench": GREEDY}
 PAPER_LENGTH = 18_000
 GENERATED = (4, 1.0, 1.0)
-GENERATED_LENGTH = 48
+LENGTHS = {"few_shot_sums": 48} | {name: task.max_completion_length for name, task in TASKS.items()}
 
 
 @dataclass
@@ -88,8 +88,7 @@ class EvaluationConfig:
 
     def protocol(self, name: str) -> Protocol:
         """Return the protocol of a set: the papers', unless a flag overrides it."""
-        generated = name in GENERATED_SETS
-        k, temperature, top_p = GENERATED if generated else PAPER.get(name, GREEDY)
+        k, temperature, top_p = GENERATED if name in GENERATED_SETS else PAPER.get(name, GREEDY)
         temperature = temperature if self.temperature is None else self.temperature
         k = self.k or k
         top_p = top_p if self.top_p is None else self.top_p
@@ -103,7 +102,7 @@ class EvaluationConfig:
             )
         if temperature == 0 and self.top_p not in (None, 1):
             raise ValueError(f"{name}: --top_p {self.top_p} has no effect at temperature 0: remove it")
-        length = self.max_completion_length or (GENERATED_LENGTH if generated else PAPER_LENGTH)
+        length = self.max_completion_length or LENGTHS.get(name, PAPER_LENGTH)
         return Protocol(k, Sampling(temperature, top_p, length))
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..rollout.schedule import RolloutSchedule
-from ..starter import STARTER_MODEL
+from ..starter import TASKS
 from ..version import __version__
 from .run_summary import LogHistory, accuracy_name, series, table
 
@@ -54,6 +54,6 @@ def complete_card(
 
 
 def _in_words(folder: str) -> str:
-    if folder == STARTER_MODEL:
+    if folder in {task.model for task in TASKS.values()}:
         return "the starter, a 167k-parameter model included in tic-grpo-trl"
     return f"the model in the local folder `{Path(folder).name}`" if folder else "a model without a name"

@@ -45,9 +45,15 @@ from tic_grpo_trl.metrics.run_summary import plot_curves, summarize_run
 from tic_grpo_trl.safety.credentials import hide_credentials
 from tic_grpo_trl.scripts.command_line import CommandLine, short_errors, split_flags
 from tic_grpo_trl.scripts.launch import LAUNCH_FLAGS, Launch
-from tic_grpo_trl.scripts.recipes import accelerate_config_path
-from tic_grpo_trl.scripts.train_data import TrainArguments, import_rewards, load_data, reward_functions
-from tic_grpo_trl.starter import STARTER_MODEL
+from tic_grpo_trl.scripts.recipes import accelerate_config_path, read_yaml, recipe_path
+from tic_grpo_trl.scripts.train_data import (
+    TrainArguments,
+    import_rewards,
+    load_data,
+    model_name,
+    reward_functions,
+    starter_defaults,
+)
 from tic_grpo_trl.validation.model_path import check_model
 
 
@@ -96,7 +102,7 @@ def measure_data(script_args: TrainArguments, training_args: Any, model: str | N
 
 def print_plan(script_args: TrainArguments, training_args: Any, model_args: ModelConfig):
     """Print what the run will do and need, for `tic-grpo dry-run`."""
-    name = model_args.model_name_or_path or STARTER_MODEL
+    name = model_name(script_args, model_args)
     config, note = load_model_config(
         name, training_args.trust_remote_code, script_args.model_command, model_args.model_revision
     )
@@ -118,13 +124,13 @@ def build_trainer(script_args: TrainArguments, training_args: Any, model_args: M
     check_quantization(model_args)
     check_libraries(training_args)
     sys.argv[1:] = hide_credentials(sys.argv[1:], training_args)  # wandb uploads the command line
-    model_name = model_args.model_name_or_path or STARTER_MODEL
-    check_model(model_name, model_args.model_revision, training_args.trust_remote_code, script_args.model_command)
+    model = model_name(script_args, model_args)
+    check_model(model, model_args.model_revision, training_args.trust_remote_code, script_args.model_command)
     train_dataset, eval_dataset = load_data(script_args, training_args)
     reward_funcs = reward_functions(script_args, training_args, train_dataset)
     if script_args.max_prompt_length:
         tokenizer = AutoTokenizer.from_pretrained(
-            model_name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
+            model, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
         )
         train_dataset = drop_long_prompts(train_dataset, tokenizer, script_args.max_prompt_length)
 
@@ -140,7 +146,7 @@ def build_trainer(script_args: TrainArguments, training_args: Any, model_args: M
             f"--output_dir {training_args.output_dir}: it cannot be a folder ({error.strerror})."
         ) from error
     return TICGRPOTrainer(
-        model=model_name,
+        model=model,
         reward_funcs=reward_funcs,
         args=training_args,
         train_dataset=train_dataset,
@@ -194,6 +200,7 @@ SECTIONS = {
     },
     "model": {
         "model_name_or_path": "hub id or folder. Default: the starter",
+        "starter_task": "task of the starter: starter or long_tail",
         "use_peft": "train a LoRA adapter; also --lora_r, --lora_alpha, --lora_target_modules",
         "use_vllm": "generate with vLLM",
     },
@@ -215,7 +222,11 @@ SECTIONS = {
 def parse(words: list[str], config_class: Any) -> Any:
     """Parse a command line and the file of `--config`."""
     classes = (TrainArguments, config_class, ModelConfig)
-    return CommandLine(classes, str(__doc__), SECTIONS, of_launcher=LAUNCH_FLAGS).parse(words)
+    command_line = CommandLine(classes, str(__doc__), SECTIONS, of_launcher=LAUNCH_FLAGS)
+    _, flags = split_flags(words, "config", "starter_task")
+    recipe = read_yaml(recipe_path(flags["config"])) if "config" in flags else {}
+    command_line.set_defaults(**starter_defaults(flags.get("starter_task", recipe.get("starter_task"))))
+    return command_line.parse(words)
 
 
 def dry_run(words: list[str]):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers.trainer_utils import IntervalStrategy
-from trl import DatasetMixtureConfig, ScriptArguments
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 from trl.rewards import get_soft_overlong_punishment
 
 from ..config import TICGRPOConfig
@@ -18,6 +18,7 @@ from ..data.user_data import UserData, parse_columns
 from ..evaluation.scoring import choose_reward
 from ..rewards import math_reward
 from ..rewards.importing import import_reward
+from ..starter import TASKS
 from ..validation.model_path import check_model
 
 
@@ -28,6 +29,10 @@ ANSWER_FORMS = ("boxed", "Answer:")  # what a prompt for `math_reward` asks for
 class TrainArguments(ScriptArguments, DatasetMixtureConfig):
     """Select data, rewards and the dry run. The help text of each field describes it."""
 
+    starter_task: str | None = field(
+        default=None,
+        metadata={"help": "Task of the starter, with its model, data and longest response.", "choices": list(TASKS)},
+    )
     dataset_name: str | None = field(
         default="starter", metadata={"help": "Your own file, folder or hub id, or a named set; joined by +."}
     )
@@ -35,8 +40,8 @@ class TrainArguments(ScriptArguments, DatasetMixtureConfig):
         default=None, metadata={"help": "New names of your own data's columns: prompt=question solution=answer."}
     )
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Data to evaluate on, such as aime24."})
-    train_size: int = field(default=8000, metadata={"help": "Training problems of starter and few_shot_sums."})
-    test_size: int = field(default=1000, metadata={"help": "Held-out problems of starter and few_shot_sums."})
+    train_size: int = field(default=8000, metadata={"help": "Training problems of generated sets such as starter."})
+    test_size: int = field(default=1000, metadata={"help": "Held-out problems of generated sets such as starter."})
     instruction: str | None = field(
         default=None,
         metadata={"help": "Template with {problem} around string prompts. Default: the papers' for named sets only."},
@@ -73,6 +78,18 @@ class TrainArguments(ScriptArguments, DatasetMixtureConfig):
                 f"--test_split_size {self.test_split_size} is for the key datasets; for --dataset_name, add "
                 "--eval_dataset_name."
             )
+
+
+def starter_defaults(task: str | None) -> dict[str, Any]:
+    """Return the data and the longest response of `--starter_task`, for when these are not given, by the flag's name."""
+    if task not in TASKS:
+        return {}  # none was chosen, or parsing the flags will refuse it
+    return {"dataset_name": task, "max_completion_length": TASKS[task].max_completion_length}
+
+
+def model_name(script_args: TrainArguments, model_args: ModelConfig) -> str:
+    """Return the model to train: by default that of `--starter_task`."""
+    return model_args.model_name_or_path or TASKS[script_args.starter_task or "starter"].model
 
 
 def load_data(script_args: TrainArguments, training_args: TICGRPOConfig) -> tuple[Any, Any]:

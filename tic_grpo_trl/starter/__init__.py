@@ -1,10 +1,30 @@
-"""The embedded starter: a tiny model that can add a little, and the task that it learns. It needs no download."""
+"""The embedded starter: tiny models that can add a little, and the tasks that they learn. It needs no download."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+from datasets import Dataset
+
+from . import long_tail
 from .task import exact_match_reward, make_dataset
 
 
-STARTER_MODEL = str(Path(__file__).resolve().parent / "model")
+@dataclass(frozen=True)
+class Task:
+    """Hold what a run on a task needs: its model, its problems and the longest response."""
 
-__all__ = ["STARTER_MODEL", "exact_match_reward", "make_dataset"]
+    model: str  # folder
+    make_dataset: Callable[..., Dataset]  # of split ("train" or "test"), size and seed
+    max_completion_length: int  # tokens
+
+
+FOLDER = Path(__file__).resolve().parent
+STARTER_MODEL = str(FOLDER / "model")
+# By the name of the data set. `exact_match_reward` is the reward of every task.
+TASKS = {
+    "starter": Task(STARTER_MODEL, make_dataset, 48),
+    "long_tail": Task(str(FOLDER / "long_tail_model"), long_tail.make_dataset, long_tail.MAX_COMPLETION_LENGTH),
+}
+
+__all__ = ["STARTER_MODEL", "TASKS", "Task", "exact_match_reward", "make_dataset"]
