@@ -81,7 +81,7 @@ class TrainArguments(ScriptArguments, DatasetMixtureConfig):
 
 
 def starter_defaults(task: str | None) -> dict[str, Any]:
-    """Return the data and the longest response of `--starter_task`, for when these are not given, by the flag's name."""
+    """Return the values that `--starter_task` gives to flags that are not given."""
     if task not in TASKS:
         return {}  # none was chosen, or parsing the flags will refuse it
     return {"dataset_name": task, "max_completion_length": TASKS[task].max_completion_length}

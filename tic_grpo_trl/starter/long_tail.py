@@ -1,7 +1,8 @@
 r"""The starter's task with a long tail: sums of 2 to 40 one-digit numbers, most of them short and a few very long.
 
-The number of terms is log-normal. Written out as a chain of additions, an answer has 10 to 374 tokens, with a mean of 42
-and a median of 28. Reasoning models have such a spread; the answers of the task `starter` all have about the same length.
+The number of terms is log-normal. Written out as a chain of additions, an answer has 10 to 374 tokens, with a mean of
+42 and a median of 28. Reasoning models have such a spread; the answers of the task `starter` all have about the same
+length.
 """
 
 import math
