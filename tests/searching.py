@@ -112,7 +112,7 @@ def bounds(clip: Clip, gains: bool, length: int, number=float) -> tuple[float, f
     low = number(math.log1p(-clip.epsilon_low)) if clip.epsilon_low < 1 else -math.inf
     if clip.length_scale_low:
         low = -number(number(clip.length_scale_low) * number(math.sqrt(length)))
-    if clip.mode == "none":
+    if clip.mode in ("none", "adaptive"):  # which has no cap unless it is given one
         return -math.inf, math.inf
     if clip.mode in ("up_only", "capped"):
         return -math.inf, cap if gains or clip.delta is None else dual

@@ -13,6 +13,8 @@ import torch
 from conftest import batch, logps, loss_and_gradients, make_trainer, relative_error, tiny_model
 
 from tic_grpo_trl import ALGORITHMS
+from tic_grpo_trl.algorithms import BOUNDS_READ
+from tic_grpo_trl.loss.mini_batch_rules import adaptive_cap
 from tic_grpo_trl.objective import PRODUCT_LEVELS
 
 
@@ -70,6 +72,12 @@ def ctpo(r, a, sigma=0.05):  # CTPO: the ratio of the tokens so far, PPO's clip 
         low, high = math.exp(-0.025 * math.sqrt(t)), math.exp(sigma * math.sqrt(t))
         terms.append((high * a, 0.0) if a < 0 and w > high else ppo(w, a, low, high))
     return terms
+
+
+def adaptive_cap_of(ratios, advantages):
+    """The cap of a mini-batch, from its responses with tokens and A ≠ 0; tests/loss has the rule itself."""
+    moving = [sum(r) for r, a in zip(ratios, advantages, strict=True) if r and a]
+    return math.exp(adaptive_cap(torch.tensor(moving).double().unsqueeze(1), torch.ones(len(moving), 1)))
 
 
 def grpo(r, a):  # v2 Eq. 5 with DAPO's bounds
@@ -132,6 +140,7 @@ FORMULAS = {
     "seq_tis": (seq_tis, "constant"),
     "seq_mis": (seq_mis, "constant"),
     "ctpo": (ctpo, "constant"),
+    "tic_grpo_adaptive": (tic_grpo_capped, "constant"),
     "grpo": (grpo, "all tokens"),
     "dapo": (grpo, "all tokens"),
     "grpo2": (grpo2, "constant"),
@@ -145,7 +154,10 @@ FORMULAS = {
     "vespo": (vespo, "all tokens"),
 }
 TRAJECTORY_ALGORITHMS = [
-    name for name, algorithm in ALGORITHMS.items() if algorithm["importance_sampling_level"] in PRODUCT_LEVELS
+    name
+    for name, algorithm in ALGORITHMS.items()
+    if algorithm["importance_sampling_level"] in PRODUCT_LEVELS
+    and "length_scaled_cap" in BOUNDS_READ[algorithm["clip_mode"]]
 ]
 
 
@@ -185,6 +197,8 @@ def written_out(algorithm, inputs, **cap):
     loss, surrogate = 0.0, torch.zeros((), dtype=torch.float64)
     for i, r in enumerate(ratios):
         high = {"high": math.exp(cap["sigma"] * math.sqrt(len(r)))} if cap else {}
+        if ALGORITHMS[algorithm]["clip_mode"] == "adaptive":
+            high = {"high": adaptive_cap_of(ratios, inputs["advantages"].tolist())}
         terms = formula(r, inputs["advantages"][i].double().item(), **cap if formula is ctpo else high)
         by = NORMALISERS[normaliser](lengths, i)
         chosen = logp[i][chosen_tokens(inputs)[i]].double()
@@ -237,11 +251,15 @@ def test_two_micro_batches_add_up_to_the_loss_of_the_mini_batch(tmp_path, algori
         gradient_accumulation_steps=2,
         steps_per_generation=2,
     )
-    parts = []
-    for rows in (slice(0, 6), slice(6, 12)):
-        part = {name: value[rows] if value.dim() else value for name, value in inputs.items()}
-        parts.append(loss_and_gradients(trainer, part))
-    (first, gradients), (second, more) = parts
+    halves = slice(0, 6), slice(6, 12)
+    parts = [{name: value[half] if value.dim() else value for name, value in inputs.items()} for half in halves]
+    trainer.current_rollout.start(parts, [0, 0])
+    trainer.mini_batch.begin(trainer.schedule.at(0))
+    losses = []
+    for trainer._step, part in enumerate(parts):
+        trainer.accelerator.gradient_state._set_sync_gradients(trainer._step == 1)
+        losses.append(loss_and_gradients(trainer, part))
+    (first, gradients), (second, more) = losses
     assert (first + second).item() == pytest.approx(expected_loss, rel=1e-5, abs=1e-6)
     assert relative_error({name: gradients[name] + more[name] for name in more}, expected_gradients) < 5e-6
 

@@ -38,6 +38,7 @@ TABLE = {
     "grpo_no_is": ("none", "none", "dapo", "none", None, None, None, None, None),
     "seq_tis": ("trajectory", "capped", "dr_grpo", "none", None, 1.0, None, None, None),
     "seq_mis": ("trajectory", "masked", "dr_grpo", "none", 1.0, 2.0, None, None, None),
+    "tic_grpo_adaptive": ("trajectory", "adaptive", "dr_grpo", "none", None, None, None, None, None),
     "ctpo": ("prefix", "dual_clip", "dr_grpo", "none", None, None, None, 0.05, 0.025),
 }
 
@@ -158,6 +159,18 @@ REFUSED = [
         for loss_type in ("cispo", "sapo", "luspo", "vespo")
     ],
     ({"clip_mode": "up_only", "loss_type": "cispo"}, r"loss_type='cispo' defines its own importance weight"),
+    (
+        {"clip_mode": "adaptive", "algorithm": "grpo"},
+        r"clip_mode='adaptive' caps a product of token ratios, .*importance_sampling_level='token': set .*'trajectory'",
+    ),
+    (
+        {"algorithm": "tic_grpo_adaptive", "gradient_accumulation_steps": 2, "steps_per_generation": 1},
+        r"needs updates of one rollout each, but steps_per_generation=1 is not a multiple of gradient_accumulation_",
+    ),
+    (
+        {"algorithm": "tic_grpo_adaptive", "epsilon_high": 1.0, "length_scaled_cap": 0.1},
+        r"length_scaled_cap=0.1 has no effect with clip_mode='adaptive': remove",
+    ),
     ({"min_ess": 0.1, "fp16": True}, r"min_ess=0.1 skips updates, .* fp16=True .*: set fp16=False .*or remove min_ess"),
     (
         {"generation_batch_size": 32, "steps_per_generation": 2},

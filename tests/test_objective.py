@@ -205,6 +205,17 @@ def test_a_masked_weight_stays_finite_where_trl_multiplies_it_by_the_mask():
     assert torch.equal(gradient, torch.zeros_like(logps))
 
 
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_an_adaptive_weight_is_held_at_the_cap_that_it_is_given(advantage):
+    log_weight = torch.tensor([[-5.0], [0.5], [1.5]])
+    advantages, mask, clip = torch.full((3,), advantage), torch.ones(3, 2), Clip("adaptive")
+    clipped = clip_log_weight(log_weight, advantages, mask, clip, torch.tensor(1.0))
+    assert clipped.log_weight.flatten().tolist() == [-5.0, 0.5, 1.0]
+    assert clipped.keeps_gradient.all()
+    assert clipped.above.flatten().tolist() == [False, False, True]
+    assert torch.equal(clip_log_weight(log_weight, advantages, mask, clip).log_weight, log_weight)
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="Unknown importance_sampling_level 'trajektory': choose one of token"):
         log_importance_weight(torch.zeros(1, 1), torch.ones(1, 1), "trajektory")

@@ -25,6 +25,7 @@ BOUNDS_READ = {
     "dual_clip": _UPPER | _LOWER,
     "truncated": _UPPER | _LOWER,
     "masked": _UPPER | _LOWER,
+    "adaptive": set(),
     "none": set(),
 }
 ANCHORED_LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo")
@@ -81,9 +82,23 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "seq_mis": _algorithm("trajectory", "masked", "dr_grpo", "none", epsilon=1.0, epsilon_high=2.0),
     # CTPO (arXiv 2605.07331): the ratio of the tokens so far, with the released code's bounds
     "ctpo": _algorithm("prefix", "dual_clip", "dr_grpo", "none", length_scaled_floor=0.025, length_scaled_cap=0.05),
+    # ours: as tic_grpo_capped, with the cap that each mini-batch's own ratios make best
+    "tic_grpo_adaptive": _algorithm("trajectory", "adaptive", "dr_grpo", "none"),
 }
-# Algorithms made of a level, a clip mode and a length normaliser, without TRL's other losses and the aliases
-FAMILY = [name for name, algorithm in ALGORITHMS.items() if algorithm["loss_type"] in ANCHORED_LOSS_TYPES]
+
+
+def needs_mini_batch(values: dict[str, Any]) -> bool:
+    """Return whether an update with these values of the fields depends on the mini-batch as a whole."""
+    return values["clip_mode"] == "adaptive"
+
+
+# Algorithms made of a level, a clip mode and a length normaliser, whose weight depends on its response alone; without
+# TRL's other losses and the aliases
+FAMILY = [
+    name
+    for name, algorithm in ALGORITHMS.items()
+    if algorithm["loss_type"] in ANCHORED_LOSS_TYPES and not needs_mini_batch(algorithm)
+]
 
 ALIASES = {"dapo": "grpo", "grpo_ub_clip": "grpo2"}
 ALGORITHMS |= {alias: ALGORITHMS[name] for alias, name in ALIASES.items()}

@@ -11,13 +11,14 @@ from typing import Annotated, Any
 import torch
 from trl import GRPOConfig
 
-from .algorithms import ALGORITHM_FIELDS, ALGORITHMS, ANCHORED_LOSS_TYPES, CISPO_CAP, OTHER_LOSS_TYPES
+from .algorithms import ALGORITHM_FIELDS, ALGORITHMS, ANCHORED_LOSS_TYPES, CISPO_CAP, OTHER_LOSS_TYPES, needs_mini_batch
 from .objective import CLIP_MODES, LEVELS, Clip
 from .safety.credentials import WithoutCredentials
 from .safety.third_party import silence_libraries
 from .validation.algorithm import is_weight_of_trl, resolve_algorithm
 from .validation.batch_sizes import check_batches, derive_batches
 from .validation.carry_over import check_carry_over
+from .validation.mini_batch import check_mini_batch
 from .validation.settings import Range, check_choices, check_combinations, check_ranges, convert_types
 
 
@@ -73,7 +74,8 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
         "gradient, for both signs. 'two_sided': PPO's rule, with TRL's optional delta. 'truncated': PPO's rule, but "
         "for A < 0 the weight is capped at 1 + epsilon_high and keeps its gradient. 'dual_clip': PPO's rule, and above "
         "1 + epsilon_high the gradient is 0 for A < 0 too. 'masked': outside the bounds the weight and its gradient "
-        "are 0, for both signs. 'none': only with level 'none'.",
+        "are 0, for both signs. 'adaptive': as 'capped', at the cap that the mini-batch's own ratios make best. "
+        "'none': only with level 'none'.",
     )
     epsilon: Annotated[float | None, Range("(0, 1]", 0.2)] = _option(  # type: ignore[assignment]
         None, "Lower bound 1 - epsilon of the weight, for the clip modes that have one (0.2 by default)."
@@ -245,6 +247,7 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
                 check_batches(self, self.world_size)
             raise
         check_carry_over(self)
+        check_mini_batch(self)
         if generation_batch_size not in (None, self.generation_batch_size):
             by = "steps_per_generation" if self.updates_per_rollout is None else "updates_per_rollout"
             raise ValueError(
@@ -269,6 +272,11 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
     def is_anchored(self) -> bool:
         """Whether this package computes the importance weight, because TRL's loss cannot."""
         return not is_weight_of_trl(self.importance_sampling_level, self.clip_mode)
+
+    @property
+    def uses_mini_batch(self) -> bool:
+        """Whether an update depends on its mini-batch as a whole, whose ratios are then computed first."""
+        return needs_mini_batch(self.resolved_algorithm)
 
     @property
     def changed_sampling(self) -> dict[str, Any]:

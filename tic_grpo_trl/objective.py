@@ -16,7 +16,7 @@ import torch
 
 LEVELS = ("token", "sequence", "prefix", "trajectory", "none")
 PRODUCT_LEVELS = ("prefix", "trajectory")  # the weight is a product of token ratios
-CLIP_MODES = ("up_only", "capped", "two_sided", "dual_clip", "truncated", "masked", "none")
+CLIP_MODES = ("up_only", "capped", "two_sided", "dual_clip", "truncated", "masked", "adaptive", "none")
 CORRECTION_MODES = ("sequence_mask", "sequence_truncate", "token_mask", "token_truncate")
 
 # Where a rule has no upper bound (PPO's clip at A < 0), the weight is held at e^20 so that no loss or gradient is inf.
@@ -130,6 +130,7 @@ def clip_log_weight(
     advantages: torch.Tensor,  # (B,) or (B, T)
     mask: torch.Tensor,  # (B, T)
     clip: Clip,
+    log_cap: torch.Tensor | None = None,  # 0-dimensional
 ) -> ClippedWeight:
     """Apply a clip rule in log space: the second axis of the family.
 
@@ -141,6 +142,7 @@ def clip_log_weight(
     | `dual_clip` (CTPO) | held at 1+ε_high, gradient 0 | the same | at 1−ε_low, gradient 0 |
     | `truncated` (ours) | held at 1+ε_high, gradient 0 | held at 1+ε_high, gradient kept | at 1−ε_low, gradient 0 |
     | `masked` (seq_mis) | 0 | 0 | 0, also for A ≥ 0 |
+    | `adaptive` (ours) | held at the cap, gradient kept | the same | – |
     | `none` | – | – | – |
 
     With `clip.length_scale` = σ the bound 1+ε_high becomes exp(σ·√|o_i|), and with `clip.length_scale_low` = σ the
@@ -152,6 +154,7 @@ def clip_log_weight(
         advantages: A_i, (B,) or per token (B, T); only the sign matters.
         mask: 1 on the tokens that count.
         clip: the rule.
+        log_cap: log of the cap of `adaptive`, in nats; `None` for no cap.
 
     Returns:
         The bounded log-weight and where it keeps its gradient.
@@ -172,6 +175,8 @@ def clip_log_weight(
     tokens, gains = torch.broadcast_tensors(tokens.to(log_weight.dtype), gains)
     unbounded = torch.full_like(tokens, math.inf)
     log_high = torch.full_like(tokens, math.log1p(clip.epsilon_high))
+    if clip.mode == "adaptive":
+        log_high = unbounded if log_cap is None else log_cap.to(tokens.dtype).expand_as(tokens)
     if clip.length_scale:
         log_high = clip.length_scale * tokens.sqrt()
     log_low = torch.full_like(tokens, math.log1p(-clip.epsilon_low) if clip.epsilon_low < 1 else -math.inf)
@@ -179,7 +184,7 @@ def clip_log_weight(
         log_low = -clip.length_scale_low * tokens.sqrt()
     log_delta = unbounded if clip.delta is None else torch.full_like(tokens, math.log(clip.delta))
 
-    if clip.mode in ("up_only", "capped"):
+    if clip.mode in ("up_only", "capped", "adaptive"):
         high = log_high if clip.delta is None else torch.where(gains, log_high, log_delta)
         low = -unbounded
     elif clip.mode in ("two_sided", "dual_clip", "truncated"):
@@ -192,7 +197,7 @@ def clip_log_weight(
 
     above, below = log_weight > high, log_weight < low  # (B, 1) or (B, T)
     # which of the weights above their bound lose their gradient, by the sign of A
-    stops_above = gains if clip.mode == "truncated" else torch.full_like(gains, clip.mode != "capped")
+    stops_above = gains if clip.mode == "truncated" else torch.full_like(gains, clip.mode not in ("capped", "adaptive"))
     bounded = log_weight.clamp(min=low, max=high.clamp(max=LOG_WEIGHT_BOUND))
     if clip.mode == "masked":
         bounded = bounded.masked_fill(above | below, LOG_ZERO)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id, split_pixel_values_by_grid
@@ -28,9 +27,10 @@ from .config import TICGRPOConfig
 from .data.sources import is_hub_id
 from .forward.packed_forward import PackedForward
 from .loss.importance_weight import overridden
+from .loss.mini_batch import MiniBatch
 from .loss.weighted_loss import WeightedLoss
 from .metrics.completions import CompletionsTable
-from .metrics.model_card import CITATION, complete_card
+from .metrics.model_card import CITATION, complete_file
 from .metrics.progress import DISPLAYS, SettingsCallback
 from .metrics.ratio_metrics import RatioMetrics
 from .metrics.update_metrics import UpdateMetrics
@@ -121,8 +121,7 @@ class TICGRPOTrainer(GRPOTrainer):
         self.scorer = scorer = Scorer(args, schedule, accelerator, forward, policy, lambda: self.ref_model, terms)
 
         reports = NumberReports(accelerator, self._tokenizer, lambda: self.state.global_step)
-        models = [column for column, function in enumerate(self.reward_funcs) if isinstance(function, nn.Module)]
-        self.reward_guard = RewardGuard(accelerator, reports, self.reward_func_names, self.reward_weights, models)
+        self.reward_guard = RewardGuard.of(self, reports)
         self.guard = guard = UpdateGuard(args, schedule, rollout, accelerator, reports, pad, terms)
         compares = schedule.has_old_policy or args.behaviour_policy == "sampler"
         self.probe = RatioProbe(args, accelerator, policy, forward, pad, self.temperature, compares)
@@ -130,7 +129,9 @@ class TICGRPOTrainer(GRPOTrainer):
         self.ratios = ratios = RatioMetrics(args, accelerator, schedule)
         self.completions_table = table = CompletionsTable(args, accelerator, lambda: self._logs)
         self.update_metrics = updates = UpdateMetrics(accelerator, schedule)
-        self.weighted_loss = WeightedLoss(schedule, accelerator, forward, scorer, guard, ratios, updates, table, terms)
+        self.mini_batch = MiniBatch(args, schedule, accelerator, rollout, forward, updates.count)
+        wings: Any = forward, scorer, guard, ratios, updates, table, terms, self.mini_batch
+        self.weighted_loss = WeightedLoss(schedule, accelerator, *wings)
 
         self.position, self.loop_state, self.interruption = DataPosition(self), LoopState(self), Interruption(self)
         self.carry_over = CarryOver.of(self)
@@ -217,6 +218,7 @@ class TICGRPOTrainer(GRPOTrainer):
         else:
             start = time.perf_counter()
             micro_batch = self._prepare_inputs(inputs)
+            self.mini_batch.begin(position)
             self._current_train_step_time += time.perf_counter() - start
             if micro_batch is None:  # nothing to compute on any process; never the last micro-batch of an update
                 self.update_metrics.count_trl_passes(1)
@@ -277,9 +279,7 @@ class TICGRPOTrainer(GRPOTrainer):
         on_hub = dataset_name if dataset_name and is_hub_id(dataset_name) else None
         super().create_model_card(model_name or folder.name, on_hub, **kwargs)
         if self.is_world_process_zero():
-            run = self.args, self.state.log_history, self.accelerator.num_processes, self.reward_func_names
-            base, path = get_config_model_id(self.model.config), folder / "README.md"
-            path.write_text(complete_card(path.read_text(), *run, dataset_name, base_model=base, model=folder.name))
+            complete_file(folder / "README.md", self, dataset_name)
 
     # Checkpoints
 

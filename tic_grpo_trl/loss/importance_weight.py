@@ -13,7 +13,6 @@ from ..objective import (
     anchored_old_logps,
     clip_log_weight,
     log_importance_weight,
-    token_log_ratio,
 )
 from ..rollout.loss_terms import LossTerms
 from ..rollout.schedule import Position
@@ -79,19 +78,21 @@ class ImportanceWeight:
         if "anchored" not in loss_pass.inputs:
             raise RuntimeError("This TRL version computes its loss in another way: install trl>=1.16,<1.17.")
 
-    def apply(self, logps: torch.Tensor, inputs: dict[str, Any]) -> tuple[torch.Tensor, ClippedWeight]:
-        """Return the (B, T) log-ratios and the clipped weight, and anchor the old log-probabilities in `inputs`.
-
-        `logps` are (B, T) log-probabilities of the policy, with their gradient.
-        """
+    def apply(
+        self,
+        logps: torch.Tensor,  # (B, T) of the policy, with their gradient
+        log_ratio: torch.Tensor,  # (B, T)
+        inputs: dict[str, Any],
+        log_cap: torch.Tensor | None = None,  # 0-dimensional
+    ) -> ClippedWeight:
+        """Return the clipped weight, and anchor the old log-probabilities in `inputs`."""
         mask = loss_mask(inputs)
-        old_logps = inputs.get("old_per_token_logps")  # `None` on-policy
-        log_ratio = token_log_ratio(logps, old_logps, mask)  # (B, T)
         log_weight = log_importance_weight(log_ratio, mask, self.level)  # (B, 1) or (B, T)
-        clipped = clip_log_weight(log_weight, inputs["advantages"], mask, self.clip)
+        clipped = clip_log_weight(log_weight, inputs["advantages"], mask, self.clip, log_cap)
         if self.is_anchored:
+            old_logps = inputs.get("old_per_token_logps")  # `None` on-policy
             # TRL's off-policy mask measures the drift from the behaviour policy, not from the anchor.
             inputs.setdefault("sampling_per_token_logps", logps.detach() if old_logps is None else old_logps)
             inputs["old_per_token_logps"] = anchored_old_logps(logps, clipped)
             inputs["anchored"] = True
-        return log_ratio, clipped
+        return clipped

@@ -13,12 +13,14 @@ from ..metrics.completions import CompletionsTable
 from ..metrics.ratio_metrics import RatioMetrics
 from ..metrics.ratios import ratio_statistics
 from ..metrics.update_metrics import UpdateMetrics
+from ..objective import token_log_ratio
 from ..rollout.loss_terms import LossTerms
 from ..rollout.micro_batches import size_correction
 from ..rollout.schedule import Position, RolloutSchedule
 from ..rollout.scoring import Metrics, Scorer
 from ..safety.update_guard import UpdateGuard
 from .importance_weight import ImportanceWeight, LossPass
+from .mini_batch import MiniBatch
 
 
 @dataclass
@@ -47,6 +49,7 @@ class WeightedLoss:
     update_metrics: UpdateMetrics
     table: CompletionsTable
     terms: LossTerms
+    mini_batch: MiniBatch
 
     def __post_init__(self):
         self.weight = ImportanceWeight(self.terms)
@@ -98,6 +101,7 @@ class WeightedLoss:
         if self.accelerator.sync_gradients:
             by_response = loss_pass.level == "sequence" and inputs["advantages"].dim() == 1
             self.update_metrics.close(metrics, passes, "left_out" in inputs, by_response)
+            self.mini_batch.close(metrics)
         size = self.schedule.per_device_train_batch_size
         return loss * size_correction(inputs, self.terms.trainer.loss_type, size)
 
@@ -127,7 +131,9 @@ class WeightedLoss:
     ):
         """Give TRL's loss the weight, and collect the ratios; nothing is read from the device here."""
         mask = loss_mask(inputs)
-        log_ratio, clipped = self.weight.apply(logps, inputs)
+        log_ratio = token_log_ratio(logps, inputs.get("old_per_token_logps"), mask)
+        log_cap = None if position is None else self.mini_batch.decide_from_pass(inputs, log_ratio).log_cap
+        clipped = self.weight.apply(logps, log_ratio, inputs, log_cap)
         age = inputs.get("token_age")
         self.ratios.add(ratio_statistics(log_ratio, clipped, inputs["advantages"], mask, sampler_log_ratio, age))
         self.table.add_ratios(inputs, log_ratio.sum(dim=1))

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from trl.trainer.utils import get_config_model_id
+
 from ..rollout.schedule import RolloutSchedule
 from ..starter import TASKS
 from ..version import __version__
@@ -51,6 +53,13 @@ def complete_card(
     # TRL writes "None" for a base model in a local folder, and for a model that is not on the hub.
     card = card.replace("[None](https://huggingface.co/None)", _in_words(base_model))
     return card.replace('model="None"', f'model="{model}"')
+
+
+def complete_file(path: Path, trainer: Any, data: str | None):
+    """Complete the model card that TRL wrote to a file, for a trainer's run on the named data."""
+    run = trainer.args, trainer.state.log_history, trainer.accelerator.num_processes, trainer.reward_func_names
+    base = get_config_model_id(trainer.model.config)
+    path.write_text(complete_card(path.read_text(), *run, data, base_model=base, model=path.parent.name))
 
 
 def _in_words(folder: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from ..rewards.failures import describe_sample
 from .non_finite import groups_without_rewards
@@ -22,6 +23,12 @@ class RewardGuard:
     weights: torch.Tensor  # (F,)
     models: list[int]  # the columns of reward models
     _unrewarded: torch.Tensor | None = field(default=None, init=False)  # (B,) bool: responses of the newest rollout
+
+    @classmethod
+    def of(cls, trainer: Any, reports: NumberReports) -> "RewardGuard":
+        """Build the guard of a trainer's reward functions and models."""
+        models = [column for column, function in enumerate(trainer.reward_funcs) if isinstance(function, nn.Module)]
+        return cls(trainer.accelerator, reports, trainer.reward_func_names, trainer.reward_weights, models)
 
     def check(self, rewards: torch.Tensor, num_generations: int, prompts: list, completions: list) -> torch.Tensor:
         """Replace all rewards of groups with a bad one by NaN; TRL leaves those out of every mean and deviation.

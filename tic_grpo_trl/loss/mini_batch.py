@@ -1,0 +1,116 @@
+"""What depends on a whole mini-batch, decided before its first backward pass.
+
+The decisions need the ratios of every response of the update, on all processes. Where the update is one forward pass,
+they come from that pass. Otherwise its micro-batches are scored first, without gradient.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..config import TICGRPOConfig
+from ..forward.packed_forward import ForwardOutput, PackedForward
+from ..forward.responses import loss_mask
+from ..objective import log_importance_weight, token_log_ratio
+from ..rollout.current_rollout import CurrentRollout
+from ..rollout.micro_batches import active_responses
+from ..rollout.schedule import Position, RolloutSchedule
+from ..rollout.scoring import Metrics
+from .mini_batch_rules import adaptive_cap
+
+
+@dataclass
+class Decision:
+    """What was chosen for an update."""
+
+    log_cap: torch.Tensor | None = None  # 0-dimensional, in nats; `None` for no cap
+    metrics: dict[str, Any] = field(default_factory=dict)  # floats or 0-dimensional tensors
+
+
+@dataclass
+class MiniBatch:
+    """
+    Decide what depends on the whole mini-batch of an update: the cap of `clip_mode="adaptive"`.
+
+    Only responses that can move the weights count. A response with a log-ratio that is not finite is ignored; the
+    training pass drops it. All processes make the same decisions, from the numbers of all.
+    """
+
+    args: TICGRPOConfig
+    schedule: RolloutSchedule
+    accelerator: Accelerator
+    rollout: CurrentRollout
+    forward: PackedForward
+    count: Callable[[ForwardOutput], None]  # called with each forward pass that only serves a decision
+
+    def __post_init__(self):
+        self._decision: Decision | None = None  # for the current update
+
+    def begin(self, position: Position):
+        """Decide for the update that begins at a position, unless its only forward pass will."""
+        window = self.schedule.gradient_accumulation_steps
+        if not self.args.uses_mini_batch or position.micro_batch % window:
+            return
+        assert self.rollout.micro_batches is not None
+        of_update = self.rollout.micro_batches[position.micro_batch : position.micro_batch + window]
+        micro_batches = [micro_batch for micro_batch in of_update if micro_batch is not None]
+        self._decision = None
+        if len(micro_batches) > 1:
+            self._decision = self._decide(micro_batches, [self._log_ratio(each) for each in micro_batches])
+
+    def decide_from_pass(self, inputs: dict[str, Any], log_ratio: torch.Tensor) -> Decision:
+        """Return the decision for the current update; without one so far, this pass is the update's only one.
+
+        `log_ratio` are the (B, T) log-ratios of the pass.
+        """
+        if self._decision is None:
+            self._decision = self._decide([inputs], [log_ratio]) if self.args.uses_mini_batch else Decision()
+        return self._decision
+
+    def close(self, metrics: Metrics):
+        """End an update, and log what was decided for it."""
+        decision, self._decision = self._decision or Decision(), None
+        for name, value in decision.metrics.items():
+            metrics[name].append(float(value))
+
+    def _log_ratio(self, micro_batch: dict[str, Any]) -> torch.Tensor:
+        """Return the (B, T) log-ratios of a micro-batch, by a pass without gradient unless every one is 0."""
+        mask, old_logps = loss_mask(micro_batch), micro_batch.get("old_per_token_logps")
+        if old_logps is None:  # on-policy
+            return torch.zeros_like(mask, dtype=torch.float32)
+        output = self.forward.score(micro_batch)
+        self.count(output)
+        return token_log_ratio(output.logps, old_logps, mask)
+
+    def _decide(self, micro_batches: list[dict[str, Any]], log_ratios: list[torch.Tensor]) -> Decision:
+        """Decide from the micro-batches of an update on this process, and their (B, T) log-ratios."""
+        masks = [loss_mask(micro_batch) for micro_batch in micro_batches]
+        active = [active_responses(micro_batch, only_advantages=True) for micro_batch in micro_batches]
+        finite = [log_ratio.isfinite().all(dim=1) for log_ratio in log_ratios]
+        counted = self._gather([a & f for a, f in zip(active, finite, strict=True)])  # (n,)
+        decision = Decision()
+        if self.args.clip_mode == "adaptive":
+            level = str(self.args.importance_sampling_level)
+            pairs = zip(log_ratios, masks, strict=True)
+            log_weight = self._gather([log_importance_weight(log_ratio, mask, level) for log_ratio, mask in pairs])
+            mask = self._gather(masks)
+            if counted.any():
+                decision.log_cap = adaptive_cap(log_weight[counted], mask[counted])
+                decision.metrics["update/cap"] = decision.log_cap.exp()
+        return decision
+
+    def _gather(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """Return the values of all processes, (n,) or (n, T), from those of this process's micro-batches.
+
+        Every process has micro-batches of the same sizes; columns are added where T differs.
+        """
+        if parts[0].dim() == 2:
+            width = max(part.size(1) for part in parts)
+            parts = [torch.nn.functional.pad(part, (0, width - part.size(1))) for part in parts]
+            local = self.accelerator.pad_across_processes(torch.cat(parts), dim=1)
+        else:
+            local = torch.cat(parts)
+        return self.accelerator.gather(local)
