@@ -1,6 +1,7 @@
 """Compare all algorithms on the embedded task: `python -m research.study`."""
 
-from .runs import TASKS, Run, execute, execute_all
+from .pool import execute_all
+from .runs import TASKS, Run, execute
 from .tables import Result, Results, bootstrap_interval, comparison_table, load, paired_differences
 
 

@@ -1,4 +1,4 @@
-"""Execute the training runs of the study in a process pool.
+"""The training runs of the study, and how to execute one.
 
 Every run has its own folder and starts from the same weights. Runs with the same seed see the same prompts in the same
 order, so only the algorithm and its settings differ. A finished run is not repeated; a killed one resumes from its last
@@ -9,30 +9,26 @@ import argparse
 import functools
 import hashlib
 import json
-import logging
-import multiprocessing
-import os
 import shutil
-import sys
-import threading
-import warnings
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, wait
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from filelock import FileLock
-from tqdm import tqdm
 from transformers import HfArgumentParser, PrinterCallback, TrainerCallback
 
 from tic_grpo_trl.config import TICGRPOConfig
 from tic_grpo_trl.metrics.run_summary import summarize_run
 from tic_grpo_trl.starter import STARTER_MODEL, exact_match_reward, make_dataset
+from tic_grpo_trl.starter import TASKS as STARTER_TASKS
+from tic_grpo_trl.starter.long_tail import TERM_RANGE
 from tic_grpo_trl.trainer import TICGRPOTrainer
 
 from ..starter.build import build
+from .lagged_engine import LaggedEngine
 
 
 # Shared by all runs unless a flag overrides it. One rollout is K mini-batches of 32 responses (4 prompts x 8).
@@ -61,6 +57,7 @@ class Task:
 
     term_counts: tuple[int, ...]
     max_completion_length: int
+    make_dataset: Callable[..., Dataset]  # of split, size and seed
 
 
 # fields of the configuration that have their own flag in the study
@@ -73,11 +70,17 @@ RUN_DECIDES = {
     "output_dir": "--output_dir of the study",
 }
 
-_updates: Any = None  # shared counter of updates, in a worker
+
+def _task(name: str, *term_counts: int) -> Task:
+    """Return a task of the package."""
+    return Task(term_counts, STARTER_TASKS[name].max_completion_length, STARTER_TASKS[name].make_dataset)
+
 
 TASKS = {
-    "starter": Task((3, 4, 5, 6), 48),  # responses of 18 tokens at the start, 32 after training
-    "long": Task((7, 8, 9), 72),  # responses about twice as long; its start weights are trained on first use
+    "starter": _task("starter", 3, 4, 5, 6),  # responses of 18 tokens at the start, 32 after training
+    # responses about twice as long; its start weights are trained on first use
+    "long": Task((7, 8, 9), 72, functools.partial(make_dataset, term_counts=(7, 8, 9))),
+    "long_tail": _task("long_tail", *TERM_RANGE),  # most responses short, a few of hundreds of tokens
 }
 
 
@@ -94,6 +97,8 @@ class Run:
         test_size: held-out problems per evaluation.
         eval_steps: updates between evaluations; if it equals `steps`, the run is evaluated only at its end.
         settings: other fields of the configuration, as sorted pairs.
+        lag: sample with the weights of so many rollouts ago, and take ratios to these. Above 0 no checkpoints are
+            saved, because the earlier weights are not in them: a killed run starts again.
     """
 
     algorithm: str
@@ -104,11 +109,17 @@ class Run:
     test_size: int = 500
     eval_steps: int = 32
     settings: tuple[tuple[str, Any], ...] = ()
+    lag: int = 0
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Return the fields; without a lag of 0, which keeps the names of runs from before there was one."""
+        return {name: value for name, value in asdict(self).items() if name != "lag" or value}
 
     @property
     def name(self) -> str:
         """Return a readable folder name that is unique for the settings."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
+        digest = hashlib.sha256(json.dumps(self.fields, sort_keys=True).encode()).hexdigest()[:10]
         return f"{self.algorithm.split(':')[0]}-seed{self.seed}-{digest}"
 
     def config(self, output_dir: str | Path) -> TICGRPOConfig:
@@ -133,6 +144,8 @@ class Run:
             * max(1, 40 // self.k),  # complete rollouts, so that a resumed run gives the same result
             "seed": self.seed,
         }
+        if self.lag:
+            values |= {"behaviour_policy": "sampler", "save_strategy": "no"}
         values |= dict(self.settings) | own_settings
         return TICGRPOConfig(output_dir=str(output_dir), algorithm=algorithm, **values)
 
@@ -162,8 +175,8 @@ def start_model(task: str, output_dir: Path) -> str:
 
     The start weights of the longer task continue from the starter's, with longer chains and then mostly direct answers.
     """
-    if task == "starter":
-        return STARTER_MODEL
+    if task in STARTER_TASKS:
+        return STARTER_TASKS[task].model
     folder = output_dir / f"{task}-start"
     with FileLock(f"{folder}.lock"):
         if not (folder / "starter_card.json").exists():
@@ -221,7 +234,7 @@ def execute(run: Run, output_dir: Path, count: Callable[[int], None] = lambda up
         if (folder / "summary.json").exists():
             count(run.steps)
             return folder
-        (folder / "run.json").write_text(json.dumps(asdict(run), indent=2) + "\n")
+        (folder / "run.json").write_text(json.dumps(run.fields, indent=2) + "\n")
         args = run.config(folder)
         checkpoint = last_checkpoint(folder)
         if checkpoint:
@@ -232,9 +245,11 @@ def execute(run: Run, output_dir: Path, count: Callable[[int], None] = lambda up
             model=start_model(run.task, output_dir),
             reward_funcs=exact_match_reward,
             args=args,
-            train_dataset=make_dataset("train", 8000, seed=args.seed, term_counts=spec.term_counts),
-            eval_dataset=make_dataset("test", run.test_size, term_counts=spec.term_counts),
+            train_dataset=spec.make_dataset("train", 8000, seed=args.seed),
+            eval_dataset=spec.make_dataset("test", run.test_size),
         )
+        if run.lag:
+            trainer.recorder = LaggedEngine(trainer, run.lag)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Count(count))
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -247,75 +262,3 @@ def execute(run: Run, output_dir: Path, count: Callable[[int], None] = lambda up
             shutil.rmtree(path)
         partial.replace(folder / "summary.json")
     return folder
-
-
-def _start_worker(log_file: str, threads: int, updates: Any) -> None:
-    """Start a worker with `threads` threads that writes its output to `log_file` and counts updates in `updates`."""
-    global _updates
-    _updates = updates
-    log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, sys.stdout.fileno())
-    os.dup2(log, sys.stderr.fileno())
-    torch.set_num_threads(threads)
-    threading.Thread(target=_follow_parent, daemon=True).start()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    logging.basicConfig(format="%(message)s")
-
-
-def _follow_parent() -> None:
-    """Exit when the parent process dies, because a pool's worker would then wait for work forever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _execute_in_worker(run: Run, output_dir: Path) -> Path:
-    def count(updates: int) -> None:
-        with _updates.get_lock():
-            _updates.value += updates
-
-    return execute(run, output_dir, count)
-
-
-def execute_all(runs: Iterable[Run], output_dir: str | Path, workers: int = 2) -> list[Path]:
-    """Execute the runs, `workers` at a time, with a progress bar.
-
-    All configurations are checked before the first run starts. A failed run does not stop the others.
-
-    Returns:
-        Folders of the runs, in order.
-
-    Raises:
-        ValueError: if the settings of a run are invalid, or `workers` is below 1.
-        RuntimeError: if some runs failed, after all others are finished.
-    """
-    if workers < 1:
-        raise ValueError(f"workers is {workers}: give a number of parallel runs of at least 1.")
-    output_dir, runs = Path(output_dir), list(dict.fromkeys(runs))
-    for run in runs:
-        run.config(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for task in dict.fromkeys(run.task for run in runs):
-        start_model(task, output_dir)
-    log_file = output_dir / "workers.log"
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    failed: list[str] = []
-    context = multiprocessing.get_context("spawn")
-    updates = context.Value("q", 0)
-    with (
-        ProcessPoolExecutor(workers, context, _start_worker, (str(log_file), threads, updates)) as pool,
-        tqdm(total=sum(run.steps for run in runs), desc="study", unit="update", dynamic_ncols=True) as bar,
-    ):
-        futures = {pool.submit(_execute_in_worker, run, output_dir): run for run in runs}
-        left = set(futures)
-        while left:
-            done, left = wait(left, timeout=1)
-            for future in done:
-                if error := future.exception():
-                    failed.append(f"{futures[future].name} ({type(error).__name__}: {error})")
-            bar.set_postfix_str(f"{len(runs) - len(left)}/{len(runs)} runs")
-            bar.update(updates.value - bar.n)
-    if failed:
-        raise RuntimeError(f"{len(failed)} of {len(runs)} runs failed, see {log_file}: " + "; ".join(failed))
-    return [output_dir / "runs" / run.name for run in runs]

@@ -12,7 +12,8 @@ import pytest
 from filelock import FileLock
 
 from research.study.__main__ import main
-from research.study.runs import Run, execute, execute_all, last_checkpoint, parse_settings
+from research.study.pool import execute_all
+from research.study.runs import Run, execute, last_checkpoint, parse_settings
 
 
 SMALL = (
