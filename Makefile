@@ -122,6 +122,12 @@ study-quick: install ## the same with two seeds and half the updates, in minutes
 study-tuned: install ## compare algorithms at their best learning rates and caps, in two regimes
 	$(STUDY) --plan tuned $(ARGS)
 
+study-stale: install ## compare rules for stale data; trains only what docs/study/stale_results.jsonl lacks
+	OMP_NUM_THREADS=1 $(STUDY) --plan stale --report_dir docs/study $(ARGS)
+
+study-stale-quick: install ## four of these rules with their published bounds, two seeds, in minutes; report in runs/study
+	OMP_NUM_THREADS=1 $(STUDY) --plan stale_quick $(ARGS)
+
 bench: install ## time the update phase against TRL's trainer; table and figures in runs/bench
 	$(BIN)/python benchmarks/update_phase.py $(ARGS)
 
@@ -153,4 +159,4 @@ clean: ## remove the environments, runs and caches
 	rm -rf $(VENV) $(VLLM_VENV) $(OLDEST_VENV) $(LIGHTEVAL_VENV) runs docs/_build build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 .PHONY: help install environments train eval smollm2 test test-slow test-distributed test-vllm test-oldest test-lighteval coverage mutation lint starter \
-	study study-quick study-tuned bench bench-vllm bench-rollouts bench-math theory models notebooks docs docs-links clean
+	study study-quick study-tuned study-stale study-stale-quick bench bench-vllm bench-rollouts bench-math theory models notebooks docs docs-links clean

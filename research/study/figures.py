@@ -34,7 +34,7 @@ WINDOW = 16  # moving average of the training reward, in updates
 DPI = 110
 
 
-def _save(figure, path: Path) -> None:
+def save(figure, path: Path) -> None:
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
 
@@ -67,7 +67,7 @@ def plot_comparison(results: Results, algorithms: Sequence[str], path: Path) -> 
     for axis in (left, right):
         axis.grid(alpha=0.3)
     right.legend(frameon=False, loc="best")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _grid_of_algorithms(
@@ -93,7 +93,7 @@ def _grid_of_algorithms(
     }
     figure.legend(handles.values(), handles.keys(), frameon=False, loc="upper center", ncols=len(handles))
     figure.tight_layout(rect=(0.01, 0, 1, 1 - 0.35 / figure.get_figheight()))
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_every_algorithm(results: Results, path: Path, baseline: str = "grpo") -> None:
@@ -162,7 +162,7 @@ def plot_causes(results: Results, path: Path) -> None:
             axis.set_xlim(left=0)
     axes[0].set_yticks(range(len(algorithms)), [label(algorithm) for algorithm in algorithms])
     axes[0].invert_yaxis()
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_grid(results: Results, grid: dict[str, dict[str, list[str]]], rates: Sequence[float], path: Path) -> None:
@@ -208,4 +208,4 @@ def plot_published(csv_file: Path, path: Path) -> None:
     axis.set(xlabel="training step", ylabel="training reward, mean of 10 steps")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, loc="lower right")
-    _save(figure, path)
+    save(figure, path)

@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -51,6 +51,7 @@ class Result:
 
 
 Results = dict[str, list[Result]]  # by algorithm, each in the order of its seeds
+Interval = Callable[[Sequence[float]], tuple[float, float]]
 
 
 def load(folders: Sequence[Path]) -> Results:
@@ -64,7 +65,18 @@ def load(folders: Sequence[Path]) -> Results:
     return {algorithm: sorted(runs, key=lambda result: result.seed) for algorithm, runs in results.items()}
 
 
-SHORT = {"learning_rate": "lr", "epsilon": "ε", "epsilon_high": "ε_high", "length_scaled_cap": "σ"}
+SHORT = {
+    "learning_rate": "lr",
+    "epsilon": "ε",
+    "epsilon_high": "ε_high",
+    "length_scaled_cap": "σ",
+    "length_scaled_floor": "σ_low",
+    "importance_sampling_level": "level",
+    "vespo_k_pos": "k₊",
+    "vespo_lambda_pos": "λ₊",
+    "vespo_k_neg": "k₋",
+    "vespo_lambda_neg": "λ₋",
+}
 
 
 def short(settings: str) -> str:
@@ -95,40 +107,71 @@ def bootstrap_interval(values: Sequence[float], resamples: int = 10_000) -> tupl
     return float(low), float(high)
 
 
+# 97.5 % quantiles of Student's distribution with 1, 2, … degrees of freedom
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Compute the 95 % interval of the mean by Student's distribution, which allows for few values.
+
+    Args:
+        values: two to ten values, one per seed, such as differences on the same seeds.
+
+    Returns:
+        Lower and upper end: mean ± t·sd/√n.
+    """
+    half = STUDENT[len(values) - 2] * stdev(values) / len(values) ** 0.5
+    return fmean(values) - half, fmean(values) + half
+
+
 def paired_differences(results: Sequence[Result], baseline: Sequence[Result], measure: str) -> list[float]:
     """Return the differences from the baseline on the seeds that both have, in order."""
     reference = {result.seed: result.measure(measure) for result in baseline}
     return [result.measure(measure) - reference[result.seed] for result in results if result.seed in reference]
 
 
-def _cell(results: Sequence[Result], baseline: Sequence[Result] | None, measure: str) -> str:
+def difference(differences: Sequence[float], interval: Interval = bootstrap_interval) -> str:
+    """Format paired differences in points: their mean and its 95 % interval, which one difference doesn't have."""
+    text = f"{100 * fmean(differences):+.1f}"
+    if len(differences) == 1:
+        return text
+    low, high = interval(differences)
+    return f"{text}, {100 * low:+.1f} to {100 * high:+.1f}"
+
+
+def _cell(results: Sequence[Result], baseline: Sequence[Result] | None, measure: str, interval: Interval) -> str:
     values = [100 * result.measure(measure) for result in results]
     text = f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
     differences = paired_differences(results, baseline, measure) if baseline else []
     if not differences or baseline is results:
         return text
-    if len(differences) == 1:
-        return f"{text} ({100 * differences[0]:+.1f})"
-    low, high = bootstrap_interval(differences)
-    return f"{text} ({100 * fmean(differences):+.1f}, {100 * low:+.1f} to {100 * high:+.1f})"
+    return f"{text} ({difference(differences, interval)})"
 
 
-def comparison_table(results: Results, algorithms: Sequence[str], baseline: str = "grpo") -> str:
+def comparison_table(
+    results: Results,
+    algorithms: Sequence[str],
+    baseline: str = "grpo",
+    measures: Mapping[str, str] = MEASURES,
+    interval: Interval = bootstrap_interval,
+) -> str:
     """Format a Markdown table like the paper's Tables 1 and 2, in points (percent).
 
     Each cell is the mean over seeds ± standard deviation (mean difference from the baseline on the same seeds, its 95 %
-    bootstrap interval).
+    interval).
 
     Args:
         results: finished runs.
         algorithms: rows of the table, in order; those without a run are skipped.
         baseline: algorithm to compare with, if there is a run of it.
+        measures: titles of the columns by measure.
+        interval: computes the interval of a mean.
     """
     reference = results.get(baseline)
-    lines = [f"| algorithm | seeds | {' | '.join(MEASURES.values())} |", "|---|---|" + "---|" * len(MEASURES)]
+    lines = [f"| algorithm | seeds | {' | '.join(measures.values())} |", "|---|---|" + "---|" * len(measures)]
     for algorithm in algorithms:
         if algorithm in results:
-            cells = (_cell(results[algorithm], reference, measure) for measure in MEASURES)
+            cells = (_cell(results[algorithm], reference, measure, interval) for measure in measures)
             lines.append(f"| {label(algorithm)} | {len(results[algorithm])} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """Compare every algorithm at its best settings, chosen on seeds that the comparison does not use."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean
 
 from .runs import Run
@@ -33,11 +33,13 @@ class Regime:
         title: title in the report.
         task: key of [`~research.study.runs.TASKS`].
         learning_rates: learning rates of the grid, the same for every algorithm.
+        caps: bounds of the grid, by algorithm.
     """
 
     title: str
     task: str
     learning_rates: tuple[float, ...]
+    caps: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: CAPS)
 
 
 REGIMES = {
@@ -59,7 +61,9 @@ def spec(algorithm: str, *settings: str) -> str:
 def candidates(algorithm: str, regime: Regime) -> list[str]:
     """List all settings of an algorithm in the grid: learning rates times caps."""
     return [
-        spec(algorithm, caps, f"learning_rate={rate:g}") for rate in regime.learning_rates for caps in CAPS[algorithm]
+        spec(algorithm, caps, f"learning_rate={rate:g}")
+        for rate in regime.learning_rates
+        for caps in regime.caps[algorithm]
     ]
 
 
@@ -68,7 +72,7 @@ def lines_of(algorithm: str, regime: Regime) -> dict[str, list[str]]:
     rates = [f"learning_rate={rate:g}" for rate in regime.learning_rates]
     return {
         name: [spec(algorithm, caps, rate) for rate in rates]
-        for name, caps in zip(("cap as published", "wide cap"), CAPS[algorithm], strict=False)
+        for name, caps in zip(("cap as published", "wide cap"), regime.caps[algorithm], strict=False)
     }
 
 
@@ -100,7 +104,7 @@ def grid_table(results: Results, algorithms: Sequence[str], regime: Regime) -> s
     lines = [f"| algorithm | cap | {' | '.join(f'lr {rate}' for rate in rates)} |", "|---|---|" + "---|" * len(rates)]
     best = choose(results, algorithms, regime)
     for algorithm in algorithms:
-        for caps in CAPS[algorithm]:
+        for caps in regime.caps[algorithm]:
             cells = []
             for rate in rates:
                 candidate = spec(algorithm, caps, f"learning_rate={rate}")
