@@ -30,19 +30,20 @@ def plot_lag(outcomes: Sequence[Outcome], path: Path) -> None:
     figure, axes = plt.subplots(
         1, len(outcomes), figsize=(6.4 * len(outcomes), 4.6), squeeze=False, constrained_layout=True
     )
+    others = dict.fromkeys(rule for outcome in outcomes for rule in outcome.choice if rule != OURS)
+    looks = dict(zip(others, LOOKS, strict=False))
     for axis, outcome in zip(axes.flat, outcomes, strict=True):
-        places = range(len(outcome.lagged))
+        lags = [condition.lag for condition in outcome.lagged]
         points = {rule: found for rule in outcome.choice if (found := _points(outcome, rule)) is not None}
-        looks = dict(zip([rule for rule in outcome.choice if rule != OURS], LOOKS, strict=False))
         for rule in sorted(points, key=lambda rule: -points[rule][-1].mean()):  # the legend in the order of the ends
             means = points[rule].mean(axis=1)
             if rule == OURS:
-                axis.fill_between(places, points[rule].min(axis=1), points[rule].max(axis=1), color=ORANGE, alpha=0.2)
-                axis.plot(places, means, "D-", color=ORANGE, linewidth=4, markersize=8, label=rule, zorder=5)
+                axis.fill_between(lags, points[rule].min(axis=1), points[rule].max(axis=1), color=ORANGE, alpha=0.2)
+                axis.plot(lags, means, "D-", color=ORANGE, linewidth=4, markersize=8, label=rule, zorder=5)
             else:
                 colour, line = looks[rule]
-                axis.plot(places, means, line, color=colour, linewidth=1.3, markersize=4, label=rule.replace(":", ", "))
-        axis.set_xticks(places, [str(condition.lag) for condition in outcome.lagged])
+                axis.plot(lags, means, line, color=colour, linewidth=1.3, markersize=4, label=rule.replace(":", ", "))
+        axis.set_xticks(lags)
         axis.set(xlabel="lag, rollouts since the weights that sampled", ylabel="training reward, points")
         axis.set_title(outcome.part.regime.task.replace("_", " "))
         axis.grid(alpha=0.3)

@@ -50,7 +50,7 @@ def _provenance(
     outcomes: Mapping[str, Outcome], file: ResultsFile, seeds: Sequence[int], arguments: Sequence[str]
 ) -> str:
     tasks = {outcome.part.regime.task: TASKS[outcome.part.regime.task] for outcome in outcomes.values()}
-    limits = ", ".join(f"{task.max_completion_length} on `{name}`" for name, task in tasks.items())
+    limits = ", ".join(f"{task.max_completion_length} tokens on `{name}`" for name, task in tasks.items())
     size, group = SETTINGS["per_device_train_batch_size"], SETTINGS["num_generations"]
     return (
         f"Command: `python -m research.study {' '.join(arguments)}`. Results: `{file.path}`, one line per run. "
@@ -58,7 +58,7 @@ def _provenance(
         f"A run has {STEPS} updates of {size} responses ({group} per prompt), K = {K} updates per rollout and a "
         "constant learning rate. In every condition the ratio is to the sampler's own log-probabilities. *Lag ℓ*: each "
         "rollout is sampled by the weights of ℓ rollouts ago. *S*: `max_carry_over`; these runs have "
-        f"{CARRY_OVER_STEPS} updates, of which tables take the first {STEPS}. A response has at most {limits} tokens. "
+        f"{CARRY_OVER_STEPS} updates, of which tables take the first {STEPS}. A response has at most {limits}. "
         f"Every {EVAL_STEPS} updates, {TEST_SIZE} held-out problems are answered once at temperature 1. Seeds: "
         f"{', '.join(map(str, seeds))}."
     )

@@ -39,6 +39,7 @@ def line_of(run: Run, folder: Path) -> dict[str, Any]:
     history = json.loads((folder / "log_history.json").read_text())
     summary = json.loads((folder / "summary.json").read_text())
     longest, used = (series(history, name)[1] for name in ("completions/max_length", "carry_over/engine_steps"))
+    steps, accuracy = series(history, ACCURACY)
     names = {name: f"trajectory_ratio/{name}" for name in RATIO_METRICS} | {name: name for name in OTHER_METRICS}
     return {
         "run": run.fields,
@@ -47,7 +48,7 @@ def line_of(run: Run, folder: Path) -> dict[str, Any]:
         "seconds": round(summary["seconds"], 1),
         "reward": _rounded(series(history, "reward")[1]),
         ENGINE_STEPS: [int(steps) for steps in used or longest],
-        "accuracy": list(zip(*series(history, ACCURACY), strict=True)),
+        "accuracy": list(zip(steps, _rounded(accuracy), strict=True)),
         "ratios": _means(history, names),
         "by_age": _by_age(history, run),
     }
