@@ -1,6 +1,7 @@
-"""Build the starter model from scratch: a character tokenizer, a tiny Qwen3 and supervised training on sums.
+"""Build a starter model from scratch: a character tokenizer, a tiny Qwen3 and supervised training on sums.
 
     python -m research.starter.build --output_dir runs/starter-model
+    python -m research.starter.build --output_dir runs/long-tail-model --task long_tail
 
 The supervised training leaves room for reinforcement learning. Phase 1 teaches the chain style well. Its direct answers
 are random guesses within two of the correct sum, so about one in five is correct. Phase 2 continues briefly with mostly
@@ -15,6 +16,7 @@ import argparse
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +27,10 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from tic_grpo_trl.starter.task import (
-    BOX,
-    TERM_COUNTS,
-    exact_match_reward,
-    make_dataset,
-    make_prompt,
-    sample_problem,
-)
+from tic_grpo_trl.starter.task import BOX, exact_match_reward, make_prompt, sample_problem
 
 from .answer_styles import STYLES, format_answer, running_sums, style_of
+from .courses import COURSES, Course
 
 
 PAD, UNKNOWN, START, END = "<|endoftext|>", "<|unk|>", "<|im_start|>", "<|im_end|>"
@@ -47,16 +43,14 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
 
-MAX_NEW_TOKENS = 48
+STARTER = COURSES["starter"]
 BATCH_SIZE = 64
-WRONG_STEP_RATE = 0.02  # share of wrong steps in chain and terse answers
 GUESS_ERROR = 2  # direct answers are off by at most this
-CHAIN_MIX, CHAIN_LR = (0.15, 0.70, 0.15), 5e-3  # phase 1: shares of direct, chain, terse
-REMIX, REMIX_LR = (0.80, 0.12, 0.08), 1e-3  # phase 2
+CHAIN_LR, REMIX_LR = 5e-3, 1e-3  # peaks of phases 1 and 2
 WARMUP_STEPS = 50  # of phase 1; both phases then decay linearly to a twentieth of their learning rate
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(num_positions: int = STARTER.num_positions) -> PreTrainedTokenizerFast:
     """Build a character tokenizer of 104 tokens: a BPE without merges, four words and ChatML's four special tokens."""
     vocab = {token: i for i, token in enumerate([PAD, UNKNOWN, START, END, *CHARACTERS])}
     core = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=UNKNOWN))
@@ -71,7 +65,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        model_max_length=256,
+        model_max_length=num_positions,
     )
 
 
@@ -86,7 +80,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
         num_attention_heads=2,
         num_key_value_heads=2,
         head_dim=32,
-        max_position_embeddings=256,
+        max_position_embeddings=tokenizer.model_max_length,
         tie_word_embeddings=True,
         attention_dropout=0.0,
         initializer_range=0.05,  # a model this narrow learns faster from it than from the usual 0.02
@@ -103,44 +97,57 @@ def make_batch(
     tokenizer: PreTrainedTokenizerFast,
     rng: random.Random,
     mix: tuple[float, float, float],
-    term_counts: tuple[int, ...] = TERM_COUNTS,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    course: Course = STARTER,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Make one supervised batch of training problems, answered in styles drawn from `mix`.
 
     Returns:
-        `input_ids` and `labels`, both (B, T), padded on the right; labels are -100 on prompt and padding.
+        The course's micro-batches, each `input_ids` and `labels`, both (B, T), padded on the right; labels are -100 on
+        prompt and padding.
     """
-    rows = []
+    examples = []
     for _ in range(BATCH_SIZE):
-        terms = sample_problem(rng, "train", rng.choice(term_counts))
+        terms = sample_problem(rng, "train", course.sample_num_terms(rng))
         style = rng.choices(STYLES, mix)[0]
         if style == "direct":
             sums = [max(0, sum(terms) + rng.randint(-GUESS_ERROR, GUESS_ERROR))]
         else:
-            sums = running_sums(terms, rng, WRONG_STEP_RATE)
+            sums = running_sums(terms, rng, course.wrong_step_rate)
         prompt = tokenizer.apply_chat_template(make_prompt(terms), add_generation_prompt=True, return_dict=False)
-        rows.append((prompt, tokenizer(format_answer(terms, style, sums) + END).input_ids))
-    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
-    input_ids = torch.full((BATCH_SIZE, longest), tokenizer.pad_token_id)  # (B, T)
-    labels = torch.full((BATCH_SIZE, longest), -100)  # (B, T)
-    for i, (prompt, answer) in enumerate(rows):
+        examples.append((prompt, tokenizer(format_answer(terms, style, sums) + END).input_ids))
+    if course.micro_batches > 1:
+        examples.sort(key=lambda example: len(example[0]) + len(example[1]))
+    size = BATCH_SIZE // course.micro_batches
+    return [pad(examples[i : i + size], tokenizer.pad_token_id) for i in range(0, BATCH_SIZE, size)]
+
+
+def pad(examples: list[tuple[list[int], list[int]]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `input_ids` and `labels`, both (B, T), of prompts and answers; labels are -100 on prompt and padding."""
+    longest = max(len(prompt) + len(answer) for prompt, answer in examples)
+    input_ids = torch.full((len(examples), longest), pad_token_id)  # (B, T)
+    labels = torch.full((len(examples), longest), -100)  # (B, T)
+    for i, (prompt, answer) in enumerate(examples):
         end = len(prompt) + len(answer)
         input_ids[i, :end] = torch.tensor(prompt + answer)
         labels[i, len(prompt) : end] = torch.tensor(answer)
     return input_ids, labels
 
 
-def take_step(model: Qwen3ForCausalLM, optimizer: torch.optim.Optimizer, lr: float, batch: tuple) -> float:
-    """Take one optimizer step at learning rate `lr` and return the loss."""
-    input_ids, labels = batch
+def take_step(model: Qwen3ForCausalLM, optimizer: torch.optim.Optimizer, lr: float, batch: list[tuple]) -> float:
+    """Take one optimizer step on the mean over all answer tokens of the micro-batches, and return that loss."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    loss = model(input_ids, labels=labels).loss  # attention is causal, so right padding needs no mask
-    loss.backward()
+    counts = [(labels != -100).sum().item() for _, labels in batch]
+    total = 0.0
+    for (input_ids, labels), count in zip(batch, counts, strict=True):
+        mean = model(input_ids, labels=labels).loss  # attention is causal, so right padding needs no mask
+        loss = mean * (count / sum(counts))
+        loss.backward()
+        total += loss.item()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return loss.item()
+    return total
 
 
 @torch.no_grad()
@@ -149,7 +156,7 @@ def measure(
     tokenizer: PreTrainedTokenizerFast,
     problems: datasets.Dataset,
     seed: int,
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_new_tokens: int = STARTER.max_new_tokens,
 ) -> dict:
     """Sample one answer per problem at temperature 1 and score it.
 
@@ -198,48 +205,42 @@ def measure(
 
 
 def build(
-    output_dir: str | Path,
-    seed: int = 0,
-    chain_steps: int = 1300,
-    remix_steps: int = 100,
-    held_out: int = 2000,
-    term_counts: tuple[int, ...] = TERM_COUNTS,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    start: str | Path | None = None,
+    output_dir: str | Path, seed: int = 0, task: str = "starter", start: str | Path | None = None, **changes: Any
 ) -> dict:
-    """Train the starter and save model, tokenizer and `starter_card.json` to `output_dir`.
+    """Train a starter and save model, tokenizer and `starter_card.json` to `output_dir`.
 
     This seeds torch's global generator. Results are bit-identical only with `torch.set_num_threads(1)`.
 
     Args:
         output_dir: folder to write to.
         seed: seed of the initial weights and the training problems.
-        chain_steps: steps of phase 1.
-        remix_steps: steps of phase 2.
-        held_out: number of held-out problems the model is measured on after each phase.
-        term_counts: numbers of terms of the problems.
-        max_new_tokens: longest answer when measuring.
+        task: key of `COURSES`.
         start: model folder to continue from, such as the starter itself for longer problems; fresh weights if `None`.
+        changes: fields of the task's [`Course`] and their values, such as `chain_steps=300`.
 
     Returns:
         The content of the card.
     """
+    course = replace(COURSES[task], **changes)
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(course.num_positions)
     model = build_model(tokenizer) if start is None else Qwen3ForCausalLM.from_pretrained(start)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
-    problems = make_dataset("test", held_out, term_counts=term_counts)
-    card: dict = {"seed": seed, "parameters": model.num_parameters(), "held_out_problems": held_out}
-    phases = (("chain", chain_steps, CHAIN_LR, WARMUP_STEPS, CHAIN_MIX), ("remix", remix_steps, REMIX_LR, 1, REMIX))
+    problems = course.held_out_problems()
+    card: dict = {"seed": seed, "parameters": model.num_parameters(), "held_out_problems": course.held_out}
+    phases = (
+        ("chain", course.chain_steps, CHAIN_LR, WARMUP_STEPS, course.chain_mix),
+        ("remix", course.remix_steps, REMIX_LR, 1, course.remix),
+    )
     for name, steps, peak_lr, warmup, mix in phases:
         model.train()
         for step in range(1, steps + 1):
             lr = peak_lr * min(step / warmup, 1.0, 1.05 - step / steps)
-            loss = take_step(model, optimizer, lr, make_batch(tokenizer, rng, mix, term_counts))
+            loss = take_step(model, optimizer, lr, make_batch(tokenizer, rng, mix, course))
             if step % 100 == 0:
                 print(f"{name} {step}/{steps} loss {loss:.3f}", flush=True)
-        card[f"after_{name}"] = {"steps": steps, **measure(model, tokenizer, problems, seed, max_new_tokens)}
+        card[f"after_{name}"] = {"steps": steps, **measure(model, tokenizer, problems, seed, course.max_new_tokens)}
         print(json.dumps(card[f"after_{name}"]), flush=True)
     card["versions"] = {lib.__name__: lib.__version__ for lib in (torch, transformers, tokenizers, datasets)}
     model.save_pretrained(output_dir)
@@ -249,12 +250,13 @@ def build(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Build the starter model from scratch.")
+    parser = argparse.ArgumentParser(description="Build a starter model from scratch.")
     parser.add_argument("--output_dir", required=True, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and the training problems")
+    parser.add_argument("--task", default="starter", choices=list(COURSES), help="what the model is trained on")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    build(args.output_dir, args.seed)
+    build(args.output_dir, args.seed, args.task)
 
 
 if __name__ == "__main__":
