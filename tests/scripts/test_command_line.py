@@ -11,6 +11,7 @@ from launching import CONFIGS, QUICK, ROOT, launch_command, run_command, started
 from tic_grpo_trl import ALGORITHMS
 from tic_grpo_trl.scripts import evaluate, recipes, train
 from tic_grpo_trl.scripts.command_line import short_errors, split_flags
+from tic_grpo_trl.starter import TASKS
 
 
 CPU = "--use_cpu --bf16 false --output_dir unused".split()
@@ -132,6 +133,32 @@ def test_flags_and_recipe_reach_the_dataclasses(tmp_path):
     assert (training_args.learning_rate, training_args.max_steps) == (2e-4, 200)  # flag before file
     assert script_args.dataset_name == "starter"
     assert model_args.model_name_or_path is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "dataset", "model", "longest", "held_out"),
+    [
+        ("--config starter", "starter", "starter", 48, 1000),
+        ("--config starter --starter_task long_tail", "long_tail", "long_tail", 416, 300),
+        ("--config=starter --starter-task=long_tail --test_size 20", "long_tail", "long_tail", 416, 20),
+        (
+            "--starter_task long_tail --dataset_name starter --max_completion_length 40",  # flags that are given win
+            *("starter", "long_tail", 40, 300),
+        ),
+    ],
+)
+def test_the_starters_task_sets_what_is_not_given(flags, dataset, model, longest, held_out):
+    script_args, training_args, model_args = train.parse([*flags.split(), *CPU], train.TICGRPOConfig)
+    assert (script_args.dataset_name, script_args.test_size) == (dataset, held_out)
+    assert training_args.max_completion_length == longest
+    assert train.model_name(script_args, model_args) == TASKS[model].model
+    model_args.model_name_or_path = "mine"
+    assert train.model_name(script_args, model_args) == "mine"
+
+
+def test_an_unknown_task_of_the_starter():
+    with pytest.raises(ValueError, match=r"starter_task.*'sums' \(choose from '?starter'?, '?long_tail'?\)"):
+        train.parse(["--starter_task", "sums", *CPU], train.TICGRPOConfig)
 
 
 def test_split_flags_takes_both_spellings():

@@ -27,19 +27,18 @@ def load_problems(
 
     Args:
         name: parts joined by `+`. A part is a named set (`dapo_math_17k`, `aime_1983_2022`, `aime24`, `aime25`,
-            `math500`, `livecodebench`, `starter`, `few_shot_sums`), a named set read from a copy with the same columns
-            (`NAME@LOCATION`), or a location: a parquet, jsonl, json or csv file, a folder of such files, a
-            `save_to_disk` folder, or a hub id.
-        split: split of your own data, `starter` or `few_shot_sums`. The other named sets have a single split, which is
-            for training (only `"train"` is accepted) or for evaluation.
+            `math500`, `livecodebench`, `starter`, `long_tail`, `few_shot_sums`), a named set read from a copy with the
+            same columns (`NAME@LOCATION`), or a location: a parquet, jsonl, json or csv file, a folder of such files,
+            a `save_to_disk` folder, or a hub id.
+        split: split of your own data or of a generated set (the last three of these names). The other named sets have a
+            single split, which is for training (only `"train"` is accepted) or for evaluation.
         instruction: template for each problem, with `{problem}` in it. `"default"` selects the papers' instruction for
             mathematics (`MATH_INSTRUCTION`) and `CODE_INSTRUCTION` for `livecodebench`. `None` or an empty string
             leaves the bare problem. Prompts that are already lists of messages are not changed.
         columns: new names of columns in your own data, as `{"prompt": "question", "solution": "answer"}`. It needs a
             column `prompt` (strings or messages) and a column `solution`.
         config: configuration of a hub data set or of a copy; only with a single part.
-        size: number of problems that `starter` and `few_shot_sums` generate; by default 8000 for `train`, 1000 for
-            `test`.
+        size: number of problems of a generated set; by default 8000 for `train`, 1000 for `test`.
         seed: random seed of the generated problems.
 
     Returns:

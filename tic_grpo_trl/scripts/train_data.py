@@ -84,7 +84,12 @@ def starter_defaults(task: str | None) -> dict[str, Any]:
     """Return the values that `--starter_task` gives to flags that are not given."""
     if task not in TASKS:
         return {}  # none was chosen, or parsing the flags will refuse it
-    return {"dataset_name": task, "max_completion_length": TASKS[task].max_completion_length}
+    chosen = TASKS[task]
+    return {
+        "dataset_name": task,
+        "test_size": chosen.test_size,
+        "max_completion_length": chosen.max_completion_length,
+    }
 
 
 def model_name(script_args: TrainArguments, model_args: ModelConfig) -> str:
