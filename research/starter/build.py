@@ -113,7 +113,7 @@ def make_batch(
             sums = [max(0, sum(terms) + rng.randint(-GUESS_ERROR, GUESS_ERROR))]
         else:
             sums = running_sums(terms, rng, course.wrong_step_rate)
-        prompt = tokenizer.apply_chat_template(make_prompt(terms), add_generation_prompt=True, return_dict=False)
+        prompt: Any = tokenizer.apply_chat_template(make_prompt(terms), add_generation_prompt=True, return_dict=False)
         examples.append((prompt, tokenizer(format_answer(terms, style, sums) + END).input_ids))
     if course.micro_batches > 1:
         examples.sort(key=lambda example: len(example[0]) + len(example[1]))
