@@ -21,6 +21,7 @@ from tic_grpo_trl.objective import PRODUCT_LEVELS
 T = 8
 LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 8, 5, 3, 6)
 ROLLOUTS = [(0.0, True), (0.05, True), (0.3, True), (0.3, False), (1.0, True), (2.0, True)]  # drift, tool mask
+GROUP = 4
 HIGH = 1.28  # 1 + ε_high
 SIGMA = 0.3  # of the length-scaled cap, where an algorithm without one is given it
 
@@ -74,10 +75,27 @@ def ctpo(r, a, sigma=0.05):  # CTPO: the ratio of the tokens so far, PPO's clip 
     return terms
 
 
+def vcpo(r, a, high=8.0):  # min(w, 8)·A·∇log π, with the advantages of `minimum_variance`
+    return tic_grpo_capped(r, a, high)
+
+
 def adaptive_cap_of(ratios, advantages):
     """The cap of a mini-batch, from its responses with tokens and A ≠ 0; tests/loss has the rule itself."""
-    moving = [sum(r) for r, a in zip(ratios, advantages, strict=True) if r and a]
-    return math.exp(adaptive_cap(torch.tensor(moving).double().unsqueeze(1), torch.ones(len(moving), 1)))
+    moving = [(sum(r), a, len(r)) for r, a in zip(ratios, advantages, strict=True) if r and a]
+    log_weights, advantages, lengths = torch.tensor(moving).double().T
+    mask = torch.arange(T) < lengths.unsqueeze(1)
+    return math.exp(adaptive_cap(log_weights.unsqueeze(1), advantages, mask, 20.0))
+
+
+def minimum_variance(ratios, advantages):
+    """VCPO: r_i − Σ k_j·r_j/Σ k_j over the others j of the group, k = w²·‖∇log P‖², here w²·|o|; by groups of four."""
+    new = list(advantages)
+    for i, r in enumerate(ratios):
+        start = i - i % GROUP
+        others = [j for j in range(start, start + GROUP) if j != i and ratios[j]]
+        k = {j: math.exp(2 * sum(ratios[j])) * len(ratios[j]) for j in others}
+        new[i] -= sum(k[j] * advantages[j] for j in others) / sum(k.values()) if r else 0.0
+    return new
 
 
 def grpo(r, a):  # v2 Eq. 5 with DAPO's bounds
@@ -140,6 +158,7 @@ FORMULAS = {
     "seq_tis": (seq_tis, "constant"),
     "seq_mis": (seq_mis, "constant"),
     "ctpo": (ctpo, "constant"),
+    "vcpo": (vcpo, "constant"),
     "tic_grpo_adaptive": (tic_grpo_capped, "constant"),
     "grpo": (grpo, "all tokens"),
     "dapo": (grpo, "all tokens"),
@@ -173,6 +192,7 @@ def rollout(drift, tools):
         inputs["tool_mask"][4, 1:3] = 0
         inputs["tool_mask"][8, 5] = 0
         inputs["tool_mask"][10, :] = 0  # a response without a token of its own
+    inputs["group"] = torch.arange(len(LENGTHS)) // GROUP
     inputs["num_items_in_batch"] = chosen_tokens(inputs).sum()
     return inputs
 
@@ -194,12 +214,15 @@ def written_out(algorithm, inputs, **cap):
     logp = logps(model, inputs)  # (B, T)
     ratios = log_ratios(logp, inputs)
     lengths = [len(r) for r in ratios]
+    advantages = inputs["advantages"].double().tolist()
+    if "advantage_baseline" in ALGORITHMS[algorithm]:
+        advantages = minimum_variance(ratios, advantages)
     loss, surrogate = 0.0, torch.zeros((), dtype=torch.float64)
     for i, r in enumerate(ratios):
         high = {"high": math.exp(cap["sigma"] * math.sqrt(len(r)))} if cap else {}
         if ALGORITHMS[algorithm]["clip_mode"] == "adaptive":
-            high = {"high": adaptive_cap_of(ratios, inputs["advantages"].tolist())}
-        terms = formula(r, inputs["advantages"][i].double().item(), **cap if formula is ctpo else high)
+            high = {"high": adaptive_cap_of(ratios, advantages)}
+        terms = formula(r, advantages[i], **cap if formula is ctpo else high)
         by = NORMALISERS[normaliser](lengths, i)
         chosen = logp[i][chosen_tokens(inputs)[i]].double()
         values = [c * p if v is None else v for (v, c), p in zip(terms, chosen.tolist(), strict=True)]
@@ -272,7 +295,7 @@ def test_these_rollouts_reach_both_sides_of_every_bound_and_lie_on_none():
         ratios = log_ratios(logps(tiny_model(), inputs), inputs)
         for r, a in zip(ratios, inputs["advantages"].tolist(), strict=True):
             bounds = {"low": math.log(0.8), "high": math.log(HIGH)}
-            constant = {"tis": math.log(2.0), "mis": math.log(3.0)}
+            constant = {"tis": math.log(2.0), "mis": math.log(3.0), "vcpo": math.log(8.0)}
             caps = {"dual": math.log(3.0), "released": 0.01 * math.sqrt(len(r)), "scaled": SIGMA * math.sqrt(len(r))}
             for level, values, of_level in (
                 ("token", r, bounds),
@@ -284,7 +307,7 @@ def test_these_rollouts_reach_both_sides_of_every_bound_and_lie_on_none():
                     assert all(abs(x - bound) > 5e-6 for x in values)
                     reached |= {(level, name, x > bound, a > 0) for x in values if a}
     names = {(level, name) for level, name, *_ in reached}
-    assert len(names) == 2 + 7 + 2
+    assert len(names) == 2 + 8 + 2
     assert reached == {(*name, above, gain) for name in names for above in (True, False) for gain in (True, False)}
 
 

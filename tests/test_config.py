@@ -38,6 +38,7 @@ TABLE = {
     "grpo_no_is": ("none", "none", "dapo", "none", None, None, None, None, None),
     "seq_tis": ("trajectory", "capped", "dr_grpo", "none", None, 1.0, None, None, None),
     "seq_mis": ("trajectory", "masked", "dr_grpo", "none", 1.0, 2.0, None, None, None),
+    "vcpo": ("trajectory", "capped", "dr_grpo", "none", None, 7.0, None, None, None),
     "tic_grpo_adaptive": ("trajectory", "adaptive", "dr_grpo", "none", None, None, None, None, None),
     "ctpo": ("prefix", "dual_clip", "dr_grpo", "none", None, None, None, 0.05, 0.025),
 }
@@ -49,7 +50,12 @@ def test_algorithms_resolve_to_the_table(algorithm):
     names = ("importance_sampling_level", "clip_mode", "loss_type", "scale_rewards")
     names += ("epsilon", "epsilon_high", "delta", "length_scaled_cap", "length_scaled_floor")
     assert tuple(getattr(args, name) for name in names) == TABLE[algorithm]
-    assert args.resolved_algorithm == {"algorithm": algorithm} | dict(zip(names, TABLE[algorithm], strict=True))
+    resolved = {"algorithm": algorithm} | dict(zip(names, TABLE[algorithm], strict=True))
+    resolved |= {"advantage_baseline": "group_mean", "scale_lr_by_ess": False}
+    if algorithm == "vcpo":
+        resolved |= {"advantage_baseline": "minimum_variance", "scale_lr_by_ess": True}
+    assert args.resolved_algorithm == resolved
+    assert args.uses_mini_batch == (algorithm in ("vcpo", "tic_grpo_adaptive"))
     assert args.is_anchored == (algorithm not in ("grpo", "dapo", "gspo", "cispo", "sapo", "luspo", "vespo"))
     assert args.beta == 0.0
 
@@ -106,6 +112,11 @@ def test_new_fields_have_help_and_are_documented():
         ({"algorithm": "ctpo", "length_scaled_floor": 0.0}, {"epsilon": 0.2, "length_scaled_cap": 0.05}),
         ({"algorithm": "ctpo", "clip_mode": "capped"}, {"length_scaled_floor": None, "length_scaled_cap": 0.05}),
         ({"algorithm": "ctpo", "importance_sampling_level": "token"}, {"epsilon": 0.2, "epsilon_high": 0.28}),
+        ({"algorithm": "vcpo", "scale_lr_by_ess": False}, {"scale_lr_by_ess": False, "uses_mini_batch": True}),
+        (
+            {"algorithm": "vcpo", "advantage_baseline": "group_mean", "scale_lr_by_ess": "no"},
+            {"uses_mini_batch": False},
+        ),
         ({"algorithm": "seq_mis", "length_scaled_floor": 0.5}, {"epsilon": None, "epsilon_high": 2.0}),
     ],
 )
@@ -171,6 +182,18 @@ REFUSED = [
         {"algorithm": "tic_grpo_adaptive", "epsilon_high": 1.0, "length_scaled_cap": 0.1},
         r"length_scaled_cap=0.1 has no effect with clip_mode='adaptive': remove",
     ),
+    ({"algorithm": "vcpo", "scale_rewards": "group"}, r"cannot be combined with scale_rewards='group': set scale_rewa"),
+    (
+        {"algorithm": "vcpo", "partition_by_prompt": False, "updates_per_rollout": 2},
+        r"needs mini-batches of complete groups, which partition_by_prompt=False splits: set partition_by_prompt=True",
+    ),
+    (
+        {"scale_lr_by_ess": True, "gradient_accumulation_steps": 2, "steps_per_generation": 3},
+        r"scale_lr_by_ess=True needs updates of one rollout each, but steps_per_generation=3 is not a multiple of grad",
+    ),
+    ({"algorithm": "vcpo", "optim": "adalomo"}, r"but optim='adalomo' updates weights without it, .*choose another"),
+    ({"advantage_baseline": "median"}, r"Unknown advantage_baseline 'median'"),
+    ({"gradient_noise_scale": 0.0}, r"gradient_noise_scale=0.0 must be in \(0, inf\), for example 20.0"),
     ({"min_ess": 0.1, "fp16": True}, r"min_ess=0.1 skips updates, .* fp16=True .*: set fp16=False .*or remove min_ess"),
     (
         {"generation_batch_size": 32, "steps_per_generation": 2},
@@ -281,6 +304,11 @@ def test_a_loss_type_of_the_family_has_its_own_bounds_in_another_algorithm():
             {"algorithm": "tic_grpo_truncated", "delta": 3.0},
             None,
             "delta=3.0 has no effect with clip_mode='truncated'.",
+        ),
+        (
+            {"baseline_norms": "gradients"},
+            "gradients",
+            "baseline_norms='gradients' has no effect with advantage_baseline='group_mean'.",
         ),
         ({"loss_type": "sapo", "epsilon": 0.2}, None, "epsilon=0.2 has no effect with loss_type='sapo'."),
         (

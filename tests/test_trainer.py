@@ -204,7 +204,7 @@ def test_on_policy_rollouts_have_ratio_one(tmp_path, algorithm):
     model = tiny_model()
     inputs = batch(model, LENGTHS)
     del inputs["old_per_token_logps"]
-    trainer = make_trainer(tmp_path, model, algorithm=algorithm)
+    trainer = make_trainer(tmp_path, model, algorithm=algorithm, advantage_baseline="group_mean")
     _, gradients = loss_and_gradients(trainer, inputs)
 
     reference = tiny_model()

@@ -13,6 +13,8 @@ ALGORITHM_FIELDS = (
     "length_scaled_floor",
     "loss_type",
     "scale_rewards",
+    "advantage_baseline",
+    "scale_lr_by_ess",
 )
 
 # The bounds that each clip mode reads. Other bounds have no effect.
@@ -39,13 +41,16 @@ OTHER_LOSS_TYPES = {
 }
 CISPO_CAP = 5.0  # the cap itself, not 1 + epsilon_high (ScaleRL, arXiv 2510.13786)
 
+# Fields that algorithms leave out where they do as TRL does
+TRL_UPDATE = {"advantage_baseline": "group_mean", "scale_lr_by_ess": False}
+
 BY_TOKEN = {"importance_sampling_level": "token", "clip_mode": "two_sided"}  # TRL's default importance weight
 _DAPO_CLIP = {"epsilon": 0.2, "epsilon_high": 0.28}
 
 
-def _algorithm(level: str, clip_mode: str, loss_type: str, scale_rewards: str, **bounds: float) -> dict[str, Any]:
+def _algorithm(level: str, clip_mode: str, loss_type: str, scale_rewards: str, **others: Any) -> dict[str, Any]:
     weight = {"importance_sampling_level": level, "clip_mode": clip_mode}
-    return weight | bounds | {"loss_type": loss_type, "scale_rewards": scale_rewards}
+    return weight | others | {"loss_type": loss_type, "scale_rewards": scale_rewards}
 
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
@@ -82,6 +87,16 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "seq_mis": _algorithm("trajectory", "masked", "dr_grpo", "none", epsilon=1.0, epsilon_high=2.0),
     # CTPO (arXiv 2605.07331): the ratio of the tokens so far, with the released code's bounds
     "ctpo": _algorithm("prefix", "dual_clip", "dr_grpo", "none", length_scaled_floor=0.025, length_scaled_cap=0.05),
+    # VCPO (arXiv 2602.17616) with the released code's cap of 8
+    "vcpo": _algorithm(
+        "trajectory",
+        "capped",
+        "dr_grpo",
+        "none",
+        epsilon_high=7.0,
+        advantage_baseline="minimum_variance",
+        scale_lr_by_ess=True,
+    ),
     # ours: as tic_grpo_capped, with the cap that each mini-batch's own ratios make best
     "tic_grpo_adaptive": _algorithm("trajectory", "adaptive", "dr_grpo", "none"),
 }
@@ -89,11 +104,12 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 
 def needs_mini_batch(values: dict[str, Any]) -> bool:
     """Return whether an update with these values of the fields depends on the mini-batch as a whole."""
-    return values["clip_mode"] == "adaptive"
+    by_baseline = values.get("advantage_baseline") == "minimum_variance"
+    return values["clip_mode"] == "adaptive" or by_baseline or bool(values.get("scale_lr_by_ess"))
 
 
-# Algorithms made of a level, a clip mode and a length normaliser, whose weight depends on its response alone; without
-# TRL's other losses and the aliases
+# Algorithms made of a level, a clip mode and a length normaliser, in which a response's term depends on no other
+# response's ratio; without TRL's other losses and the aliases
 FAMILY = [
     name
     for name, algorithm in ALGORITHMS.items()

@@ -58,7 +58,7 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
 
     algorithm: Annotated[str, tuple(ALGORITHMS)] = _option(
         "tic_grpo",
-        f"Name of the algorithm, which sets the parameters from importance_sampling_level to scale_rewards. One of "
+        f"Name of the algorithm, which sets the parameters from importance_sampling_level to scale_lr_by_ess. One of "
         f"{', '.join(ALGORITHMS)}. dapo is an alias of grpo, grpo_ub_clip of grpo2.",
     )
     importance_sampling_level: Annotated[str | None, LEVELS] = _option(  # type: ignore[assignment]
@@ -110,6 +110,33 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
         None,
         "Advantage: 'none' for the reward minus the group mean (v5), 'group' to divide it by the group's standard "
         "deviation (v2), 'batch' to divide it by the batch's. True means 'group', False means 'none'.",
+    )
+    advantage_baseline: Annotated[str | None, ("group_mean", "minimum_variance")] = _option(
+        None,
+        "What the advantage subtracts from the reward: 'group_mean' as in TRL, or 'minimum_variance' for VCPO's mean "
+        "over the other responses of the group, each weighted by w²·‖g‖², its squared ratio to the behaviour policy "
+        "times the squared norm of its gradient. Only with scale_rewards 'none' and mini-batches of complete groups.",
+    )
+    scale_lr_by_ess: bool | None = _option(
+        None,
+        "Multiply the learning rate of an update by √(ESS/n): ESS is the effective sample size of the mini-batch's "
+        "trajectory ratios before any bound, n the number of its responses that can move the weights (VCPO).",
+    )
+    noise_scale: Annotated[float, Range("(0, inf)", 20.0)] = _option(
+        20.0,
+        "κ of clip_mode 'adaptive': the gradient noise scale (arXiv 1812.06162), in responses, that the choice of the "
+        "cap assumes. A larger one gives a lower cap, with less noise and more bias.",
+    )
+    baseline_norms: Annotated[str, ("tokens", "gradients")] = _option(
+        "tokens",
+        "The ‖g‖² of advantage_baseline 'minimum_variance': 'tokens' takes it as proportional to the length of a "
+        "response, 'gradients' computes it by a backward pass for each response, which takes longer than the update "
+        "itself and is not possible with ZeRO-3 and FSDP.",
+    )
+    gradient_noise_scale: Annotated[float, Range("(0, inf)", 20.0)] = _option(
+        20.0,
+        "κ of clip_mode 'adaptive': the variance of one response's gradient over the square of the mean gradient "
+        "(arXiv 1812.06162). The larger it is, the lower the cap.",
     )
     responses_per_update: Annotated[int | None, Range("[1, inf)", 512)] = _option(
         None,

@@ -31,7 +31,7 @@ from .loss.mini_batch import MiniBatch
 from .loss.weighted_loss import WeightedLoss
 from .metrics.completions import CompletionsTable
 from .metrics.model_card import CITATION, complete_file
-from .metrics.progress import DISPLAYS, SettingsCallback
+from .metrics.progress import SettingsCallback, replace_displays
 from .metrics.ratio_metrics import RatioMetrics
 from .metrics.update_metrics import UpdateMetrics
 from .rewards.failures import checked, raise_failures
@@ -96,10 +96,8 @@ class TICGRPOTrainer(GRPOTrainer):
         self._build()
         self.rollout_func = validation.checked_rollout(self.rollout_func)
         self.reward_funcs = [checked(function, args.reward_timeout) for function in self.reward_funcs]
-        for shown in [type(callback) for callback in self.callback_handler.callbacks if type(callback) in DISPLAYS]:
-            self.remove_callback(shown)
-            self.add_callback(DISPLAYS[shown])
-        for callback in (SettingsCallback(), self.position):
+        replace_displays(self)
+        for callback in (SettingsCallback(), self.position, self.mini_batch.learning_rate):
             self.add_callback(callback)
 
     def _build(self):
@@ -129,7 +127,8 @@ class TICGRPOTrainer(GRPOTrainer):
         self.ratios = ratios = RatioMetrics(args, accelerator, schedule)
         self.completions_table = table = CompletionsTable(args, accelerator, lambda: self._logs)
         self.update_metrics = updates = UpdateMetrics(accelerator, schedule)
-        self.mini_batch = MiniBatch(args, schedule, accelerator, rollout, forward, updates.count)
+        count, optimizer = updates.count, lambda: self.optimizer
+        self.mini_batch = MiniBatch(args, schedule, accelerator, rollout, forward, count, optimizer)
         wings: Any = forward, scorer, guard, ratios, updates, table, terms, self.mini_batch
         self.weighted_loss = WeightedLoss(schedule, accelerator, *wings)
 
@@ -179,6 +178,7 @@ class TICGRPOTrainer(GRPOTrainer):
             if self.carry_over:
                 self.carry_over.mark(rollout)
             self.reward_guard.mark(rollout)
+            self.batcher.mark(rollout)
             self.probe.check_rollout(rollout, metrics, is_new=self.state.global_step == 0)
             self.completions_table.add_responses(rollout, len(inputs))
         else:

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 from conftest import logps, tiny_model
-from rollouts import assert_same_updates, build, random_rollouts, train
+from rollouts import assert_same_updates, build, given_rollouts, random_rollouts, train, with_advantages_per_token
 
 from tic_grpo_trl.forward.responses import loss_mask
 from tic_grpo_trl.loss.mini_batch_rules import adaptive_cap
 
 
-RULES = ["tic_grpo_adaptive"]
+RULES = ["tic_grpo_adaptive", "vcpo"]
 # Rollouts of 16 responses for two updates of eight, each twice: all but the first updates are off-policy
 RUN = {
     "num_iterations": 2,
@@ -19,7 +19,7 @@ RUN = {
     "gradient_accumulation_steps": 1,
     "steps_per_generation": 2,
     "loss_type": None,
-    "max_steps": 8,
+    "max_steps": 4,
     "learning_rate": 0.05,
     "partition_by_prompt": True,
 }
@@ -54,23 +54,27 @@ def record_mini_batches(trainer):
 
 
 @pytest.mark.parametrize("algorithm", RULES)
-@pytest.mark.parametrize("padding", [{}, PADDED], ids=["packed", "padded"])
-def test_a_mini_batch_in_several_passes_is_the_one_of_a_single_pass(tmp_path, algorithm, padding):
+@pytest.mark.parametrize(("padding", "cut"), [({}, "two"), (PADDED, "eight")], ids=["packed", "padded"])
+def test_a_mini_batch_in_several_passes_is_the_one_of_a_single_pass(tmp_path, algorithm, padding, cut):
     whole = train(tmp_path / "one", algorithm=algorithm, **RUN | padding)
-    for cut in ("two", "eight"):
-        parts = train(tmp_path / cut, algorithm=algorithm, leader=whole, **RUN | padding | CUTS[cut])
-        assert_same_updates(parts, whole)
-        for mine, theirs in zip(parts.logs, whole.logs, strict=True):
-            expected = {name: theirs[name] for name in METRICS if name in theirs}
-            assert {name: mine[name] for name in METRICS if name in mine} == pytest.approx(expected, rel=1e-5)
+    parts = train(tmp_path / cut, algorithm=algorithm, leader=whole, **RUN | padding | CUTS[cut])
+    assert_same_updates(parts, whole)
+    for mine, theirs in zip(parts.logs, whole.logs, strict=True):
+        expected = {name: theirs[name] for name in METRICS if name in theirs}
+        assert {name: mine[name] for name in METRICS if name in mine} == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("level", ["trajectory", "prefix"])
 def test_the_cap_is_that_of_the_responses_that_can_move_the_weights(tmp_path, level):
-    updates = []
+    updates, trainers = [], []
+
+    def watch(trainer):
+        trainers.append(trainer)
+        updates.append(record_mini_batches(trainer))
+
     run = train(
         tmp_path,
-        lambda trainer: updates.append(record_mini_batches(trainer)),
+        watch,
         algorithm="tic_grpo_adaptive",
         importance_sampling_level=level,
         **RUN | PADDED | CUTS["two"],
@@ -78,18 +82,20 @@ def test_the_cap_is_that_of_the_responses_that_can_move_the_weights(tmp_path, le
     capped = 0
     for log, responses in zip(run.logs, updates[0], strict=True):
         moving = [ratio for ratio, advantage in responses if advantage]
+        advantages = torch.tensor([advantage for _, advantage in responses if advantage])
         if not moving:
             assert "update/cap" not in log
             continue
         assert len(moving) < len(responses) or len(responses) == 8
         if level == "trajectory":
-            weights, mask = torch.stack([ratio.sum() for ratio in moving]).unsqueeze(1), torch.ones(len(moving), 1)
+            weights = torch.stack([ratio.sum() for ratio in moving]).unsqueeze(1)
         else:
             weights = torch.nn.utils.rnn.pad_sequence([ratio.cumsum(0) for ratio in moving], batch_first=True)
-            lengths = torch.tensor([len(ratio) for ratio in moving]).unsqueeze(1)
-            mask = torch.arange(weights.size(1)) < lengths
-        assert log["update/cap"] == pytest.approx(math.exp(adaptive_cap(weights, mask)), rel=1e-4)
-        capped += bool((weights > adaptive_cap(weights, mask) + 1e-9).any())
+        lengths = torch.tensor([len(ratio) for ratio in moving]).unsqueeze(1)
+        mask = torch.arange(int(lengths.max())) < lengths
+        cap = adaptive_cap(weights, advantages, mask, trainers[0].args.gradient_noise_scale)
+        assert log["update/cap"] == pytest.approx(math.exp(cap), rel=1e-4)
+        capped += bool((weights > cap + 1e-6).any())
     assert capped  # a cap that is never reached would be no cap
 
 
@@ -98,13 +104,13 @@ def test_what_a_decision_costs(tmp_path):
     rollouts = {"zero_advantage": 0.0}
     passes = {}
     for algorithm in ("tic_grpo_capped", "tic_grpo_adaptive"):
-        for cut in CUTS:
+        for cut in ("one", "two"):
             run = train(tmp_path / cut, algorithm=algorithm, rollouts=rollouts, **RUN | PADDED | CUTS[cut])
             saved = sum(log["update/forwards_saved"] for log in run.logs)
             passes[algorithm, cut] = run.forwards, saved
-    for cut, micro_batches in (("one", 0), ("two", 2), ("eight", 8)):
+    for cut, micro_batches in (("one", 0), ("two", 2)):
         (before, saved), (after, saved_less) = (passes[name, cut] for name in ("tic_grpo_capped", "tic_grpo_adaptive"))
-        assert after - before == saved - saved_less == 6 * micro_batches  # of eight updates two are on-policy
+        assert after - before == saved - saved_less == 3 * micro_batches  # of four updates one is on-policy
 
 
 @pytest.mark.parametrize("algorithm", RULES)
@@ -151,7 +157,7 @@ def test_an_evaluation_decides_nothing(tmp_path, algorithm):
 def test_a_run_that_resumes_inside_a_rollout_is_exact(tmp_path, algorithm):
     def run(resume=None, **config):
         settings = RUN | CUTS["two"] | {"save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch"}
-        settings |= {"learning_rate": 0.01, "max_steps": 7, "model": tiny_model(), "algorithm": algorithm}
+        settings |= {"learning_rate": 0.01, "max_steps": 5, "model": tiny_model(), "algorithm": algorithm}
         trainer = build(tmp_path, random_rollouts(), **settings | config)
         torch.manual_seed(0)
         trainer.train(resume_from_checkpoint=resume)
@@ -164,3 +170,123 @@ def test_a_run_that_resumes_inside_a_rollout_is_exact(tmp_path, algorithm):
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(resumed, straight, strict=True))
     names = [name for name in logs[4] if name.startswith(("update/", "trajectory_ratio", "loss", "learning_rate"))]
     assert {name: again[4][name] for name in names} == {name: logs[4][name] for name in names}
+
+
+# The baseline of minimum variance, and the learning rate
+
+
+def test_responses_at_the_mean_of_their_group_train_on(tmp_path):
+    """Their own advantage is 0 in TRL, but not with another baseline; groups with equal rewards are left out."""
+    mixed, equal = [0.0, 0.5, 0.5, 1.0], [1.0] * 4
+    rollouts = given_rollouts(3, [5, 2, 8, 3, 1, 2, 4, 4, 3, 9, 1, 6, 7, 7, 2, 5], [*mixed, *equal, *mixed, *mixed])
+    padded = train(tmp_path / "padded", algorithm="vcpo", rollouts=rollouts, **RUN | PADDED)
+    packed = train(tmp_path / "packed", algorithm="vcpo", rollouts=rollouts, leader=padded, **RUN)
+    assert_same_updates(packed, padded)
+    assert sorted(log["update/responses_skipped"] for log in packed.logs) == [0, 0, 0.5, 0.5]  # one group of four
+
+
+@pytest.mark.parametrize("cut", ["one", "two"])
+def test_exact_norms_are_those_of_each_response_s_own_gradient(tmp_path, cut):
+    """Advantages by plain loops from the test's own log-probabilities, differentiated one response at a time."""
+    found, updates = [], {}
+
+    def watch(trainer):
+        decide = trainer.mini_batch.decide_from_pass
+
+        def noting(inputs, log_ratio, position):
+            decision = decide(inputs, log_ratio, position)
+            model = trainer.model
+            logp = logps(model, inputs)
+            for i, mask in enumerate(inputs["completion_mask"].bool()):
+                if mask.any():
+                    own = torch.autograd.grad(logp[i][mask].sum(), list(model.parameters()), retain_graph=True)
+                    k = math.exp(2 * log_ratio[i].double().sum()) * float(sum(g.square().sum() for g in own))
+                    shift = decision.shifts[position.micro_batch][i]
+                    key = position.rollout, position.update, int(inputs["group"][i])
+                    updates.setdefault(key, []).append((float(inputs["advantages"][i]), k, float(shift)))
+            return decision
+
+        trainer.mini_batch.decide_from_pass = noting
+
+    settings = {"baseline_norms": "gradients", "max_steps": 4, "algorithm": "vcpo"}
+    train(tmp_path, watch, {"zero_advantage": 0.0}, **RUN | CUTS[cut] | settings)
+    assert len(updates) == 8  # two groups in each of four updates
+    for responses in updates.values():
+        for i, (_, _, shift) in enumerate(responses):
+            others = responses[:i] + responses[i + 1 :]
+            baseline = sum(a * k for a, k, _ in others) / sum(k for _, k, _ in others)
+            found.append(shift == pytest.approx(-baseline, rel=1e-3, abs=1e-5))
+    assert all(found)
+
+
+def test_norms_by_tokens_are_near_the_exact_ones_and_cost_nothing(tmp_path):
+    forwards = {}
+    for norms in ("tokens", "gradients"):
+        settings = {"baseline_norms": norms, "algorithm": "vcpo", "max_steps": 4}
+        run = train(tmp_path, rollouts={"zero_advantage": 0.0}, **RUN | settings)
+        forwards[norms] = run.forwards
+    # a pass for each of the eight responses, and one for the ratios where they are not 1
+    assert forwards["gradients"] - forwards["tokens"] == 4 * 8 + 3
+
+
+def test_one_step_has_the_scaled_rate_and_the_log_that_of_the_schedule(tmp_path):
+    """SGD moves the weights by rate · √(ESS/n) · gradient; scheduler, log and checkpoint know the schedule's rate."""
+    settings = RUN | {"lr_scheduler_type": "linear", "algorithm": "vcpo", "model": tiny_model()}
+    settings |= {"save_strategy": "steps", "save_steps": 3}
+    run = train(tmp_path, rollouts={"zero_advantage": 0.0}, **settings)
+    before = torch.cat([p.detach().flatten() for p in tiny_model().parameters()])
+    factors = []
+    for log, gradient, weights in zip(run.logs, run.gradients, run.weights, strict=True):
+        rate, factor = log["learning_rate"], log["update/learning_rate_factor"]
+        assert rate == pytest.approx(0.05 * (1 - (log["step"] - 1) / 4))
+        ess = log["trajectory_ratio/ess"]  # of responses that all move the weights
+        assert factor == pytest.approx(math.sqrt(ess), rel=1e-5)
+        after = torch.cat([p.flatten() for p in weights])
+        torch.testing.assert_close(after - before, -rate * factor * gradient, rtol=1e-3, atol=1e-6)
+        before = after
+        factors.append(factor)
+    assert factors[0] == 1
+    assert min(factors) < 0.95
+    saved = torch.load(tmp_path / "checkpoint-3" / "optimizer.pt", weights_only=False)
+    assert [group["lr"] for group in saved["param_groups"]] == pytest.approx([0.05 / 4] * 2)
+
+
+def test_a_skipped_update_restores_the_rate(tmp_path):
+    run = train(
+        tmp_path, rollouts={"zero_advantage": 0.0}, prepare=without_recorder, algorithm="vcpo", min_ess=1.0, **RUN
+    )
+    assert sum(log["update/skipped"] for log in run.logs) > 0
+    assert {group["lr"] for group in run.trainer.optimizer.param_groups} == {0.05}
+
+
+def without_recorder(trainer):
+    """It reads the gradients, which a skipped update has none of."""
+    trainer.remove_callback(trainer.recorder)
+
+
+def test_advantages_of_the_rollout_stay_trl_s(tmp_path):
+    """Later iterations compute them again, with other ratios."""
+    kept = []
+
+    def watch(trainer):
+        start = trainer.current_rollout.start
+
+        def noting(micro_batches, dropped):
+            kept.append([(each["advantages"], each["advantages"].clone()) for each in micro_batches if each])
+            start(micro_batches, dropped)
+
+        trainer.current_rollout.start = noting
+
+    train(tmp_path, watch, algorithm="vcpo", **RUN | CUTS["two"])
+    assert all(torch.equal(now, then) for rollout in kept for now, then in rollout)
+
+
+def test_groups_that_a_mini_batch_cannot_hold_are_refused(tmp_path):
+    settings = {"per_device_train_batch_size": 2, "steps_per_generation": 4, "gradient_accumulation_steps": 1}
+    with pytest.raises(ValueError, match=r"needs mini-batches of complete groups, .*= 2 is not divisible by num_gen"):
+        build(tmp_path, random_rollouts(), algorithm="vcpo", **settings)
+
+
+def test_advantages_per_token_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="one advantage per response, but the rollout has one per token"):
+        train(tmp_path, with_advantages_per_token, algorithm="vcpo", **RUN)

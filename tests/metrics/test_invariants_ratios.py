@@ -10,6 +10,7 @@ from searching import (
     RULES,
     batches,
     bounds,
+    lengths_at,
     lies_on_a_bound,
     log_weights,
     rows_of,
@@ -67,11 +68,11 @@ def test_metrics_are_finite_ordered_and_shares(batch, rule):
         level, clip = rule
         outside = {"clip_high_pos": [], "clip_high_neg": [], "clip_low_neg": []}
         for ratios, a in zip(batch.log_ratios, batch.advantages.tolist(), strict=True):
-            low, high = bounds(clip, a >= 0, len(ratios))
-            weights = log_weights(ratios, level).values()
+            lengths, weights = lengths_at(ratios, level), log_weights(ratios, level)
+            limits = [(x, *bounds(clip, a >= 0, lengths[t])) for t, x in weights.items()]
             if a and weights:
                 for name in ["clip_high_pos"] if a > 0 else ["clip_high_neg", "clip_low_neg"]:
-                    found = [x < low if "low" in name else x > high for x in weights]
+                    found = [x < low if "low" in name else x > high for x, low, high in limits]
                     outside[name].append(sum(found) / len(found))
         by_hand = {name: sum(values) / len(values) for name, values in outside.items() if values}
         assert {name: shares[name] for name in shares if "clip" in name} == pytest.approx(by_hand, rel=1e-6)

@@ -23,7 +23,14 @@ OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_
 SCHEDULE = ("optim", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm")
 SAMPLING = ("max_completion_length", "mask_truncated_completions", "top_p", "top_k", "min_p", "repetition_penalty")
 REWARDS = ("reward_weights", "multi_objective_aggregation", "partition_by_prompt")
-LOSS = ("use_bias_correction_kl", "off_policy_mask_threshold", "top_entropy_quantile", "entropy_coef")
+LOSS = (
+    "baseline_norms",
+    "gradient_noise_scale",
+    "use_bias_correction_kl",
+    "off_policy_mask_threshold",
+    "top_entropy_quantile",
+    "entropy_coef",
+)
 SAPO = ("sapo_temperature_neg", "sapo_temperature_pos")
 VESPO = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
 CARRY_OVER = ("max_carry_over", "oversampling")

@@ -14,12 +14,15 @@ from accelerate import Accelerator
 from ..config import TICGRPOConfig
 from ..forward.packed_forward import ForwardOutput, PackedForward
 from ..forward.responses import loss_mask
+from ..metrics.ratios import effective_sample_size
 from ..objective import log_importance_weight, token_log_ratio
 from ..rollout.current_rollout import CurrentRollout
 from ..rollout.micro_batches import active_responses
 from ..rollout.schedule import Position, RolloutSchedule
 from ..rollout.scoring import Metrics
-from .mini_batch_rules import adaptive_cap
+from .gradient_norms import check_weights_are_whole, squared_gradient_norms
+from .learning_rate import LearningRateFactor
+from .mini_batch_rules import adaptive_cap, minimum_variance_advantages
 
 
 @dataclass
@@ -27,13 +30,15 @@ class Decision:
     """What was chosen for an update."""
 
     log_cap: torch.Tensor | None = None  # 0-dimensional, in nats; `None` for no cap
+    shifts: dict[int, torch.Tensor] = field(default_factory=dict)  # (B,) to add to the advantages, by micro-batch
     metrics: dict[str, Any] = field(default_factory=dict)  # floats or 0-dimensional tensors
 
 
 @dataclass
 class MiniBatch:
     """
-    Decide what depends on the whole mini-batch of an update: the cap of `clip_mode="adaptive"`.
+    Decide what depends on the whole mini-batch of an update: the cap of `clip_mode="adaptive"`, the advantages of
+    `advantage_baseline="minimum_variance"` and the learning rate of `scale_lr_by_ess`.
 
     Only responses that can move the weights count. A response with a log-ratio that is not finite is ignored; the
     training pass drops it. All processes make the same decisions, from the numbers of all.
@@ -45,8 +50,14 @@ class MiniBatch:
     rollout: CurrentRollout
     forward: PackedForward
     count: Callable[[ForwardOutput], None]  # called with each forward pass that only serves a decision
+    optimizer: Callable[[], Any]
 
     def __post_init__(self):
+        self.learning_rate = LearningRateFactor(self.optimizer)
+        self._has_baseline = self.args.advantage_baseline == "minimum_variance"
+        self._exact_norms = self._has_baseline and self.args.baseline_norms == "gradients"
+        if self._exact_norms:
+            check_weights_are_whole(self.accelerator)
         self._decision: Decision | None = None  # for the current update
 
     def begin(self, position: Position):
@@ -55,19 +66,24 @@ class MiniBatch:
         if not self.args.uses_mini_batch or position.micro_batch % window:
             return
         assert self.rollout.micro_batches is not None
-        of_update = self.rollout.micro_batches[position.micro_batch : position.micro_batch + window]
-        micro_batches = [micro_batch for micro_batch in of_update if micro_batch is not None]
+        update = range(position.micro_batch, position.micro_batch + window)
+        micro_batches = {i: each for i in update if (each := self.rollout.micro_batches[i]) is not None}
         self._decision = None
-        if len(micro_batches) > 1:
-            self._decision = self._decide(micro_batches, [self._log_ratio(each) for each in micro_batches])
+        if len(micro_batches) > 1 or self._exact_norms:
+            log_ratios = [self._log_ratio(each) for each in micro_batches.values()]
+            norms = None
+            if self._exact_norms:
+                norms = [squared_gradient_norms(self.forward, each, self.count) for each in micro_batches.values()]
+            self._decision = self._decide(micro_batches, log_ratios, norms)
 
-    def decide_from_pass(self, inputs: dict[str, Any], log_ratio: torch.Tensor) -> Decision:
+    def decide_from_pass(self, inputs: dict[str, Any], log_ratio: torch.Tensor, position: Position) -> Decision:
         """Return the decision for the current update; without one so far, this pass is the update's only one.
 
         `log_ratio` are the (B, T) log-ratios of the pass.
         """
         if self._decision is None:
-            self._decision = self._decide([inputs], [log_ratio]) if self.args.uses_mini_batch else Decision()
+            only = {position.micro_batch: inputs}
+            self._decision = self._decide(only, [log_ratio]) if self.args.uses_mini_batch else Decision()
         return self._decision
 
     def close(self, metrics: Metrics):
@@ -85,20 +101,42 @@ class MiniBatch:
         self.count(output)
         return token_log_ratio(output.logps, old_logps, mask)
 
-    def _decide(self, micro_batches: list[dict[str, Any]], log_ratios: list[torch.Tensor]) -> Decision:
-        """Decide from the micro-batches of an update on this process, and their (B, T) log-ratios."""
-        masks = [loss_mask(micro_batch) for micro_batch in micro_batches]
-        active = [active_responses(micro_batch, only_advantages=True) for micro_batch in micro_batches]
+    def _decide(
+        self,
+        micro_batches: dict[int, dict[str, Any]],
+        log_ratios: list[torch.Tensor],  # (B, T) each
+        squared_norms: list[torch.Tensor] | None = None,  # (B,) each
+    ) -> Decision:
+        """Decide from the micro-batches of an update on this process; without norms, lengths stand for them."""
+        inputs, decision = list(micro_batches.values()), Decision()
+        active = [active_responses(each, only_advantages=True) for each in inputs]
         finite = [log_ratio.isfinite().all(dim=1) for log_ratio in log_ratios]
         counted = self._gather([a & f for a, f in zip(active, finite, strict=True)])  # (n,)
-        decision = Decision()
+        masks = [loss_mask(each) for each in inputs]
+        totals = self._gather([log_ratio.sum(dim=1) for log_ratio in log_ratios])  # (n,) R
+        advantages = self._gather([each["advantages"] for each in inputs])  # (n,) or (n, T)
+        if self.args.scale_lr_by_ess and counted.any():
+            factor = float(effective_sample_size(totals[counted].double()).sqrt())
+            self.learning_rate.apply(factor)
+            decision.metrics["update/learning_rate_factor"] = factor
+        if self._has_baseline:
+            _check_per_response(advantages)
+            groups = self._gather([each["group"] for each in inputs])
+            norms = self._gather(squared_norms or [mask.sum(dim=1) for mask in masks])
+            new = advantages.clone()
+            values = (each[counted] for each in (advantages, totals, norms, groups))
+            new[counted] = minimum_variance_advantages(*values)
+            own = (new - advantages).view(self.accelerator.num_processes, -1)[self.accelerator.process_index]
+            decision.shifts = dict(zip(micro_batches, own.split([len(mask) for mask in masks]), strict=True))
+            advantages = new
         if self.args.clip_mode == "adaptive":
-            level = str(self.args.importance_sampling_level)
-            pairs = zip(log_ratios, masks, strict=True)
+            level, pairs = str(self.args.importance_sampling_level), zip(log_ratios, masks, strict=True)
             log_weight = self._gather([log_importance_weight(log_ratio, mask, level) for log_ratio, mask in pairs])
             mask = self._gather(masks)
+            counted &= (mask * (advantages if advantages.dim() == 2 else advantages.unsqueeze(1))).ne(0).any(dim=1)
             if counted.any():
-                decision.log_cap = adaptive_cap(log_weight[counted], mask[counted])
+                kept = log_weight[counted], advantages[counted], mask[counted]
+                decision.log_cap = adaptive_cap(*kept, self.args.gradient_noise_scale)
                 decision.metrics["update/cap"] = decision.log_cap.exp()
         return decision
 
@@ -114,3 +152,11 @@ class MiniBatch:
         else:
             local = torch.cat(parts)
         return self.accelerator.gather(local)
+
+
+def _check_per_response(advantages: torch.Tensor):
+    if advantages.dim() != 1:
+        raise ValueError(
+            "advantage_baseline='minimum_variance' needs one advantage per response, but the rollout has one per "
+            "token: set advantage_baseline='group_mean'."
+        )

@@ -3,29 +3,81 @@
 import torch
 
 
+MOST = 300.0  # largest log-weight that is told from infinity
+
+
 def adaptive_cap(
     log_weight: torch.Tensor,  # (B, 1) or (B, T)
+    advantages: torch.Tensor,  # (B,) or (B, T)
     mask: torch.Tensor,  # (B, T)
+    noise_scale: float,
 ) -> torch.Tensor:
-    """Choose the cap of the weights of a mini-batch: the one with the largest estimated efficiency.
+    """Choose the cap at which the update of a mini-batch has the largest estimated efficiency.
 
-    With u = min(w, c), the cap is the c that minimises (E[w − u]² + E[u²]/B) / E[u]²: the squared bias and the variance
-    of a mean over B responses, relative to its size. The candidates are the weights themselves.
+    The efficiency of an update ĝ is (E ĝ·g)²/(‖g‖²·E‖ĝ‖²), with g = ∇J(θ): what a step of the best size gains. With
+    u = min(w, c), κ the gradient noise scale and L the length of a response, it is estimated as 1 / (1 + e(c)) with
+
+        e = ((1 − S)² + κ/B·N) / S²,   S = Σ A²·u / Σ A²·w,   N = Σ A²·L·u² / Σ A²·L·w
+
+    S is the share of the signal that the cap keeps, if a response's share of it grows with A² and not otherwise with w.
+    N is the noise, relative to fresh responses: the squared norm of a response's score grows with L (Property 4.1). For
+    weights of tokens, S takes the mean of u over a response and N the sum of u². All that the cap cuts off counts as
+    bias. Truncated importance sampling (Ionides, 2008) has a cap that grows with √B alone.
 
     Args:
-        log_weight: finite log-weights of the responses that are computed, B ≥ 1, in nats.
-        mask: 1 on the tokens that count. With one weight per token, expectations are over these tokens.
+        log_weight: finite log-weights of the responses that can move the weights, B ≥ 1, in nats.
+        advantages: A_i, not all 0.
+        mask: 1 on the tokens that count, at least one per response.
+        noise_scale: κ, the variance of one response's gradient over ‖g‖² (arXiv 1812.06162), in responses.
 
     Returns:
-        The log of the cap, 0-dimensional, in nats.
+        The log of the cap, 0-dimensional, in nats: the best of the weights themselves.
     """
-    counted = log_weight.flatten() if log_weight.size(1) == 1 else log_weight[mask.bool()]
-    ordered = counted.double().sort().values
-    w = (ordered - ordered[-1]).exp()  # a common factor cancels
-    n, above = len(w), torch.arange(len(w) - 1, -1, -1, device=w.device)  # weights after each candidate
-    sums, squares = w.cumsum(0), w.square().cumsum(0)
-    mean, mean_square = (sums + above * w) / n, (squares + above * w.square()) / n  # E[u] and E[u²]
-    bias = sums[-1] / n - mean
-    error = (bias.square() + mean_square / log_weight.size(0)) / mean.square()
-    best = torch.where(w > 0, error, torch.inf).argmin()
-    return ordered[best].to(log_weight.dtype)
+    lengths = mask.sum(dim=1, keepdim=True).double()  # (B, 1)
+    if advantages.dim() == 1:
+        advantages = advantages.unsqueeze(1)
+    squares = ((advantages.double().square() * mask).sum(dim=1, keepdim=True) / lengths).expand_as(log_weight)
+    if log_weight.size(1) == 1:
+        signal, noise = squares, squares * lengths
+    else:
+        signal, noise = squares / lengths, squares
+        log_weight, signal, noise = (each[mask.bool()] for each in (log_weight, signal, noise))
+    order = log_weight.flatten().argsort()
+    signal, noise, log_w = (each.flatten()[order] for each in (signal, noise, log_weight))
+    largest = log_w[-1].double()
+    w = (log_w.double() - largest).exp()  # a factor that cancels in S, and is put back in N
+    kept = (signal * w).cumsum(0) + w * (signal.sum() - signal.cumsum(0))
+    squared = (noise * w.square()).cumsum(0) + w.square() * (noise.sum() - noise.cumsum(0))
+    share = kept / kept[-1]
+    noise_of_cap = squared / (noise * w).sum() * largest.clamp(max=MOST).exp()
+    error = ((1 - share).square() + noise_scale / mask.size(0) * noise_of_cap) / share.square()
+    return log_w[torch.where(kept > 0, error, torch.inf).argmin()]
+
+
+def minimum_variance_advantages(
+    advantages: torch.Tensor,  # (n,)
+    log_weights: torch.Tensor,  # (n,)
+    squared_norms: torch.Tensor,  # (n,)
+    groups: torch.Tensor,  # (n,)
+) -> torch.Tensor:
+    """Subtract VCPO's baseline, the one with the least variance, from every response's advantage.
+
+    The baseline of response i is b_i = Σ k_j·A_j / Σ k_j over the other responses j of its group, with
+    k = w²·‖∇ log P_θ(o)‖². Leaving i out keeps the update unbiased (arXiv 2602.17616). The group's mean, which TRL has
+    subtracted from A, cancels. A response whose group has no other keeps its advantage.
+
+    Args:
+        advantages: rewards minus any constant of the group.
+        log_weights: R, finite, in nats; w is not capped.
+        squared_norms: ‖∇ log P_θ(o)‖², or anything proportional to it.
+        groups: the same number for the responses of a group.
+
+    Returns:
+        (n,) advantages, of the dtype of `advantages`.
+    """
+    same = groups.unsqueeze(0) == groups.unsqueeze(1)  # (n, n)
+    others = same & ~torch.eye(len(groups), dtype=torch.bool, device=groups.device)
+    log_k = 2 * log_weights.double() + squared_norms.double().clamp(min=torch.finfo(torch.float32).tiny).log()
+    shares = log_k.expand_as(others).masked_fill(~others, -torch.inf).softmax(dim=1)  # the largest k cancels
+    baselines = (shares * advantages.double()).sum(dim=1)
+    return (advantages - torch.where(others.any(dim=1), baselines, 0.0)).to(advantages.dtype)

@@ -20,7 +20,7 @@ from ..rollout.schedule import Position, RolloutSchedule
 from ..rollout.scoring import Metrics, Scorer
 from ..safety.update_guard import UpdateGuard
 from .importance_weight import ImportanceWeight, LossPass
-from .mini_batch import MiniBatch
+from .mini_batch import Decision, MiniBatch
 
 
 @dataclass
@@ -132,8 +132,10 @@ class WeightedLoss:
         """Give TRL's loss the weight, and collect the ratios; nothing is read from the device here."""
         mask = loss_mask(inputs)
         log_ratio = token_log_ratio(logps, inputs.get("old_per_token_logps"), mask)
-        log_cap = None if position is None else self.mini_batch.decide_from_pass(inputs, log_ratio).log_cap
-        clipped = self.weight.apply(logps, log_ratio, inputs, log_cap)
+        decision = Decision() if position is None else self.mini_batch.decide_from_pass(inputs, log_ratio, position)
+        if position is not None and position.micro_batch in decision.shifts:
+            inputs["advantages"] = inputs["advantages"] + decision.shifts[position.micro_batch]
+        clipped = self.weight.apply(logps, log_ratio, inputs, decision.log_cap)
         age = inputs.get("token_age")
         self.ratios.add(ratio_statistics(log_ratio, clipped, inputs["advantages"], mask, sampler_log_ratio, age))
         self.table.add_ratios(inputs, log_ratio.sum(dim=1))

@@ -158,3 +158,10 @@ if is_in_notebook():  # IPython may not be installed elsewhere
             self.training_tracker = None
 
     DISPLAYS[NotebookProgressCallback] = RewardNotebookCallback
+
+
+def replace_displays(trainer: Any):
+    """Replace the displays that transformers has added to a trainer by ours."""
+    for shown in [type(each) for each in trainer.callback_handler.callbacks if type(each) in DISPLAYS]:
+        trainer.remove_callback(shown)
+        trainer.add_callback(DISPLAYS[shown])

@@ -22,7 +22,7 @@ from ..config import TICGRPOConfig
 from ..forward.packing import PACKED, plan_passes
 from ..forward.responses import loss_mask, response_count
 from .loss_terms import LossTerms
-from .micro_batches import active_responses, take_responses
+from .micro_batches import active_responses, mark_groups, take_responses
 from .partition import exchange_prompts, immovable_keys, shuffle_prompts, value_kinds
 from .schedule import RolloutSchedule
 
@@ -44,6 +44,7 @@ class Batcher:
     terms: LossTerms
 
     def __post_init__(self):
+        self._needs_groups = self.args.advantage_baseline == "minimum_variance"
         self.by_prompt = self.args.partition_by_prompt and self._can_partition_by_prompt()
         self.fixed_by = self.terms.fixed_micro_batches()
         if self.fixed_by:
@@ -66,8 +67,21 @@ class Batcher:
                 f"steps_per_generation = {steps} is not divisible by gradient_accumulation_steps = {window}"
             )
         if obstacles:
-            logger.warning(f"{SPLITS_GROUPS}: {', and '.join(obstacles)}.")
+            self._report_split_groups(logger.warning, ", and ".join(obstacles))
         return not obstacles
+
+    def _report_split_groups(self, warn: Callable[[str], None], reason: str):
+        if self._needs_groups:
+            raise ValueError(
+                "advantage_baseline='minimum_variance' needs mini-batches of complete groups, which is impossible "
+                f"here: {reason}. Change the batch sizes, or set advantage_baseline='group_mean'."
+            )
+        warn(f"{SPLITS_GROUPS}: {reason}.")
+
+    def mark(self, rollout: dict[str, Any]):
+        """Note the group of every response, where the loss needs it."""
+        if self._needs_groups:
+            mark_groups(rollout, self.schedule.num_generations, self.accelerator)
 
     def partition(self, rollout: dict[str, Any]) -> dict[str, Any]:
         """Put the responses of a rollout in the random order in which they are cut into mini-batches."""
@@ -78,10 +92,11 @@ class Batcher:
             return shuffle_prompts(rollout, group)
         # Only the mini-batch of all processes together consists of complete groups.
         if fixed := immovable_keys(gather_object([value_kinds(rollout)])):
-            logger.warning_once(
-                f"{SPLITS_GROUPS}: the groups of a mini-batch span several processes, and {', '.join(fixed)} cannot be "
-                "exchanged between processes. Make per_device_train_batch_size * gradient_accumulation_steps divisible "
-                "by num_generations."
+            self._report_split_groups(
+                logger.warning_once,
+                f"the groups of a mini-batch span several processes, and {', '.join(fixed)} cannot be exchanged "
+                "between processes. Make per_device_train_batch_size * gradient_accumulation_steps divisible by "
+                "num_generations",
             )
             return shuffle_sequence_dict(rollout)
         return exchange_prompts(rollout, group, process_responses, self.pad_token_id, self.accelerator)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from ..forward.packing import used_columns
 from ..forward.responses import PADDED_SIDE, loss_mask, select_responses
@@ -17,13 +18,25 @@ def active_responses(rollout: dict[str, Any], only_advantages: bool) -> torch.Te
 
     They have a token that counts and, with `only_advantages`, a non-zero advantage there. `only_advantages` says that
     every term of the loss is multiplied by the advantage (no KL, entropy or router term), so that a response with
-    advantage 0 contributes exactly nothing.
+    advantage 0 contributes exactly nothing. Where groups are marked, all responses of a group with unequal rewards can.
     """
     mask = loss_mask(rollout).bool()
-    if only_advantages:
+    if only_advantages and "group" in rollout:
+        mask = mask & rollout["group"].ge(0).unsqueeze(1)
+    elif only_advantages:
         advantages = rollout["advantages"]
         mask = mask & (advantages if advantages.dim() == 2 else advantages.unsqueeze(1)).ne(0)
     return mask.any(dim=1)
+
+
+def mark_groups(rollout: dict[str, Any], num_generations: int, accelerator: Accelerator):
+    """Add `group`, (n,), to a rollout that TRL has just made: the number of each response's group over all processes.
+
+    It is -1 for groups that cannot move the weights, because all of their advantages are 0.
+    """
+    moves = accelerator.gather(rollout["advantages"]).view(-1, num_generations).ne(0).any(dim=1)  # (groups,)
+    numbers = torch.arange(len(moves), device=moves.device).where(moves, -1).repeat_interleave(num_generations)
+    rollout["group"] = numbers.view(accelerator.num_processes, -1)[accelerator.process_index].clone()
 
 
 def take_responses(rollout: dict[str, Any], indices: list[int], blanks: int, trim: bool) -> dict[str, Any]:

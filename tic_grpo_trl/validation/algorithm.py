@@ -2,7 +2,16 @@
 
 from typing import Any
 
-from ..algorithms import ALGORITHM_FIELDS, ALGORITHMS, BOUNDS, BOUNDS_READ, BY_TOKEN, CISPO_CAP, OTHER_LOSS_TYPES
+from ..algorithms import (
+    ALGORITHM_FIELDS,
+    ALGORITHMS,
+    BOUNDS,
+    BOUNDS_READ,
+    BY_TOKEN,
+    CISPO_CAP,
+    OTHER_LOSS_TYPES,
+    TRL_UPDATE,
+)
 from ..objective import PRODUCT_LEVELS
 
 
@@ -24,7 +33,7 @@ def resolve_algorithm(config: Any):
         ValueError: if two bounds contradict each other, or a length-scaled bound has no effect.
     """
     config.notes = []
-    algorithm = dict(ALGORITHMS[config.algorithm])
+    algorithm = TRL_UPDATE | ALGORITHMS[config.algorithm]
     explicit = {name for name in ALGORITHM_FIELDS if getattr(config, name) is not None}
     if config.loss_type not in (None, algorithm["loss_type"]):
         _follow_loss_type(config, algorithm, explicit)
