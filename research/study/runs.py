@@ -236,7 +236,8 @@ def execute(run: Run, output_dir: Path, count: Callable[[int], None] = lambda up
             return folder
         (folder / "run.json").write_text(json.dumps(run.fields, indent=2) + "\n")
         args = run.config(folder)
-        checkpoint = last_checkpoint(folder)
+        # A lagged run that a signal stopped has a checkpoint too, but without the earlier weights.
+        checkpoint = None if run.lag else last_checkpoint(folder)
         if checkpoint:
             args.eval_on_start = False  # already in the checkpoint's history
             count(int(checkpoint.rpartition("-")[2]))

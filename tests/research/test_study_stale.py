@@ -9,7 +9,7 @@ import pytest
 from stale_lines import line, write_lines
 
 from research.study import stale_plan, stale_results
-from research.study.runs import SETTINGS, Run
+from research.study.runs import SETTINGS, Run, execute
 from research.study.stale import Study, study_stale
 from research.study.stale_outcome import Outcome, engine_step_ratio, mean_curve, steps_to
 from research.study.stale_plan import OURS, PLANS, RETUNED, RIVALS, SELECTION_SEEDS, Condition, parts_of
@@ -230,6 +230,15 @@ def test_a_study_restarts_from_its_lines(tmp_path, tiny_runs, capsys):
     assert [Condition.of(each["run"]) for each in lines] == [lagged, carried]
     assert len(lines[1]["reward"]) == 3
     assert train(lagged, carried)[0] == lines  # nothing is left
+
+
+def test_a_stopped_run_with_a_lag_starts_again(tmp_path, tiny_runs):
+    run = Condition("starter", 1).run("grpo", 0, 8, 8)
+    checkpoint = tmp_path / "runs" / run.name / "checkpoint-4"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 4}')  # resuming from it would fail
+    assert len(stale_results.line_of(run, execute(run, tmp_path))["reward"]) == 2
+    assert not checkpoint.exists()
 
 
 def test_report_only_trains_nothing(tmp_path):
