@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from trl.rewards import accuracy_reward
 
 from research.starter import build as starter_build
 from research.starter.answer_styles import format_answer, running_sums, style_of
-from tic_grpo_trl.starter import STARTER_MODEL, exact_match_reward, make_dataset
-from tic_grpo_trl.starter.task import split_of
+from research.starter.courses import COURSES
+from tic_grpo_trl.starter import STARTER_MODEL, TASKS, exact_match_reward, make_dataset
+from tic_grpo_trl.starter.task import make_prompt, split_of
 
 
 @pytest.fixture(autouse=True)
@@ -97,16 +99,15 @@ def test_tokenizer_round_trip(tokenizer, fresh):
     assert tokenizer("é").input_ids == [tokenizer.unk_token_id]
 
 
-def test_every_problem_and_answer_fits(tokenizer):
-    longest = (9, 9, 9, 9, 9, 9)
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "+".join(map(str, longest)) + "=?"}],
-        add_generation_prompt=True,
-        return_dict=False,
-    )
+@pytest.mark.parametrize(("task", "num_terms"), [("starter", 6), ("long_tail", 40)])
+def test_every_problem_and_answer_fits(tokenizer, task, num_terms):
+    longest, course = (9,) * num_terms, COURSES[task]
+    prompt = tokenizer.apply_chat_template(make_prompt(longest), add_generation_prompt=True, return_dict=False)
     answer = tokenizer(format_answer(longest, "chain") + tokenizer.eos_token).input_ids
-    assert len(answer) <= starter_build.MAX_NEW_TOKENS
-    assert len(prompt) + starter_build.MAX_NEW_TOKENS <= 256
+    assert len(answer) <= course.max_new_tokens == TASKS[task].max_completion_length
+    assert len(prompt) + course.max_new_tokens <= course.num_positions
+    config = AutoModelForCausalLM.from_pretrained(TASKS[task].model, local_files_only=True).config
+    assert config.max_position_embeddings == course.num_positions
 
 
 def test_start_accuracy(model, tokenizer):
@@ -119,11 +120,23 @@ def test_start_accuracy(model, tokenizer):
     assert abs(card["after_remix"]["accuracy"] - measured["accuracy"]) < 0.08
 
 
+def test_start_accuracy_of_the_long_tail():
+    model = AutoModelForCausalLM.from_pretrained(TASKS["long_tail"].model, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(TASKS["long_tail"].model, local_files_only=True)
+    course = replace(COURSES["long_tail"], held_out=200)
+    measured = starter_build.measure(model, tokenizer, course.held_out_problems(), 11, course.max_new_tokens)
+    assert 0.2 < measured["accuracy"] < 0.45
+    assert measured["styles"]["direct"]["share"] > 0.6
+    assert measured["styles"]["chain"]["accuracy"] > 0.75
+    card = json.loads(Path(TASKS["long_tail"].model, "starter_card.json").read_text())
+    assert abs(card["after_remix"]["accuracy"] - measured["accuracy"]) < 0.12
+
+
 # Building a model
 
 
 def test_batch_teaches_training_answers_only(tokenizer):
-    input_ids, labels = starter_build.make_batch(tokenizer, random.Random(0), (0.4, 0.3, 0.3))
+    ((input_ids, labels),) = starter_build.make_batch(tokenizer, random.Random(0), (0.4, 0.3, 0.3))
     assert input_ids.shape == labels.shape
     styles = set()
     for ids, row_labels in zip(input_ids, labels, strict=True):
@@ -139,9 +152,26 @@ def test_batch_teaches_training_answers_only(tokenizer):
     assert styles == {"direct", "chain", "terse"}
 
 
+def test_micro_batches_by_length_have_the_gradient_of_the_whole_batch(tokenizer, model):
+    gradients, sizes = [], []
+    for micro_batches in (1, 8):
+        course = replace(COURSES["long_tail"], micro_batches=micro_batches)
+        batch = starter_build.make_batch(tokenizer, random.Random(0), (0.4, 0.3, 0.3), course)
+        copy = AutoModelForCausalLM.from_config(model.config)
+        copy.load_state_dict(model.state_dict())
+        starter_build.take_step(copy, torch.optim.SGD(copy.parameters()), 1.0, batch)
+        before = dict(model.named_parameters())
+        gradients.append(torch.cat([(before[name] - after).flatten() for name, after in copy.named_parameters()]))
+        sizes.append(sum(input_ids.numel() for input_ids, _ in batch))
+    assert gradients[0].norm() > 0.1
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)
+    assert sizes[1] < sizes[0] / 2  # padding
+
+
 def test_short_build_is_reproducible(tmp_path):
-    def run(name, seed):
-        starter_build.build(tmp_path / name, seed=seed, chain_steps=5, remix_steps=2, held_out=8)
+    def run(name, seed, task="starter", **changes):
+        short = {"chain_steps": 5, "remix_steps": 2, "held_out": 8} | changes
+        starter_build.build(tmp_path / name, seed=seed, task=task, **short)
         return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
 
     first, again, other = run("a", 5), run("b", 5), run("c", 6)
@@ -153,3 +183,6 @@ def test_short_build_is_reproducible(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a", local_files_only=True)
     assert loaded.num_parameters() == 167_040
     assert len(AutoTokenizer.from_pretrained(tmp_path / "a", local_files_only=True)) == 104
+    long = run("d", 5, "long_tail", max_new_tokens=16)
+    assert set(long) == set(first)
+    assert long["model.safetensors"] != first["model.safetensors"]

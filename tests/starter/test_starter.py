@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tic_grpo_trl.starter import STARTER_MODEL, exact_match_reward, make_dataset
+from tic_grpo_trl.starter import STARTER_MODEL, TASKS, exact_match_reward, make_dataset
 from tic_grpo_trl.starter.task import split_of
 
 
@@ -130,8 +130,9 @@ def test_exact_match_reward_in_a_batch():
 # The packaged model
 
 
-def test_packaged_files():
-    files = {path.name: path.stat().st_size for path in Path(STARTER_MODEL).iterdir()}
+@pytest.mark.parametrize("task", TASKS)
+def test_packaged_files(task):
+    files = {path.name: path.stat().st_size for path in Path(TASKS[task].model).iterdir()}
     assert set(files) == {
         "config.json",
         "generation_config.json",
