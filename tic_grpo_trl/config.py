@@ -229,8 +229,9 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
     vllm_importance_sampling_correction: bool | None = _option(  # type: ignore[assignment]
         None,
         "TRL's correction for the mismatch between vLLM and the trained model. True by default, False with "
-        "behaviour_policy='sampler'. At level 'trajectory' it needs a sequence mode of vllm_importance_sampling_mode: "
-        "a response's weight is then the bounded P_θ/P_old times the truncated or masked P_old/P_sampler.",
+        "behaviour_policy='sampler'. At levels 'trajectory' and 'prefix' it needs a sequence mode of "
+        "vllm_importance_sampling_mode: a response's weight is then the bounded P_θ/P_old times the truncated or "
+        "masked P_old/P_sampler.",
     )
     disable_dropout: bool = _option(
         True,
