@@ -55,6 +55,7 @@ def weighted_advantages(
     mask: torch.Tensor,  # (..., N, T)
     advantages: torch.Tensor,  # (..., N)
     algorithm: Algorithm,
+    log_cap: torch.Tensor | None = None,  # 0-dimensional, of the clip mode `adaptive`
 ) -> torch.Tensor:
     """(..., N, T) what multiplies ∇log π_θ(o_{i,t}) before the length normaliser: 1[kept]·w·A_i (v2 Eq. 11, line *)."""
     logps, recorded, mask = torch.broadcast_tensors(logps, recorded, mask)
@@ -63,7 +64,7 @@ def weighted_advantages(
     logps, recorded, mask = (x.reshape(-1, shape[-1]) for x in (logps, recorded, mask))
     advantages = advantages.expand(shape[:-1]).reshape(-1)
     log_weight = log_importance_weight(token_log_ratio(logps, recorded, mask), mask, algorithm.level)
-    clipped = clip_log_weight(log_weight, advantages, mask, algorithm.clip)
+    clipped = clip_log_weight(log_weight, advantages, mask, algorithm.clip, log_cap)
     coefficients = clipped.log_weight.exp() * clipped.keeps_gradient * advantages.unsqueeze(1) * mask
     return coefficients.reshape(shape)
 

@@ -16,6 +16,7 @@ from .decomposition import (
     true_moments,
     update_by_autograd,
 )
+from .efficiency_grid import FULL_SIZE, QUICK_SIZE, Efficiencies, Size, measure_efficiencies
 from .estimators import (
     Algorithm,
     Bias,
@@ -65,6 +66,7 @@ class Scale:
     samples: int = 8000
     first_rates: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
     rollouts: int = 12
+    efficiency: Size = FULL_SIZE
 
 
 QUICK = Scale(
@@ -85,6 +87,7 @@ QUICK = Scale(
     samples=200,
     first_rates=(1.0,),
     rollouts=4,
+    efficiency=QUICK_SIZE,
 )
 
 
@@ -315,6 +318,7 @@ class Results:
     mini_batches: dict[float, dict[str, float]]
     ascents: dict[str, list[tuple[float, Ascent]]]
     carry_over: CarryOver
+    efficiency: Efficiencies
 
 
 def measure(scale: Scale) -> Results:
@@ -325,13 +329,13 @@ def measure(scale: Scale) -> Results:
         stds, largest = zip(*(spread_of_log_ratio(b, drifted(b, drift, s)) for s, b in enumerate(lists)), strict=True)
         spreads.append((sum(stds) / len(stds), max(largest)))
     residuals, groups = decomposition_residuals(scale, lists), group_expectations(scale)
-    mini_batches = mini_batch_bias(scale)
+    mini_batches, efficiency = mini_batch_bias(scale), measure_efficiencies(scale.efficiency)
     carry_over = measure_carry_over(small_list(), scale.drifts, scale.rollouts, scale.first_rates)
     return Results(
         scale=scale,
         trajectories=len(lists[0].p_old),
         spreads=spreads,
-        checks=exactness_checks(scale, lists, residuals, groups, mini_batches) + carry_over.checks,
+        checks=exactness_checks(scale, lists, residuals, groups, mini_batches) + carry_over.checks + efficiency.checks,
         biases=bias_curves(scale, lists),
         groups=groups,
         residuals=residuals,
@@ -341,4 +345,5 @@ def measure(scale: Scale) -> Results:
         mini_batches=mini_batches,
         ascents=ascent_sweeps(scale),
         carry_over=carry_over,
+        efficiency=efficiency,
     )

@@ -15,6 +15,8 @@ from tic_grpo_trl.metrics.run_summary import AMBER, BLUE, GREEN, GREY, ORANGE, P
 
 from .carry_over import CONSTANT
 from .decomposition import IDENTITIES
+from .efficiency_grid import mean
+from .efficiency_report import compared, relative
 from .experiments import Results
 
 
@@ -262,10 +264,75 @@ def carry_over_figure(results: Results, path: Path) -> None:
     plt.close(figure)
 
 
+RULE_STYLES = {
+    "`tic_grpo_adaptive`": (BLUE, "-", "o", "tic_grpo_adaptive"),
+    "trajectory, no cap": (SKY, "--", "d", "trajectory weight, no cap"),
+    "seq_tis": (GREEN, "--", "P", "seq_tis: held at 2"),
+    "cispo": (AMBER, "-.", "X", "cispo: token weight held at 5"),
+    "vespo": (PURPLE, "-.", "D", "vespo"),
+    "tic_grpo": (BLACK, "-", "s", "tic_grpo: stopped at 1.28"),
+    "grpo_no_is": (GREY, ":", "<", "no importance weight"),
+    "grpo": (ORANGE, "-", "^", "grpo: PPO's clip"),
+    "ctpo": (ORANGE, ":", "v", "ctpo"),
+}
+
+
+def _gain_by_drift(axis, results: Results, n: int) -> None:
+    found = results.efficiency
+    drifts = found.size.drifts
+    for name, (colour, dashes, marker, label) in RULE_STYLES.items():
+        values = [100 * compared(found, name, drift, n) for drift in drifts]
+        width = 3 if name == "`tic_grpo_adaptive`" else 1.5
+        axis.plot(drifts, values, color=colour, linestyle=dashes, marker=marker, linewidth=width, label=label)
+    if n in found.size.own_ns:
+        cells = [[c for c in found.cells if c.drift == drift and not c.sampled] for drift in drifts]
+        own = [[relative(c, mean([v for v, _ in c.own_sample["trajectory"][n]]), n) for c in here] for here in cells]
+        label = "tic_grpo_adaptive, cap from the update's own responses"
+        axis.plot(drifts, [100 * mean(each) for each in own], color=BLUE, linestyle=":", marker="o", label=label)
+    axis.set(title=f"{n:,} responses per update", ylim=(25, 104), ylabel="efficiency, % of the best constant cap's")
+
+
+def _caps_by_drift(axis, results: Results) -> None:
+    found = results.efficiency
+    drifts, cells = found.size.drifts, [cell for cell in found.cells if not cell.sampled]
+    for n, colour in zip(found.size.ns, (SKY, BLUE, BLACK), strict=False):
+        best, own = [], []
+        for drift in drifts:
+            here = [cell for cell in cells if cell.drift == drift]
+            best.append(torch.tensor([cell.best(n)[0] for cell in here]).log().median().exp())
+            own.append(torch.tensor([cap for cell in here for cap in cell.caps["trajectory"][n]]).log().median().exp())
+        axis.plot(
+            drifts, best, color=colour, linestyle="--", marker="o", markerfacecolor="white", label=f"best, n = {n:,}"
+        )
+        axis.plot(drifts, own, color=colour, marker="o", label=f"the rule's, n = {n:,}")
+    axis.set(yscale="log", title="the cap: best constant, and the rule's", ylabel="cap on the trajectory weight")
+    axis.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+    axis.legend(frameon=False)
+
+
+def efficiency_figure(results: Results, path: Path) -> None:
+    """Efficiency of the rules for stale data against drift at two sizes of an update, and the caps."""
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5.9), constrained_layout=True)
+    figure.suptitle("What an update gains from stale responses")
+    ns = results.efficiency.size.ns
+    _gain_by_drift(axes[0], results, ns[0])
+    _gain_by_drift(axes[1], results, ns[-1])
+    _caps_by_drift(axes[2], results)
+    for axis in axes:
+        axis.set(xscale="log", xlabel="drift: root mean square change of a logit")
+        axis.set_xticks(results.efficiency.size.drifts, [f"{drift:g}" for drift in results.efficiency.size.drifts])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+
+
 FIGURES = {
     "bias.png": bias_figure,
     "terms.png": terms_figure,
     "stationarity.png": stationarity_figure,
     "moments.png": moments_figure,
     "carry_over.png": carry_over_figure,
+    "efficiency.png": efficiency_figure,
 }

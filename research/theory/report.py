@@ -10,6 +10,7 @@ from tic_grpo_trl.metrics.run_summary import table
 from .ascent import Ascent, slope
 from .carry_over_report import carry_over_finding, carry_over_section
 from .decomposition import CORRECTIONS, IDENTITIES
+from .efficiency_report import efficiency_finding, efficiency_section
 from .experiments import Results
 from .figures import ASCENT_STYLES
 from .reporting import number
@@ -183,6 +184,7 @@ def _findings(results: Results) -> str:
         f"{slopes('T, equal η', 'GRPO2', tic, unclipped)}. "
         "A better dependence on T would be a smaller slope.",
         carry_over_finding(results.carry_over),
+        efficiency_finding(results.efficiency),
     ]
     return "\n".join(f"- {line}" for line in lines)
 
@@ -341,4 +343,6 @@ runs at given step sizes, where the gap is mostly the time that a run needs. Mat
 the norm of the update. Runs share {len(scale.tasks)} tasks, so errors over runs understate the spread over tasks. A
 policy that turns deterministic has a vanishing ∇J whether or not its J is good: compare the gains too.
 
-{carry_over_section(results.carry_over)}"""
+{carry_over_section(results.carry_over)}
+{efficiency_section(results.efficiency)}
+"""
