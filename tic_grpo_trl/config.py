@@ -122,11 +122,6 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
         "Multiply the learning rate of an update by √(ESS/n): ESS is the effective sample size of the mini-batch's "
         "trajectory ratios before any bound, n the number of its responses that can move the weights (VCPO).",
     )
-    noise_scale: Annotated[float, Range("(0, inf)", 20.0)] = _option(
-        20.0,
-        "κ of clip_mode 'adaptive': the gradient noise scale (arXiv 1812.06162), in responses, that the choice of the "
-        "cap assumes. A larger one gives a lower cap, with less noise and more bias.",
-    )
     baseline_norms: Annotated[str, ("tokens", "gradients")] = _option(
         "tokens",
         "The ‖g‖² of advantage_baseline 'minimum_variance': 'tokens' takes it as proportional to the length of a "
@@ -135,8 +130,9 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
     )
     gradient_noise_scale: Annotated[float, Range("(0, inf)", 20.0)] = _option(
         20.0,
-        "κ of clip_mode 'adaptive': the variance of one response's gradient over the square of the mean gradient "
-        "(arXiv 1812.06162). The larger it is, the lower the cap.",
+        "κ of clip_mode 'adaptive': the gradient noise scale, in responses, that the choice of the cap assumes (the "
+        "variance of one response's gradient over the squared norm of its mean, arXiv 1812.06162). The larger it is, "
+        "the lower the cap.",
     )
     responses_per_update: Annotated[int | None, Range("[1, inf)", 512)] = _option(
         None,

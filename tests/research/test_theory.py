@@ -420,7 +420,7 @@ def test_command_writes_figures_and_report(tmp_path, capsys, monkeypatch, quick_
     monkeypatch.setattr("research.theory.__main__.measure", lambda scale: sizes.append(scale) or quick_results)
     main(["--output_dir", str(tmp_path), "--quick"])
     assert sizes == [QUICK]
-    assert "21 of 21 exact claims hold" in capsys.readouterr().out
+    assert "25 of 25 exact claims hold" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"theory.md", *FIGURES}
     report = (tmp_path / "theory.md").read_text()
     assert all(f"]({name})" in report for name in FIGURES)
