@@ -29,6 +29,7 @@ from research.theory.efficiency_grid import QUICK_SIZE, measure_efficiencies
 from research.theory.efficiency_report import compared, domains, nearness, rows_of_nearness
 from research.theory.estimators import package_algorithm
 from research.theory.policy import Responses, enumerate_responses, probabilities, score_sum, token_logps
+from tic_grpo_trl.config import TICGRPOConfig
 from tic_grpo_trl.loss.mini_batch_rules import adaptive_cap
 
 
@@ -265,6 +266,10 @@ def test_the_package_s_adaptive_mode_reads_the_cap(medium):
     log_cap = torch.tensor(math.log(1.5), dtype=torch.float64)
     found = coefficients(medium, package_algorithm("tic_grpo_adaptive"), log_cap)
     torch.testing.assert_close(found, coefficients(medium, held("trajectory", 1.5)))
+
+
+def test_the_noise_scale_is_the_package_s_default():
+    assert TICGRPOConfig.gradient_noise_scale == NOISE_SCALE
 
 
 def test_cispo_is_the_token_weight_held_at_its_cap(medium):
