@@ -12,11 +12,19 @@ KAPPA = 20.0
 
 
 def estimated_error(weights, advantages, lengths, cap, kappa=KAPPA) -> float:
-    """e(c) = ((1 − S)² + κ/B·N)/S², S = Σ A²·u/Σ A²·w, N = Σ A²·L·u²/Σ A²·L·w, with u = min(w, c)."""
-    items = list(zip(weights, advantages, lengths, strict=True))
-    share = math.fsum(a**2 * min(w, cap) for w, a, _ in items) / math.fsum(a**2 * w for w, a, _ in items)
-    noise = math.fsum(a**2 * n * min(w, cap) ** 2 for w, a, n in items) / math.fsum(a**2 * n * w for w, a, n in items)
-    return ((1 - share) ** 2 + kappa / len(items) * noise) / share**2
+    """e(c) = ((1 − S)² + κ/n·N)/S², S = Σ A²·u/Σ A²·w, N = Σ A²·L·u²/Σ A²·L·w, with u = min(w, c) and E[w] = 1."""
+    signal = [(w, a**2) for w, a in zip(weights, advantages, strict=True)]
+    noise = [(w, a**2 * n) for w, a, n in zip(weights, advantages, lengths, strict=True)]
+    return error_of(signal, noise, cap, kappa / sum(a != 0 for a in advantages))
+
+
+def error_of(signal, noise, cap, kappa_by_n) -> float:
+    """The same of pairs of a weight and its factor."""
+    of_signal, of_noise = (
+        min(math.fsum(x * w for w, x in pairs), math.fsum(x for _, x in pairs)) for pairs in (signal, noise)
+    )
+    share = min(1.0, math.fsum(x * min(w, cap) for w, x in signal) / of_signal)
+    return ((1 - share) ** 2 + kappa_by_n * math.fsum(x * min(w, cap) ** 2 for w, x in noise) / of_noise) / share**2
 
 
 def cap_of(weights, advantages, lengths, kappa=KAPPA) -> float:
@@ -30,10 +38,17 @@ def test_equal_weights_are_not_capped():
 
 
 def test_a_cap_by_hand():
-    # w = 1, 1, 3 with A² = 1 and L = 1. Cap 1: S = 3/5, N = 3/5. Cap 3: S = 1, N = 11/5.
-    # κ = 3: ((2/5)² + 3/5)/(3/5)² = 2.11 against 11/5 = 2.2. κ = 2: (0.16 + 0.4)/0.36 = 1.56 against 1.47.
-    assert cap_of([1.0, 1.0, 3.0], [1.0, -1.0, 1.0], [1, 1, 1], kappa=3.0) == 1.0
-    assert cap_of([1.0, 1.0, 3.0], [1.0, -1.0, 1.0], [1, 1, 1], kappa=2.0) == pytest.approx(3.0)
+    # w = .25, .25, 1.75 with A² = 1 and L = 1, so Σ w = 2.25. Cap .25: S = 1/3, N = .1875/2.25 = 1/12.
+    # Cap 1.75: S = 1, N = 3.1875/2.25 = 1.417. κ = 6: ((2/3)² + 1/6)/(1/9) = 5.5 against 2.83.
+    assert cap_of([0.25, 0.25, 1.75], [1.0, -1.0, 1.0], [1, 1, 1], kappa=6.0) == pytest.approx(1.75)
+    # κ = 30: (4/9 + 5/6)/(1/9) = 11.5 against 14.17; with a fourth response, whose A is 0, the same
+    assert cap_of([0.25, 0.25, 1.75], [1.0, -1.0, 1.0], [1, 1, 1], kappa=30.0) == pytest.approx(0.25)
+    assert cap_of([0.25, 0.25, 1.75, 9.0], [1.0, -1.0, 1.0, 0.0], [1] * 4, kappa=30.0) == pytest.approx(0.25)
+
+
+def test_a_single_large_weight_is_capped():
+    """Σ w would be 1,099, of which every cap but the largest keeps little; but E[w] is 1."""
+    assert cap_of([1.0] * 99 + [1000.0], [1.0] * 100, [1] * 100) == 1.0
 
 
 @pytest.mark.parametrize("drift", [0.1, 0.5, 1.0, 2.0])
@@ -67,12 +82,9 @@ def test_weights_of_tokens_count_where_the_mask_does():
         for t in range(int(lengths[i]))
     ]
 
-    def error(cap):
-        share = math.fsum(a / n * min(w, cap) for w, a, n in tokens) / math.fsum(a / n * w for w, a, n in tokens)
-        noise = math.fsum(a * min(w, cap) ** 2 for w, a, _ in tokens) / math.fsum(a * w for w, a, _ in tokens)
-        return ((1 - share) ** 2 + KAPPA / 6 * noise) / share**2
-
-    assert found == pytest.approx(min((w for w, *_ in tokens), key=error))
+    signal, noise = [(w, a / n) for w, a, n in tokens], [(w, a) for w, a, _ in tokens]
+    best = min((w for w, *_ in tokens), key=lambda cap: error_of(signal, noise, cap, KAPPA / 6))
+    assert found == pytest.approx(best)
 
 
 @pytest.mark.parametrize("log_weights", [[1e4, 0.0, -1e4], [-1e4, -1e4, -1e4], [89.0, 89.0, 1.0]])

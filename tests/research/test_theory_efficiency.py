@@ -146,9 +146,12 @@ def test_the_rule_s_cap_by_brute_force(medium, level, n):
     def noise(u):
         return float(squares @ (u * mask).sum(-1))
 
+    one = torch.ones_like(weights)
+    of_signal, of_noise = min(kept(weights), kept(one)), min(noise(weights), noise(one))
+
     def criterion(cap):
-        share = kept(weights.clamp(max=cap)) / kept(weights)
-        return ((1 - share) ** 2 + NOISE_SCALE / n * noise(weights.clamp(max=cap) ** 2) / noise(weights)) / share**2
+        share = min(1.0, kept(weights.clamp(max=cap)) / of_signal)
+        return ((1 - share) ** 2 + NOISE_SCALE / n * noise(weights.clamp(max=cap) ** 2) / of_noise) / share**2
 
     best = min(weights[mask.bool()].unique().tolist(), key=criterion)
     assert float(cap_of_the_rule(medium, n, level).exp()) == pytest.approx(best, rel=1e-9)

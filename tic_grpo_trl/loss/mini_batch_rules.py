@@ -17,15 +17,17 @@ def adaptive_cap(
     The efficiency of an update ĝ is (E ĝ·g)²/(‖g‖²·E‖ĝ‖²), with g = ∇J(θ): what a step of the best size gains. With
     u = min(w, c), κ the gradient noise scale and L the length of a response, it is estimated as 1 / (1 + e(c)) with
 
-        e = ((1 − S)² + κ/B·N) / S²,   S = Σ A²·u / Σ A²·w,   N = Σ A²·L·u² / Σ A²·L·w
+        e = ((1 − S)² + κ/n·N) / S²,   S = Σ A²·u / Σ A²·w,   N = Σ A²·L·u² / Σ A²·L·w
 
     S is the share of the signal that the cap keeps, if a response's share of it grows with A² and not otherwise with w.
     N is the noise, relative to fresh responses: the squared norm of a response's score grows with L (Property 4.1). For
     weights of tokens, S takes the mean of u over a response and N the sum of u². All that the cap cuts off counts as
-    bias. Truncated importance sampling (Ionides, 2008) has a cap that grows with √B alone.
+    bias. A response with A = 0 does not count, in n neither. E[w] is 1, so no denominator is larger than it is with
+    w = 1, and S is at most 1: otherwise a single large weight would be its own measure, and nothing capped. Truncated
+    importance sampling (Ionides, 2008) has a cap that grows with √n alone.
 
     Args:
-        log_weight: finite log-weights of the responses that can move the weights, B ≥ 1, in nats.
+        log_weight: finite log-weights of responses that have a token, B ≥ 1, in nats.
         advantages: A_i, not all 0.
         mask: 1 on the tokens that count, at least one per response.
         noise_scale: κ, the variance of one response's gradient over ‖g‖² (arXiv 1812.06162), in responses.
@@ -48,9 +50,10 @@ def adaptive_cap(
     w = (log_w.double() - largest).exp()  # a factor that cancels in S, and is put back in N
     kept = (signal * w).cumsum(0) + w * (signal.sum() - signal.cumsum(0))
     squared = (noise * w.square()).cumsum(0) + w.square() * (noise.sum() - noise.cumsum(0))
-    share = kept / kept[-1]
-    noise_of_cap = squared / (noise * w).sum() * largest.clamp(max=MOST).exp()
-    error = ((1 - share).square() + noise_scale / mask.size(0) * noise_of_cap) / share.square()
+    scale = largest.clamp(max=MOST).exp()
+    share = (kept / torch.minimum(kept[-1], signal.sum() / scale)).clamp(max=1)
+    noise_of_cap = squared * scale / torch.minimum((noise * w).sum(), noise.sum() / scale)
+    error = ((1 - share).square() + noise_scale / squares[:, 0].count_nonzero() * noise_of_cap) / share.square()
     return log_w[torch.where(kept > 0, error, torch.inf).argmin()]
 
 
