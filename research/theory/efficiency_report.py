@@ -303,11 +303,15 @@ Of the trajectory weight, at n = {ns}; σ in brackets, mean over tasks:
 
 ### How near the rule comes
 
-`tic_grpo_adaptive` takes the c that minimises ((1 − S)² + κ/n·N)/S². It assumes
+`tic_grpo_adaptive` takes the c that minimises ((1 − S)² + κ/n·N)/S², with
+
+S = Σ A²·u / Σ A²·w,  N = Σ A²·L·u² / Σ A²·L·w,
+
+u = min(w, c) and L the length of a response. Since E[w] = 1, a denominator is no larger than it would be with w = 1, and
+S is at most 1: a single large weight would otherwise be its own measure. The rule assumes
 
 - that the part of the signal that is cut off is lost as bias, the worst case;
-- that a response's part in the signal is proportional to A² and in the noise to A²·L, L its length in tokens
-  (Property 4.1);
+- that a response's part in the signal is proportional to A² and in the noise to A²·L (Property 4.1);
 - that κ = {NOISE_SCALE:g}, whatever the task. E[A²‖s‖²]/‖g‖² is {low:.0f} to {high:.0f} in 80 % of the cases here.
 
 Each entry has the mean over cells, the worst cell and the worst single policy (against its own best cap), in percent of
