@@ -39,11 +39,12 @@ def test_equal_weights_are_not_capped():
 
 def test_a_cap_by_hand():
     # w = .25, .25, 1.75 with A² = 1 and L = 1, so Σ w = 2.25. Cap .25: S = 1/3, N = .1875/2.25 = 1/12.
-    # Cap 1.75: S = 1, N = 3.1875/2.25 = 1.417. κ = 6: ((2/3)² + 1/6)/(1/9) = 5.5 against 2.83.
-    assert cap_of([0.25, 0.25, 1.75], [1.0, -1.0, 1.0], [1, 1, 1], kappa=6.0) == pytest.approx(1.75)
-    # κ = 30: (4/9 + 5/6)/(1/9) = 11.5 against 14.17; with a fourth response, whose A is 0, the same
-    assert cap_of([0.25, 0.25, 1.75], [1.0, -1.0, 1.0], [1, 1, 1], kappa=30.0) == pytest.approx(0.25)
-    assert cap_of([0.25, 0.25, 1.75, 9.0], [1.0, -1.0, 1.0, 0.0], [1] * 4, kappa=30.0) == pytest.approx(0.25)
+    # Cap 1: S = 2/3, N = 1.125/2.25 = 1/2. Cap 1.75: S = 1, N = 3.1875/2.25 = 1.417.
+    # κ/n = 1/3: 4.25, 0.625, 0.472. κ/n = 2: 5.5, 2.5, 2.83. κ/n = 20: 19, 22.75, 28.3.
+    for kappa, best in ((1.0, 1.75), (6.0, 1.0), (60.0, 0.25)):
+        assert cap_of([0.25, 0.25, 1.75], [1.0, -1.0, 1.0], [1, 1, 1], kappa) == pytest.approx(best)
+        # the same with a fourth response, whose A is 0
+        assert cap_of([0.25, 0.25, 1.75, 9.0], [1.0, -1.0, 1.0, 0.0], [1] * 4, kappa) == pytest.approx(best)
 
 
 def test_a_single_large_weight_is_capped():
@@ -59,7 +60,7 @@ def test_no_other_weight_is_a_better_cap(drift, n):
     advantages = torch.randn(n, generator=generator).tolist()
     lengths = torch.randint(1, 9, (n,), generator=generator).tolist()
     items = weights, advantages, lengths
-    best = min(estimated_error(*items, candidate) for candidate in weights)
+    best = min(estimated_error(*items, candidate) for candidate in [*weights, 1.0])
     assert estimated_error(*items, cap_of(*items)) == pytest.approx(best, rel=1e-9)
 
 
@@ -83,16 +84,29 @@ def test_weights_of_tokens_count_where_the_mask_does():
     ]
 
     signal, noise = [(w, a / n) for w, a, n in tokens], [(w, a) for w, a, _ in tokens]
-    best = min((w for w, *_ in tokens), key=lambda cap: error_of(signal, noise, cap, KAPPA / 6))
+    best = min([1.0, *(w for w, *_ in tokens)], key=lambda cap: error_of(signal, noise, cap, KAPPA / 6))
     assert found == pytest.approx(best)
 
 
-@pytest.mark.parametrize("log_weights", [[1e4, 0.0, -1e4], [-1e4, -1e4, -1e4], [89.0, 89.0, 1.0]])
-def test_weights_far_apart_have_a_finite_cap(log_weights):
-    cap = adaptive_cap(torch.tensor(log_weights).unsqueeze(1), torch.ones(3), torch.ones(3, 2), KAPPA)
-    assert cap.isfinite()
+@pytest.mark.parametrize("far", [30.0, 597.0, 700.0, 1e4])
+def test_a_weight_far_above_all_others_is_capped(far):
+    log_weight = torch.tensor([*[0.0] * 63, far]).unsqueeze(1)
+    cap = adaptive_cap(log_weight, torch.ones(64), torch.ones(64, 2), KAPPA)
+    assert cap == 0
     assert cap.dtype == torch.float32
     assert cap.dim() == 0
+
+
+@pytest.mark.parametrize("log_weights", [[3.0], [3.5, 4.0], [6.0 + 0.1 * i for i in range(8)]])
+def test_weights_that_are_all_large_are_capped_at_one(log_weights):
+    n = len(log_weights)
+    assert adaptive_cap(torch.tensor(log_weights).unsqueeze(1), torch.ones(n), torch.ones(n, 2), KAPPA) == 0
+
+
+def test_weights_that_vanish_are_left_as_they_are():
+    cap = adaptive_cap(torch.full((3, 1), -1e4), torch.ones(3), torch.ones(3, 2), KAPPA)
+    assert cap >= -1e4
+    assert cap.isfinite()
 
 
 # The baseline of minimum variance

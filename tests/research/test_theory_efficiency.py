@@ -153,7 +153,7 @@ def test_the_rule_s_cap_by_brute_force(medium, level, n):
         share = min(1.0, kept(weights.clamp(max=cap)) / of_signal)
         return ((1 - share) ** 2 + NOISE_SCALE / n * noise(weights.clamp(max=cap) ** 2) / of_noise) / share**2
 
-    best = min(weights[mask.bool()].unique().tolist(), key=criterion)
+    best = min([1.0, *weights[mask.bool()].unique().tolist()], key=criterion)
     assert float(cap_of_the_rule(medium, n, level).exp()) == pytest.approx(best, rel=1e-9)
 
 
@@ -164,7 +164,7 @@ def test_the_first_form_by_brute_force(medium):
         u = weights.clamp(max=cap)
         return float(((p @ (weights - u)) ** 2 + p @ u.square() / n) / (p @ u) ** 2)
 
-    best = min(weights.tolist(), key=criterion)
+    best = min([1.0, *weights.tolist()], key=criterion)
     assert float(cap_of_the_first_form(medium, n).exp()) == pytest.approx(best, rel=1e-9)
 
 

@@ -2,8 +2,7 @@
 
 import torch
 
-
-MOST = 300.0  # largest log-weight that is told from infinity
+from ..objective import LOG_WEIGHT_BOUND
 
 
 def adaptive_cap(
@@ -33,7 +32,7 @@ def adaptive_cap(
         noise_scale: κ, the variance of one response's gradient over ‖g‖² (arXiv 1812.06162), in responses.
 
     Returns:
-        The log of the cap, 0-dimensional, in nats: the best of the weights themselves.
+        The log of the cap, 0-dimensional, in nats: the best of 1 and the weights themselves.
     """
     lengths = mask.sum(dim=1, keepdim=True).double()  # (B, 1)
     if advantages.dim() == 1:
@@ -44,15 +43,15 @@ def adaptive_cap(
     else:
         signal, noise = squares / lengths, squares
         log_weight, signal, noise = (each[mask.bool()] for each in (log_weight, signal, noise))
-    order = log_weight.flatten().argsort()
-    signal, noise, log_w = (each.flatten()[order] for each in (signal, noise, log_weight))
-    largest = log_w[-1].double()
-    w = (log_w.double() - largest).exp()  # a factor that cancels in S, and is put back in N
+    # a cap of 1 is a candidate too, as no weight may be near it; beyond its bound the loss doesn't tell weights apart
+    log_w = torch.cat([log_weight.flatten(), log_weight.new_zeros(1)]).clamp(max=LOG_WEIGHT_BOUND)
+    log_w, order = log_w.sort()
+    signal, noise = (torch.cat([each.flatten(), each.new_zeros(1)])[order] for each in (signal, noise))
+    w = log_w.double().exp()
     kept = (signal * w).cumsum(0) + w * (signal.sum() - signal.cumsum(0))
     squared = (noise * w.square()).cumsum(0) + w.square() * (noise.sum() - noise.cumsum(0))
-    scale = largest.clamp(max=MOST).exp()
-    share = (kept / torch.minimum(kept[-1], signal.sum() / scale)).clamp(max=1)
-    noise_of_cap = squared * scale / torch.minimum((noise * w).sum(), noise.sum() / scale)
+    share = (kept / torch.minimum(kept[-1], signal.sum())).clamp(max=1)
+    noise_of_cap = squared / torch.minimum((noise * w).sum(), noise.sum())
     error = ((1 - share).square() + noise_scale / squares[:, 0].count_nonzero() * noise_of_cap) / share.square()
     return log_w[torch.where(kept > 0, error, torch.inf).argmin()]
 
