@@ -2,6 +2,8 @@
 
 import math
 import random
+from collections import Counter
+from itertools import product
 from statistics import mean, median
 
 import pytest
@@ -35,6 +37,22 @@ def test_problems_are_right_seeded_and_of_their_split(split):
     assert all(2 <= len(terms) <= 40 and set(terms) <= {*range(10)} for terms in found)
     assert found == problems(split, 500)
     assert found != problems(split, 500, seed=1)
+
+
+def test_held_out_problems_are_distinct_and_the_next_longer_ones_replace_those_that_run_out():
+    expected = Counter(long_tail.sample_num_terms(rng) for rng in [random.Random(0)] for _ in range(1000))
+    found = problems("test", 1000)
+    assert len(set(found)) == 1000
+    counts = Counter(map(len, found))
+    assert counts[2] == sum(split_of(terms) == "test" for terms in product(range(10), repeat=2)) == 10
+    assert counts[3] == sum(split_of(terms) == "test" for terms in product(range(10), repeat=3)) == 109
+    assert counts[2] + counts[3] + counts[4] == expected[2] + expected[3] + expected[4]
+    assert all(counts[n] == expected[n] for n in range(5, 41))
+    lengths = [len(terms) for terms in problems("test", 200)]
+    assert lengths != sorted(lengths)  # in random order, so that a few of them are a sample
+    many = Counter(map(len, problems("test", 5000)))
+    assert many[4] > 1000  # all there are, and more with five terms
+    assert long_tail.count_problems("test", 5) == 5000
 
 
 def test_number_of_terms_is_log_normal():
