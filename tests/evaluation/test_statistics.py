@@ -16,6 +16,7 @@ from tic_grpo_trl.evaluation import (
 )
 from tic_grpo_trl.evaluation.config import set_name
 from tic_grpo_trl.evaluation.run_folder import SampleStore
+from tic_grpo_trl.starter import TASKS
 
 
 # Avg@k
@@ -229,6 +230,17 @@ def test_names():
 
 
 @pytest.mark.parametrize(
+    ("datasets", "task"),
+    [(["starter"], "starter"), (["long_tail"], "long_tail"), (["few_shot_sums"], "starter"), (["math500"], "starter")],
+)
+def test_the_default_model_is_that_of_the_task(datasets, task):
+    config = EvaluationConfig(datasets=datasets)
+    assert (config.model_name_or_path, config.name) == (TASKS[task].model, task)
+    assert EvaluationConfig("runs/qwen3", datasets).model_name_or_path == "runs/qwen3"
+    assert EvaluationConfig(datasets=["data/long_tail.jsonl"]).model_name_or_path == TASKS["starter"].model
+
+
+@pytest.mark.parametrize(
     ("settings", "says"),
     [
         ({"datasets": ["aime24"], "temperature": 0}, "aime24: k = 32 greedy samples .* all the same"),
@@ -239,6 +251,10 @@ def test_names():
         ({"k": 0}, "--k 0: give at least 1"),
         ({"limit": -3}, "--limit -3"),
         ({"datasets": []}, "--datasets : give at least one set"),
+        (
+            {"datasets": ["starter", "long_tail"]},
+            "--datasets starter long_tail: .* give only one of them",
+        ),
         ({"datasets": ["aime24", "aime24@copy.parquet"]}, "each set once"),
     ],
 )

@@ -142,8 +142,8 @@ def test_flags_and_recipe_reach_the_dataclasses(tmp_path):
         ("--config starter --starter_task long_tail", "long_tail", "long_tail", 416, 300),
         ("--config=starter --starter-task=long_tail --test_size 20", "long_tail", "long_tail", 416, 20),
         (
-            "--starter_task long_tail --dataset_name starter --max_completion_length 40",  # flags that are given win
-            *("starter", "long_tail", 40, 300),
+            "--starter_task long_tail --dataset_name few_shot_sums --max_completion_length 40",  # given flags win
+            *("few_shot_sums", "long_tail", 40, 300),
         ),
     ],
 )
@@ -154,6 +154,24 @@ def test_the_starters_task_sets_what_is_not_given(flags, dataset, model, longest
     assert train.model_name(script_args, model_args) == TASKS[model].model
     model_args.model_name_or_path = "mine"
     assert train.model_name(script_args, model_args) == "mine"
+
+
+@pytest.mark.parametrize(
+    ("flags", "task", "name"),
+    [
+        ("--dataset_name long_tail", "starter", "long_tail"),
+        ("--config starter --dataset_name long_tail", "starter", "long_tail"),
+        ("--starter_task long_tail --dataset_name starter", "long_tail", "starter"),
+    ],
+)
+def test_data_of_another_task_than_the_models_are_refused(flags, task, name, capsys):
+    line = refused(capsys, train.main, *flags.split(), *CPU)
+    assert line.endswith(
+        f"--dataset_name {name}: the model would be that of the task {task}; set --starter_task {name}, or give "
+        "--model_name_or_path."
+    )
+    parsed = train.parse([*flags.split(), *CPU, "--model_name_or_path", "mine"], train.TICGRPOConfig)
+    assert train.model_name(parsed[0], parsed[2]) == "mine"
 
 
 def test_an_unknown_task_of_the_starter():

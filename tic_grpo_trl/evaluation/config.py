@@ -1,6 +1,7 @@
 """Settings of an evaluation, and the papers' protocol for each data set."""
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -9,7 +10,7 @@ import torch
 
 from ..data import GENERATED_SETS
 from ..data.sources import BUILDERS
-from ..starter import STARTER_MODEL, TASKS
+from ..starter import TASKS
 from .sampling import Sampling
 
 
@@ -33,7 +34,9 @@ LENGTHS = {"few_shot_sums": 48} | {name: task.max_completion_length for name, ta
 class EvaluationConfig:
     """Configure an evaluation. The help text of each field describes it."""
 
-    model_name_or_path: str = field(default=STARTER_MODEL, metadata={"help": "Model folder, hub id or LoRA adapter."})
+    model_name_or_path: str = field(
+        default="", metadata={"help": "Model folder, hub id or LoRA adapter. Default: the starter's for the sets."}
+    )
     datasets: list[str] = field(
         default_factory=lambda: ["starter"],
         metadata={"help": "Sets of load_problems: aime24, math500@copies/math500.parquet, or your own files."},
@@ -73,9 +76,11 @@ class EvaluationConfig:
             has_vllm = importlib.util.find_spec("vllm") is not None and torch.cuda.is_available()
             self.backend = "vllm" if has_vllm else "transformers"
         self.batch_size = self.batch_size or (1024 if self.backend == "vllm" else 64)
+        self.model_name_or_path = self.model_name_or_path or default_model(self.datasets)
         if not self.name:
             path = Path(self.model_name_or_path)
-            self.name = "starter" if self.model_name_or_path == STARTER_MODEL else path.name or str(path)
+            tasks = {known.model: task for task, known in TASKS.items()}
+            self.name = tasks.get(self.model_name_or_path) or path.name or str(path)
         self.output_dir = self.output_dir or str(Path("runs/evaluation", self.name))
         for name in ("k", "limit", "batch_size", "max_completion_length"):
             value = getattr(self, name)
@@ -104,6 +109,21 @@ class EvaluationConfig:
             raise ValueError(f"{name}: --top_p {self.top_p} has no effect at temperature 0: remove it")
         length = self.max_completion_length or LENGTHS.get(name, PAPER_LENGTH)
         return Protocol(k, Sampling(temperature, top_p, length))
+
+
+def default_model(datasets: Sequence[str]) -> str:
+    """Return the starter's model for the task among the sets, or that for `starter` if there is none.
+
+    Raises:
+        ValueError: if the sets are of more than one task.
+    """
+    tasks = [*dict.fromkeys(name for name in datasets if name in TASKS)]
+    if len(tasks) > 1:
+        raise ValueError(
+            f"--datasets {' '.join(datasets)}: {' and '.join(tasks)} have a model each; give only one of them, or "
+            "--model_name_or_path."
+        )
+    return TASKS[tasks[0] if tasks else "starter"].model
 
 
 def set_name(dataset: str) -> str:

@@ -93,8 +93,20 @@ def starter_defaults(task: str | None) -> dict[str, Any]:
 
 
 def model_name(script_args: TrainArguments, model_args: ModelConfig) -> str:
-    """Return the model to train: by default that of `--starter_task`."""
-    return model_args.model_name_or_path or TASKS[script_args.starter_task or "starter"].model
+    """Return the model to train: by default that of `--starter_task`.
+
+    Raises:
+        ValueError: if no model is given and the data are those of another task of the starter.
+    """
+    if model_args.model_name_or_path:
+        return model_args.model_name_or_path
+    task, name = script_args.starter_task or "starter", script_args.dataset_name
+    if name in TASKS and name != task:
+        raise ValueError(
+            f"--dataset_name {name}: the model would be that of the task {task}; set --starter_task {name}, or give "
+            "--model_name_or_path."
+        )
+    return TASKS[task].model
 
 
 def load_data(script_args: TrainArguments, training_args: TICGRPOConfig) -> tuple[Any, Any]:
