@@ -55,7 +55,7 @@ SETTINGS: dict[str, Any] = {
 class Task:
     """A task of the study: sums of `term_counts` digits, with at most `max_completion_length` tokens per answer."""
 
-    term_counts: tuple[int, ...]
+    term_counts: tuple[int, ...]  # every number of digits that occurs, in increasing order
     max_completion_length: int
     make_dataset: Callable[..., Dataset]  # of split, size and seed
 
@@ -80,7 +80,8 @@ TASKS = {
     "starter": _task("starter", 3, 4, 5, 6),  # responses of 18 tokens at the start, 32 after training
     # responses about twice as long; its start weights are trained on first use
     "long": Task((7, 8, 9), 72, functools.partial(make_dataset, term_counts=(7, 8, 9))),
-    "long_tail": _task("long_tail", *TERM_RANGE),  # most responses short, a few of hundreds of tokens
+    # most responses short, a few of hundreds of tokens
+    "long_tail": _task("long_tail", *range(TERM_RANGE[0], TERM_RANGE[1] + 1)),
 }
 
 

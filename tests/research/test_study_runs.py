@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from research.study.__main__ import main
 from research.study.pool import execute_all
-from research.study.runs import Run, execute, last_checkpoint, parse_settings
+from research.study.runs import TASKS, Run, execute, last_checkpoint, parse_settings
 
 
 SMALL = (
@@ -52,6 +52,14 @@ def test_configuration_of_a_run():
     assert args.save_steps % 16 == 0  # at the end of a rollout, where a checkpoint has no rollout in it
     assert args.max_completion_length == 48
     assert Run("gspo", 0, task="long").config("unused").max_completion_length == 72
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_lists_every_number_of_digits_that_occurs(task):
+    prompts, listed = TASKS[task].make_dataset("train", 8000)["prompt"], TASKS[task].term_counts
+    found = {message["content"].count("+") + 1 for (message,) in prompts}
+    assert found <= {*listed}
+    assert (min(found), max(found)) == (listed[0], listed[-1])
 
 
 def test_folder_names_are_unique():
