@@ -96,7 +96,6 @@ class Cell:
         adaptive: level -> n -> η of the rule at that cap.
         first_form: n -> η of the first form's cap, at the trajectory level.
         own_sample: level -> n -> η of the rule with the cap of the mini-batch's own sample, and its standard error.
-        errors: rule -> n -> standard errors of η.
     """
 
     kind: str
