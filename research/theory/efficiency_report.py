@@ -307,8 +307,9 @@ Of the trajectory weight, at n = {ns}; σ in brackets, mean over tasks:
 
 S = Σ A²·u / Σ A²·w,  N = Σ A²·L·u² / Σ A²·L·w,
 
-u = min(w, c) and L the length of a response. Since E[w] = 1, a denominator is no larger than it would be with w = 1, and
-S is at most 1: a single large weight would otherwise be its own measure. The rule assumes
+u = min(w, c) and L the length of a response. Since E[w] = 1, a denominator is no larger than it would be with w = 1,
+and S is at most 1: a single large weight would otherwise be its own measure. A cap of 1 is always a candidate. The rule
+assumes
 
 - that the part of the signal that is cut off is lost as bias, the worst case;
 - that a response's part in the signal is proportional to A² and in the noise to A²·L (Property 4.1);
