@@ -178,7 +178,7 @@ class TICGRPOTrainer(GRPOTrainer):
             if self.carry_over:
                 self.carry_over.mark(rollout)
             self.reward_guard.mark(rollout)
-            self.batcher.mark(rollout)
+            self.batcher.mark(rollout, self.reward_guard.has_reward)
             self.probe.check_rollout(rollout, metrics, is_new=self.state.global_step == 0)
             self.completions_table.add_responses(rollout, len(inputs))
         else:

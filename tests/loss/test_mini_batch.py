@@ -1,13 +1,14 @@
 """Decisions for whole mini-batches through `train()`: the same however the mini-batch is cut, and what they cost."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from conftest import logps, tiny_model
 from rollouts import assert_same_updates, build, given_rollouts, random_rollouts, train, with_advantages_per_token
 
-from tic_grpo_trl.forward.responses import loss_mask
+from tic_grpo_trl.forward.responses import loss_mask, sequences
 from tic_grpo_trl.loss.mini_batch_rules import adaptive_cap
 
 
@@ -65,7 +66,7 @@ def test_a_mini_batch_in_several_passes_is_the_one_of_a_single_pass(tmp_path, al
 
 
 @pytest.mark.parametrize("level", ["trajectory", "prefix"])
-def test_the_cap_is_that_of_the_responses_that_can_move_the_weights(tmp_path, level):
+def test_the_cap_is_that_of_the_active_responses(tmp_path, level):
     updates, trainers = [], []
 
     def watch(trainer):
@@ -77,26 +78,27 @@ def test_the_cap_is_that_of_the_responses_that_can_move_the_weights(tmp_path, le
         watch,
         algorithm="tic_grpo_adaptive",
         importance_sampling_level=level,
-        **RUN | PADDED | CUTS["two"],
+        **RUN | PADDED | CUTS["two"] | {"max_steps": 8},
     )
-    capped = 0
+    capped = left_out = 0
     for log, responses in zip(run.logs, updates[0], strict=True):
-        moving = [ratio for ratio, advantage in responses if advantage]
+        active = [ratio for ratio, advantage in responses if advantage]
+        left_out += len(active) < len(responses)
         advantages = torch.tensor([advantage for _, advantage in responses if advantage])
-        if not moving:
+        if not active:
             assert "update/cap" not in log
             continue
-        assert len(moving) < len(responses) or len(responses) == 8
         if level == "trajectory":
-            weights = torch.stack([ratio.sum() for ratio in moving]).unsqueeze(1)
+            weights = torch.stack([ratio.sum() for ratio in active]).unsqueeze(1)
         else:
-            weights = torch.nn.utils.rnn.pad_sequence([ratio.cumsum(0) for ratio in moving], batch_first=True)
-        lengths = torch.tensor([len(ratio) for ratio in moving]).unsqueeze(1)
+            weights = torch.nn.utils.rnn.pad_sequence([ratio.cumsum(0) for ratio in active], batch_first=True)
+        lengths = torch.tensor([len(ratio) for ratio in active]).unsqueeze(1)
         mask = torch.arange(int(lengths.max())) < lengths
         cap = adaptive_cap(weights, advantages, mask, trainers[0].args.gradient_noise_scale)
         assert log["update/cap"] == pytest.approx(math.exp(cap), rel=1e-4)
         capped += bool((weights > cap + 1e-6).any())
     assert capped  # a cap that is never reached would be no cap
+    assert left_out
 
 
 def test_what_a_decision_costs(tmp_path):
@@ -114,35 +116,38 @@ def test_what_a_decision_costs(tmp_path):
 
 
 @pytest.mark.parametrize("algorithm", RULES)
-def test_a_response_with_bad_numbers_takes_no_part_in_a_decision(tmp_path, algorithm):
+@pytest.mark.parametrize("cut", ["one", "two"])
+def test_a_response_with_bad_numbers_takes_no_part_in_a_decision(tmp_path, algorithm, cut):
     """As if it had no tokens, whether the decision comes from passes of its own or from the loss's."""
 
-    def with_bad_numbers(value):
-        def prepare(trainer):
-            start = trainer.current_rollout.start
+    def prepare(trainer, is_bad):
+        sick = []  # ids of a response of every micro-batch that is scored
+        start = trainer.current_rollout.start
 
-            def changed(micro_batches, dropped):
-                for micro_batch in micro_batches:
-                    if "old_per_token_logps" in micro_batch:
-                        micro_batch["old_per_token_logps"][0] = value
-                start(micro_batches, trainer.guard.drop_from_micro_batches(micro_batches, dropped))
+        def changed(micro_batches, dropped):
+            for micro_batch in micro_batches:
+                if "old_per_token_logps" in micro_batch and is_bad:
+                    sick.append(sequences(micro_batch)[0][0])
+                elif "old_per_token_logps" in micro_batch:
+                    micro_batch["completion_mask"][0] = 0
+            start(micro_batches, dropped)
 
-            trainer.current_rollout.start = changed
+        def spoil(model, args, inputs, output):
+            for ids in sick:
+                rows = (inputs["input_ids"] == ids).all(dim=1, keepdim=True)
+                output.log_probs = output.log_probs.masked_fill(rows, float("nan"))
 
-        return prepare
+        trainer.current_rollout.start = changed
+        trainer.model.register_forward_hook(spoil, with_kwargs=True)
 
-    runs = [
-        train(
-            tmp_path,
-            with_bad_numbers(value),
-            {"zero_advantage": 0.0},
-            algorithm=algorithm,
-            **RUN | PADDED | CUTS["two"],
-        )
-        for value in (float("nan"), float("inf"))
-    ]
-    assert_same_updates(*runs)
-    assert sum(log["frac_non_finite"] for log in runs[0].logs) > 0
+    settings = {"algorithm": algorithm, "rollouts": {"zero_advantage": 0.0}} | RUN | PADDED | CUTS[cut]
+    without = train(tmp_path, partial(prepare, is_bad=False), **settings)
+    bad = train(tmp_path, partial(prepare, is_bad=True), leader=without, **settings)
+    assert_same_updates(bad, without)
+    for mine, theirs in zip(bad.logs, without.logs, strict=True):
+        expected = {name: theirs[name] for name in METRICS if name in theirs}
+        assert {name: mine[name] for name in METRICS if name in mine} == pytest.approx(expected, rel=1e-5)
+    assert sum(log["frac_non_finite"] for log in bad.logs) > 0
 
 
 @pytest.mark.parametrize("algorithm", RULES)
@@ -185,10 +190,40 @@ def test_responses_at_the_mean_of_their_group_train_on(tmp_path):
     assert sorted(log["update/responses_skipped"] for log in packed.logs) == [0, 0, 0.5, 0.5]  # one group of four
 
 
+def test_a_response_without_a_reward_is_not_trained_on(tmp_path):
+    """It has no advantage, and no part in its neighbours' baselines."""
+    found = []
+
+    def watch(trainer):
+        decide = trainer.mini_batch.decide_from_pass
+
+        def noting(inputs, log_ratio, position):
+            decision = decide(inputs, log_ratio, position)
+            if "old_per_token_logps" not in inputs:  # on-policy: every w is 1
+                advantages = inputs["advantages"] + decision.shifts[position.micro_batch]
+                found.append(advantages.view(-1, 4).tolist())
+            return decision
+
+        trainer.mini_batch.decide_from_pass = noting
+
+    rollouts = given_rollouts(3, [5, 2, 8, 3] * 4, [1.0, None, 0.0, 1.0] * 4)
+    padded = train(tmp_path / "padded", watch, rollouts, algorithm="vcpo", **RUN | PADDED)
+    packed = train(tmp_path / "packed", rollouts=rollouts, leader=padded, algorithm="vcpo", **RUN)
+    expected = [1 - 3 / (8 + 3), 0.0, 0 - (5 + 3) / (5 + 3), 1 - 5 / (5 + 8)]
+    assert found == [[pytest.approx(expected)] * 2]
+    assert_same_updates(packed, padded)
+    assert [log["update/responses_skipped"] for log in packed.logs] == [0.25] * 4
+
+
+@pytest.mark.parametrize("overflows", [False, True], ids=["finite", "overflows"])
 @pytest.mark.parametrize("cut", ["one", "two"])
-def test_exact_norms_are_those_of_each_response_s_own_gradient(tmp_path, cut):
-    """Advantages by plain loops from the test's own log-probabilities, differentiated one response at a time."""
-    found, updates = [], {}
+def test_exact_norms_are_those_of_each_response_s_own_gradient(tmp_path, cut, overflows):
+    """Advantages by plain loops from the test's own log-probabilities, differentiated one response at a time. One whose
+    gradient overflows where it is alone, as in fp16, keeps its advantage and has no part in the others' baselines."""
+    updates, is_alone = {}, [False]
+
+    def ends_in_overflow(ids):
+        return overflows and int(ids[-2]) % 4 == 0
 
     def watch(trainer):
         decide = trainer.mini_batch.decide_from_pass
@@ -202,21 +237,27 @@ def test_exact_norms_are_those_of_each_response_s_own_gradient(tmp_path, cut):
                     own = torch.autograd.grad(logp[i][mask].sum(), list(model.parameters()), retain_graph=True)
                     k = math.exp(2 * log_ratio[i].double().sum()) * float(sum(g.square().sum() for g in own))
                     shift = decision.shifts[position.micro_batch][i]
+                    bad = ends_in_overflow(sequences(inputs)[0][i][: mask.sum() - len(mask) or None])
                     key = position.rollout, position.update, int(inputs["group"][i])
-                    updates.setdefault(key, []).append((float(inputs["advantages"][i]), k, float(shift)))
+                    updates.setdefault(key, []).append((float(inputs["advantages"][i]), k, float(shift), bad))
             return decision
 
+        def note_size(model, args, inputs):
+            is_alone[0] = len(inputs["input_ids"]) == 1 and ends_in_overflow(inputs["input_ids"][0])
+
         trainer.mini_batch.decide_from_pass = noting
+        trainer.model.register_forward_pre_hook(note_size, with_kwargs=True)
+        next(trainer.model.parameters()).register_hook(lambda g: g * float("inf") if is_alone[0] else g)
 
     settings = {"baseline_norms": "gradients", "max_steps": 4, "algorithm": "vcpo"}
-    train(tmp_path, watch, {"zero_advantage": 0.0}, **RUN | CUTS[cut] | settings)
+    train(tmp_path, watch, {"zero_advantage": 0.0}, **RUN | PADDED | CUTS[cut] | settings)
     assert len(updates) == 8  # two groups in each of four updates
     for responses in updates.values():
-        for i, (_, _, shift) in enumerate(responses):
-            others = responses[:i] + responses[i + 1 :]
-            baseline = sum(a * k for a, k, _ in others) / sum(k for _, k, _ in others)
-            found.append(shift == pytest.approx(-baseline, rel=1e-3, abs=1e-5))
-    assert all(found)
+        for i, (_, _, shift, bad) in enumerate(responses):
+            others = [(a, k) for j, (a, k, _, bad) in enumerate(responses) if j != i and not bad]
+            baseline = sum(a * k for a, k in others) / sum(k for _, k in others) if others and not bad else 0.0
+            assert shift == pytest.approx(-baseline, rel=1e-3, abs=1e-5)
+    assert any(bad for responses in updates.values() for *_, bad in responses) == overflows
 
 
 def test_norms_by_tokens_are_near_the_exact_ones_and_cost_nothing(tmp_path):
@@ -225,8 +266,8 @@ def test_norms_by_tokens_are_near_the_exact_ones_and_cost_nothing(tmp_path):
         settings = {"baseline_norms": norms, "algorithm": "vcpo", "max_steps": 4}
         run = train(tmp_path, rollouts={"zero_advantage": 0.0}, **RUN | settings)
         forwards[norms] = run.forwards
-    # a pass for each of the eight responses, and one for the ratios where they are not 1
-    assert forwards["gradients"] - forwards["tokens"] == 4 * 8 + 3
+    # a pass for each of the eight responses, from which the ratios come, too
+    assert forwards["gradients"] - forwards["tokens"] == 4 * 8
 
 
 def test_one_step_has_the_scaled_rate_and_the_log_that_of_the_schedule(tmp_path):
@@ -239,7 +280,7 @@ def test_one_step_has_the_scaled_rate_and_the_log_that_of_the_schedule(tmp_path)
     for log, gradient, weights in zip(run.logs, run.gradients, run.weights, strict=True):
         rate, factor = log["learning_rate"], log["update/learning_rate_factor"]
         assert rate == pytest.approx(0.05 * (1 - (log["step"] - 1) / 4))
-        ess = log["trajectory_ratio/ess"]  # of responses that all move the weights
+        ess = log["trajectory_ratio/ess"]  # of responses that are all active
         assert factor == pytest.approx(math.sqrt(ess), rel=1e-5)
         after = torch.cat([p.flatten() for p in weights])
         torch.testing.assert_close(after - before, -rate * factor * gradient, rtol=1e-3, atol=1e-6)

@@ -54,15 +54,15 @@ def test_the_cap_is_that_of_the_responses_of_both(topology, case):
     result, differs, idle = topology[case], 0, 0
     assert len(result["decided"]) == len(result["logged"]) == (4 if case == "prefix" else 8)
     for ranks, log in zip(result["decided"], result["logged"], strict=True):
-        moving = [(ratio, advantage) for ratio, advantage, *_ in responses_of(ranks) if advantage]
-        if not moving:
+        active = [(ratio, advantage) for ratio, advantage, *_ in responses_of(ranks) if advantage]
+        if not active:
             assert "update/cap" not in log
             continue
-        lengths = torch.tensor([len(ratio) for ratio, _ in moving]).unsqueeze(1)
+        lengths = torch.tensor([len(ratio) for ratio, _ in active]).unsqueeze(1)
         mask = torch.arange(int(lengths.max())) < lengths
-        sums = [ratio.cumsum(0) if case == "prefix" else ratio.sum().view(1) for ratio, _ in moving]
+        sums = [ratio.cumsum(0) if case == "prefix" else ratio.sum().view(1) for ratio, _ in active]
         weights = torch.nn.utils.rnn.pad_sequence(sums, batch_first=True)
-        cap = adaptive_cap(weights, torch.tensor([advantage for _, advantage in moving]), mask, 20.0)
+        cap = adaptive_cap(weights, torch.tensor([advantage for _, advantage in active]), mask, 20.0)
         for rank in ranks:
             assert float(rank["log_cap"]) == pytest.approx(float(cap), abs=1e-5)
         assert log["update/cap"] == pytest.approx(math.exp(cap), rel=1e-4)

@@ -1,4 +1,4 @@
-"""The norm of every response's own gradient, exactly."""
+"""The norm of every response's own gradient, exactly, and the log-probabilities that come with it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from trl.models.utils import disable_gradient_checkpointing
 
-from ..forward.packed_forward import MULTIMODAL, ForwardOutput, PackedForward
+from ..forward.packed_forward import ForwardOutput, PackedForward
 from ..forward.responses import PADDED_SIDE, loss_mask, sequences
 from ..rollout.micro_batches import active_responses, take_responses
 
@@ -25,27 +25,23 @@ def check_weights_are_whole(accelerator: Accelerator):
         )
 
 
-def squared_gradient_norms(
+def logps_and_squared_norms(
     forward: PackedForward, micro_batch: dict[str, Any], count: Callable[[ForwardOutput], None]
-) -> torch.Tensor:
-    """Compute ‖∇ log P_θ(o_i)‖² over the trained parameters, by a forward and backward pass for each response.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute log π_θ(o_{i,t}) and ‖∇ log P_θ(o_i)‖² over the trained parameters, by passes for each response.
 
     Args:
-        forward: makes the passes.
-        micro_batch: its responses; those that cannot move the weights get 0.
-        count: called with each pass.
+        forward: makes a forward pass for each response, which a backward pass follows.
+        micro_batch: its responses, without images; those that are not active get 0.
+        count: called with each forward pass.
 
     Returns:
-        (B,) squared norms, float32.
-
-    Raises:
-        ValueError: for responses with images.
+        (B, T) log-probabilities in nats, without gradient, and (B,) squared norms; float32.
     """
-    if any(micro_batch.get(name) is not None for name in MULTIMODAL):
-        raise ValueError("baseline_norms='gradients' cannot be computed with images: set baseline_norms='tokens'.")
     policy: Any = forward.model()
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     active = active_responses(micro_batch, only_advantages=True)
+    logps = torch.zeros(micro_batch["completion_ids"].shape, device=active.device)
     norms = torch.zeros(len(active), device=active.device)
     checkpointing: Any = forward.args.gradient_checkpointing_kwargs
     responses = {name: micro_batch[name] for name in PADDED_SIDE if micro_batch.get(name) is not None}
@@ -56,7 +52,8 @@ def squared_gradient_norms(
         with torch.enable_grad(), disable_gradient_checkpointing(policy, checkpointing):
             output = forward(policy, ids, mask, response["completion_ids"].size(1))
         count(output)
+        logps[index, : output.logps.size(1)] = output.logps[0].detach()
         log_p = (output.logps * loss_mask(response)).sum()
         gradients = torch.autograd.grad(log_p, parameters, allow_unused=True)
         norms[index] = sum(gradient.float().square().sum() for gradient in gradients if gradient is not None)
-    return norms
+    return logps, norms

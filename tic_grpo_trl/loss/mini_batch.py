@@ -1,7 +1,7 @@
 """What depends on a whole mini-batch, decided before its first backward pass.
 
 The decisions need the ratios of every response of the update, on all processes. Where the update is one forward pass,
-they come from that pass. Otherwise its micro-batches are scored first, without gradient.
+they come from that pass. Otherwise its micro-batches are scored first.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from ..rollout.current_rollout import CurrentRollout
 from ..rollout.micro_batches import active_responses
 from ..rollout.schedule import Position, RolloutSchedule
 from ..rollout.scoring import Metrics
-from .gradient_norms import check_weights_are_whole, squared_gradient_norms
+from .gradient_norms import check_weights_are_whole, logps_and_squared_norms
 from .learning_rate import LearningRateFactor
 from .mini_batch_rules import adaptive_cap, minimum_variance_advantages
 
@@ -40,8 +40,8 @@ class MiniBatch:
     Decide what depends on the whole mini-batch of an update: the cap of `clip_mode="adaptive"`, the advantages of
     `advantage_baseline="minimum_variance"` and the learning rate of `scale_lr_by_ess`.
 
-    Only responses that can move the weights count. A response with a log-ratio that is not finite is ignored; the
-    training pass drops it. All processes make the same decisions, from the numbers of all.
+    Only active responses with finite log-ratios and norms count; the training pass drops those whose log-ratios are not.
+    All processes make the same decisions, from the numbers of all.
     """
 
     args: TICGRPOConfig
@@ -70,11 +70,8 @@ class MiniBatch:
         micro_batches = {i: each for i in update if (each := self.rollout.micro_batches[i]) is not None}
         self._decision = None
         if len(micro_batches) > 1 or self._exact_norms:
-            log_ratios = [self._log_ratio(each) for each in micro_batches.values()]
-            norms = None
-            if self._exact_norms:
-                norms = [squared_gradient_norms(self.forward, each, self.count) for each in micro_batches.values()]
-            self._decision = self._decide(micro_batches, log_ratios, norms)
+            scored = zip(*(self._score(each) for each in micro_batches.values()), strict=True)
+            self._decision = self._decide(micro_batches, *map(list, scored))
 
     def decide_from_pass(self, inputs: dict[str, Any], log_ratio: torch.Tensor, position: Position) -> Decision:
         """Return the decision for the current update; without one so far, this pass is the update's only one.
@@ -82,8 +79,8 @@ class MiniBatch:
         `log_ratio` are the (B, T) log-ratios of the pass.
         """
         if self._decision is None:
-            only = {position.micro_batch: inputs}
-            self._decision = self._decide(only, [log_ratio]) if self.args.uses_mini_batch else Decision()
+            only, lengths = {position.micro_batch: inputs}, loss_mask(inputs).sum(dim=1)
+            self._decision = self._decide(only, [log_ratio], [lengths]) if self.args.uses_mini_batch else Decision()
         return self._decision
 
     def close(self, metrics: Metrics):
@@ -92,25 +89,32 @@ class MiniBatch:
         for name, value in decision.metrics.items():
             metrics[name].append(float(value))
 
-    def _log_ratio(self, micro_batch: dict[str, Any]) -> torch.Tensor:
-        """Return the (B, T) log-ratios of a micro-batch, by a pass without gradient unless every one is 0."""
+    def _score(self, micro_batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a micro-batch's (B, T) log-ratios and (B,) squared norms; lengths stand for norms that aren't exact.
+
+        No pass is made where the policy is still the old one, unless exact norms need it.
+        """
         mask, old_logps = loss_mask(micro_batch), micro_batch.get("old_per_token_logps")
-        if old_logps is None:  # on-policy
-            return torch.zeros_like(mask, dtype=torch.float32)
-        output = self.forward.score(micro_batch)
-        self.count(output)
-        return token_log_ratio(output.logps, old_logps, mask)
+        logps, norms = torch.zeros_like(mask, dtype=torch.float32), mask.sum(dim=1)
+        if self._exact_norms:
+            logps, norms = logps_and_squared_norms(self.forward, micro_batch, self.count)
+        elif old_logps is not None:
+            output = self.forward.score(micro_batch)
+            self.count(output)
+            logps = output.logps
+        return token_log_ratio(logps, old_logps, mask), norms
 
     def _decide(
         self,
         micro_batches: dict[int, dict[str, Any]],
         log_ratios: list[torch.Tensor],  # (B, T) each
-        squared_norms: list[torch.Tensor] | None = None,  # (B,) each
+        squared_norms: list[torch.Tensor],  # (B,) each
     ) -> Decision:
-        """Decide from the micro-batches of an update on this process; without norms, lengths stand for them."""
+        """Decide from the micro-batches of an update on this process."""
         inputs, decision = list(micro_batches.values()), Decision()
         active = [active_responses(each, only_advantages=True) for each in inputs]
-        finite = [log_ratio.isfinite().all(dim=1) for log_ratio in log_ratios]
+        numbers = zip(log_ratios, squared_norms, strict=True)
+        finite = [log_ratio.isfinite().all(dim=1) & norm.isfinite() for log_ratio, norm in numbers]
         counted = self._gather([a & f for a, f in zip(active, finite, strict=True)])  # (n,)
         masks = [loss_mask(each) for each in inputs]
         totals = self._gather([log_ratio.sum(dim=1) for log_ratio in log_ratios])  # (n,) R
@@ -122,7 +126,7 @@ class MiniBatch:
         if self._has_baseline:
             _check_per_response(advantages)
             groups = self._gather([each["group"] for each in inputs])
-            norms = self._gather(squared_norms or [mask.sum(dim=1) for mask in masks])
+            norms = self._gather(squared_norms)
             new = advantages.clone()
             values = (each[counted] for each in (advantages, totals, norms, groups))
             new[counted] = minimum_variance_advantages(*values)

@@ -129,7 +129,10 @@ class WeightedLoss:
         position: Position | None,
         sampler_log_ratio: torch.Tensor | None,  # (B, T)
     ):
-        """Give TRL's loss the weight, and collect the ratios; nothing is read from the device here."""
+        """Give TRL's loss the weight, and collect the ratios.
+
+        Only the rules for whole mini-batches and `min_ess` read from the device here.
+        """
         mask = loss_mask(inputs)
         log_ratio = token_log_ratio(logps, inputs.get("old_per_token_logps"), mask)
         decision = Decision() if position is None else self.mini_batch.decide_from_pass(inputs, log_ratio, position)

@@ -78,10 +78,10 @@ class Batcher:
             )
         warn(f"{SPLITS_GROUPS}: {reason}.")
 
-    def mark(self, rollout: dict[str, Any]):
-        """Note the group of every response, where the loss needs it."""
+    def mark(self, rollout: dict[str, Any], has_reward: torch.Tensor | None):
+        """Note the group of every response, where the loss needs it; `has_reward` is (n,) bool."""
         if self._needs_groups:
-            mark_groups(rollout, self.schedule.num_generations, self.accelerator)
+            mark_groups(rollout, self.schedule.num_generations, self.accelerator, has_reward)
 
     def partition(self, rollout: dict[str, Any]) -> dict[str, Any]:
         """Put the responses of a rollout in the random order in which they are cut into mini-batches."""

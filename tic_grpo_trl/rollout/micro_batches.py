@@ -18,7 +18,7 @@ def active_responses(rollout: dict[str, Any], only_advantages: bool) -> torch.Te
 
     They have a token that counts and, with `only_advantages`, a non-zero advantage there. `only_advantages` says that
     every term of the loss is multiplied by the advantage (no KL, entropy or router term), so that a response with
-    advantage 0 contributes exactly nothing. Where groups are marked, all responses of a group with unequal rewards can.
+    advantage 0 contributes exactly nothing. Where groups are marked, all responses that have a group are active.
     """
     mask = loss_mask(rollout).bool()
     if only_advantages and "group" in rollout:
@@ -29,14 +29,18 @@ def active_responses(rollout: dict[str, Any], only_advantages: bool) -> torch.Te
     return mask.any(dim=1)
 
 
-def mark_groups(rollout: dict[str, Any], num_generations: int, accelerator: Accelerator):
+def mark_groups(
+    rollout: dict[str, Any], num_generations: int, accelerator: Accelerator, has_reward: torch.Tensor | None
+):
     """Add `group`, (n,), to a rollout that TRL has just made: the number of each response's group over all processes.
 
-    It is -1 for groups that cannot move the weights, because all of their advantages are 0.
+    It is -1 for responses that must not move the weights: those of groups in which every advantage is 0, and those
+    without a reward. `has_reward` is (n,) bool; with `None`, all have one.
     """
-    moves = accelerator.gather(rollout["advantages"]).view(-1, num_generations).ne(0).any(dim=1)  # (groups,)
-    numbers = torch.arange(len(moves), device=moves.device).where(moves, -1).repeat_interleave(num_generations)
-    rollout["group"] = numbers.view(accelerator.num_processes, -1)[accelerator.process_index].clone()
+    active = accelerator.gather(rollout["advantages"]).view(-1, num_generations).ne(0).any(dim=1)  # (groups,)
+    numbers = torch.arange(len(active), device=active.device).where(active, -1).repeat_interleave(num_generations)
+    own = numbers.view(accelerator.num_processes, -1)[accelerator.process_index].clone()
+    rollout["group"] = own if has_reward is None else own.where(has_reward, -1)
 
 
 def take_responses(rollout: dict[str, Any], indices: list[int], blanks: int, trim: bool) -> dict[str, Any]:

@@ -22,7 +22,8 @@ class RewardGuard:
     names: list[str]  # (F,) of reward functions and models
     weights: torch.Tensor  # (F,)
     models: list[int]  # the columns of reward models
-    _unrewarded: torch.Tensor | None = field(default=None, init=False)  # (B,) bool: responses of the newest rollout
+    has_reward: torch.Tensor | None = field(default=None, init=False)  # (B,) bool, of the newest responses
+    _unrewarded: torch.Tensor | None = field(default=None, init=False)  # (B,) bool: those of groups with a bad reward
 
     @classmethod
     def of(cls, trainer: Any, reports: NumberReports) -> "RewardGuard":
@@ -33,8 +34,11 @@ class RewardGuard:
     def check(self, rewards: torch.Tensor, num_generations: int, prompts: list, completions: list) -> torch.Tensor:
         """Replace all rewards of groups with a bad one by NaN; TRL leaves those out of every mean and deviation.
 
-        The rewards, (processes · B, F), are those of all processes, prompts and completions those of this one.
+        The rewards, (processes · B, F), are those of all processes, prompts and completions those of this one. Also
+        note in `has_reward` for which of them some function returned a reward.
         """
+        first = self.accelerator.process_index * len(prompts)
+        self.has_reward = ~rewards[first : first + len(prompts)].isnan().all(dim=1)
         self._unrewarded = None
         functions = [column for column in range(len(self.names)) if column not in self.models]
         if rewards[:, functions].isinf().any():  # `raise_failures` ends the run
@@ -42,7 +46,6 @@ class RewardGuard:
         groups, own = groups_without_rewards(rewards, self.weights, self.models, num_generations)
         if not groups.any():
             return rewards
-        first = self.accelerator.process_index * len(prompts)
         self._unrewarded = groups[first : first + len(prompts)]
         for index in own[first : first + len(prompts)].nonzero().flatten().tolist()[:1]:
             values = zip(self.names, rewards[first + index].tolist(), strict=True)
