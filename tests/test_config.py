@@ -184,6 +184,23 @@ REFUSED = [
     ),
     ({"algorithm": "vcpo", "scale_rewards": "group"}, r"cannot be combined with scale_rewards='group': set scale_rewa"),
     (
+        {"algorithm": "vcpo", "multi_objective_aggregation": "normalize_then_sum"},
+        r"minimum_variance' replaces .* be combined with multi_objective_aggregation='normalize_then_sum': set multi_ob"
+        r"jective_aggregation='sum_then_normalize', or advantage_baseline='group_mean'",
+    ),
+    *[
+        (
+            rule | {"max_carry_over": 2, "behaviour_policy": "trainer", "use_vllm": True},
+            rf"{name} needs ratios to the policies that sampled .*max_carry_over=2 and behaviour_policy='trainer' .*: "
+            r"set behaviour_policy='sampler'",
+        )
+        for name, rule in {
+            "clip_mode='adaptive'": {"algorithm": "tic_grpo_adaptive"},
+            "advantage_baseline='minimum_variance'": {"algorithm": "vcpo", "scale_lr_by_ess": False},
+            "scale_lr_by_ess=True": {"algorithm": "vcpo", "advantage_baseline": "group_mean"},
+        }.items()
+    ],
+    (
         {"algorithm": "vcpo", "partition_by_prompt": False, "updates_per_rollout": 2},
         r"needs mini-batches of complete groups, which partition_by_prompt=False splits: set partition_by_prompt=True",
     ),
@@ -271,6 +288,17 @@ def test_an_explicit_loss_type_of_trl_brings_its_weight(algorithm, loss_type):
     ]
 
 
+@pytest.mark.parametrize("loss_type", ["cispo", "sapo", "luspo", "vespo"])
+def test_vcpo_with_a_loss_type_of_trl_keeps_its_other_rules(loss_type):
+    args = config(algorithm="vcpo", loss_type=loss_type)
+    assert (args.advantage_baseline, args.scale_lr_by_ess) == ("minimum_variance", True)
+    kept = "keeps advantage_baseline='minimum_variance' and scale_lr_by_ess=True of algorithm='vcpo'."
+    assert args.notes[1:] == [f"loss_type={loss_type!r} {kept}"]
+    assert len(config(algorithm="vcpo", loss_type=loss_type, clip_mode="two_sided", scale_lr_by_ess=False).notes) == 2
+    chosen = {"advantage_baseline": "group_mean", "scale_lr_by_ess": True}
+    assert len(config(algorithm="vcpo", loss_type=loss_type, **chosen).notes) == 1
+
+
 def test_a_loss_type_of_trl_keeps_a_weight_that_goes_with_it():
     sequence = config(algorithm="gspo", loss_type="luspo")
     assert (sequence.importance_sampling_level, sequence.epsilon, sequence.epsilon_high) == ("sequence", 3e-4, 4e-4)
@@ -310,6 +338,11 @@ def test_a_loss_type_of_the_family_has_its_own_bounds_in_another_algorithm():
             "gradients",
             "baseline_norms='gradients' has no effect with advantage_baseline='group_mean'.",
         ),
+        (
+            {"algorithm": "vcpo", "gradient_noise_scale": 5.0},
+            5.0,
+            "gradient_noise_scale=5.0 has no effect with clip_mode='capped'.",
+        ),
         ({"loss_type": "sapo", "epsilon": 0.2}, None, "epsilon=0.2 has no effect with loss_type='sapo'."),
         (
             {"algorithm": "grpo", "epsilon": 0.1},
@@ -323,6 +356,7 @@ def test_a_bound_carried_over_from_trl_is_taken_or_said_to_be_unused(fields, exp
     assert getattr(args, list(fields)[-1]) == expected
     assert note in args.notes
     assert config(algorithm="grpo", epsilon=0.1, epsilon_high=0.1).notes == []
+    assert config(algorithm="tic_grpo_adaptive", gradient_noise_scale=5.0).notes == []
 
 
 def test_a_cap_below_one_for_cispo_warns():

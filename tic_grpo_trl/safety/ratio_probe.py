@@ -90,7 +90,7 @@ def sampler_log_ratio(
 
 @dataclass
 class RatioProbe:
-    """Warn if settings make the ratios meaningless; raise a ValueError for dropout with a trajectory-level weight."""
+    """Warn if settings make the ratios meaningless; raise a ValueError for dropout where trajectory ratios are used."""
 
     args: TICGRPOConfig
     accelerator: Accelerator
@@ -101,7 +101,7 @@ class RatioProbe:
     compares: bool  # whether an update compares the policy with an earlier one or the sampler; else the ratio is 1
 
     def __post_init__(self):
-        self.by_trajectory = self.args.importance_sampling_level in PRODUCT_LEVELS
+        self.by_trajectory = self.args.importance_sampling_level in PRODUCT_LEVELS or self.args.uses_mini_batch
         self._has_measured = self._is_stale = False
         self.dropout = disable_attention_dropout(self.model(), self.args.disable_dropout)
         if self.dropout and self.by_trajectory:

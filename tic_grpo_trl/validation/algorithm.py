@@ -63,6 +63,9 @@ def _follow_loss_type(config: Any, algorithm: dict[str, Any], explicit: set[str]
         if used := ", ".join(f"{name}={value!r}" for name, value in BY_TOKEN.items() if name not in explicit):
             own = f"loss_type={config.loss_type!r} defines its own weight"
             config.notes.append(f"{own}: using {used} instead of the algorithm's.")
+        others = {name: algorithm[name] for name in TRL_UPDATE if name not in explicit}
+        if kept := " and ".join(f"{name}={value!r}" for name, value in others.items() if value != TRL_UPDATE[name]):
+            config.notes.append(f"loss_type={config.loss_type!r} keeps {kept} of algorithm={config.algorithm!r}.")
 
 
 def _resolve_bounds(config: Any, explicit: set[str]):

@@ -18,6 +18,7 @@ from trl.trainer.utils import get_config_model_id
 from ..config import TICGRPOConfig
 from ..rollout.schedule import RolloutSchedule
 from .batch_sizes import check_length, check_prompts
+from .mini_batch import check_images
 
 
 EXAMPLES = 10_000  # of a data set, checked at once
@@ -150,6 +151,7 @@ def naming_refused_prompt(tokenize: Callable[[list], Any], prompts: list) -> Ite
 def check_loaded(trainer: Any):
     """Check what needs the loaded model and tokenizer, before the trainer computes anything."""
     _check_tokenizer(trainer._tokenizer)
+    check_images(trainer)
     tokenizer, size = trainer._tokenizer, _vocabulary_size(trainer.model)
     for name in ("pad_token", "eos_token", "bos_token"):
         if (number := getattr(tokenizer, f"{name}_id")) is not None and number >= size:

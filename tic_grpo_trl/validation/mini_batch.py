@@ -21,11 +21,12 @@ def check_mini_batch(config: Any):
             "'trajectory' or 'prefix', or another clip_mode."
         )
     is_adaptive, has_baseline = config.clip_mode == "adaptive", config.advantage_baseline == "minimum_variance"
-    if config.baseline_norms != "tokens" and not has_baseline:
-        config.notes.append(
-            f"baseline_norms={config.baseline_norms!r} has no effect with "
-            f"advantage_baseline={config.advantage_baseline!r}."
-        )
+    for name, rule, is_read in (
+        ("baseline_norms", "advantage_baseline", has_baseline),
+        ("gradient_noise_scale", "clip_mode", is_adaptive),
+    ):
+        if not is_read and (value := getattr(config, name)) != getattr(type(config), name):
+            config.notes.append(f"{name}={value!r} has no effect with {rule}={getattr(config, rule)!r}.")
     rules = {
         "clip_mode='adaptive'": is_adaptive,
         BASELINE: has_baseline,
@@ -38,11 +39,18 @@ def check_mini_batch(config: Any):
                 f"{rule} needs updates of one rollout each, but steps_per_generation={steps} is not a multiple of "
                 f"gradient_accumulation_steps={window}: set updates_per_rollout, or an algorithm without this rule."
             )
-    if has_baseline and config.scale_rewards != "none":
-        raise ValueError(
-            f"{BASELINE} replaces the mean of a group's rewards, so it cannot be combined with "
-            f"scale_rewards={config.scale_rewards!r}: set scale_rewards='none', or advantage_baseline='group_mean'."
-        )
+        if config.max_carry_over and config.behaviour_policy == "trainer":
+            raise ValueError(
+                f"{rule} needs ratios to the policies that sampled the responses, but with max_carry_over="
+                f"{config.max_carry_over} and behaviour_policy='trainer' they leave out what came before the rollout: "
+                "set behaviour_policy='sampler'."
+            )
+    for name, unscaled in {"scale_rewards": "none", "multi_objective_aggregation": "sum_then_normalize"}.items():
+        if has_baseline and (value := getattr(config, name)) != unscaled:
+            raise ValueError(
+                f"{BASELINE} replaces the mean of a group's rewards, so it cannot be combined with {name}={value!r}: "
+                f"set {name}={unscaled!r}, or advantage_baseline='group_mean'."
+            )
     if has_baseline and steps > window and not config.partition_by_prompt:
         raise ValueError(
             f"{BASELINE} needs mini-batches of complete groups, which partition_by_prompt=False splits: set "
@@ -53,4 +61,13 @@ def check_mini_batch(config: Any):
         raise ValueError(
             f"{FACTOR} scales the learning rate of one optimizer, but optim={optim!r} updates weights without it, "
             "within the backward pass: choose another optim, or set scale_lr_by_ess=False."
+        )
+
+
+def check_images(trainer: Any):
+    """Refuse a model with images where responses are differentiated one by one."""
+    args = trainer.args
+    if args.advantage_baseline == "minimum_variance" and args.baseline_norms == "gradients" and trainer._is_vlm:
+        raise ValueError(
+            "baseline_norms='gradients' cannot be computed for a model with images: set baseline_norms='tokens'."
         )
