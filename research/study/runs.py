@@ -123,15 +123,19 @@ class Run:
         digest = hashlib.sha256(json.dumps(self.fields, sort_keys=True).encode()).hexdigest()[:10]
         return f"{self.algorithm.split(':')[0]}-seed{self.seed}-{digest}"
 
+    @property
+    def named_settings(self) -> dict[str, Any]:
+        """Return the fields of the configuration that the run names, in `settings` or with its algorithm."""
+        own = self.algorithm.partition(":")[2]
+        return dict(self.settings) | parse_settings([f"--{pair}" for pair in own.split(",") if pair])
+
     def config(self, output_dir: str | Path) -> TICGRPOConfig:
         """Return the configuration of the run.
 
         Raises:
             ValueError: if the algorithm is unknown or its settings are invalid.
         """
-        algorithm, _, own = self.algorithm.partition(":")
-        own_settings = parse_settings([f"--{pair}" for pair in own.split(",") if pair])
-        for name in dict(self.settings) | own_settings:
+        for name in self.named_settings:
             if name in RUN_DECIDES:
                 raise ValueError(f"{name} cannot be a setting here: use {RUN_DECIDES[name]}.")
         values: dict[str, Any] = SETTINGS | {
@@ -147,8 +151,8 @@ class Run:
         }
         if self.lag:
             values |= {"behaviour_policy": "sampler", "save_strategy": "no"}
-        values |= dict(self.settings) | own_settings
-        return TICGRPOConfig(output_dir=str(output_dir), algorithm=algorithm, **values)
+        values |= self.named_settings
+        return TICGRPOConfig(output_dir=str(output_dir), algorithm=self.algorithm.partition(":")[0], **values)
 
 
 @functools.cache  # building some 200 flags takes a while

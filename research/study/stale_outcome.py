@@ -135,9 +135,12 @@ def engine_step_ratio(
         resamples: number of bootstrap resamples of the seeds that both have (numpy's generator, seed 0).
 
     Returns:
-        The ratio of steps, inf if the level is not reached, and its 95 % bootstrap interval.
+        The ratio of steps, inf if the level is not reached, and its 95 % bootstrap interval; NaN if the conditions have
+        no seed in common, or the waiting runs are at their final level before training.
     """
     pairs = [(one, other) for one in carried for other in waiting if one.seed == other.seed]
+    if not pairs:
+        return math.nan, math.nan, math.nan
 
     def ratio(chosen: Sequence[int]) -> float:
         ours, reference = (mean_curve([pairs[i][side] for i in chosen], kind) for side in (0, 1))

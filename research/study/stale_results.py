@@ -3,12 +3,13 @@
 import functools
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from tic_grpo_trl.config import TICGRPOConfig
 from tic_grpo_trl.metrics.ratios import BY_AGE
 from tic_grpo_trl.metrics.run_summary import LogHistory, series
 
@@ -22,7 +23,20 @@ DIGITS = 4  # significant ones of every number
 ENGINE_STEPS = "engine_steps"
 # Resolved settings that decide on the result and are in no field of a run
 RESOLVED = ("learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "num_generations", "adam_beta2")
-OTHER_METRICS = ("update/cap", "update/learning_rate_factor", "carry_over/mean_age", "carry_over/slot_occupancy")
+# Options that decide on it only under a condition. They are compared unless the run names them.
+OPTIONS: dict[str, Callable[[TICGRPOConfig], bool]] = {
+    "gradient_noise_scale": lambda config: config.clip_mode == "adaptive",
+    "baseline_norms": lambda config: config.advantage_baseline == "minimum_variance",
+    "oversampling": lambda config: config.max_carry_over > 0,
+}
+PREFILLED_AGAIN = "carry_over/prefilled_again_per_token"
+OTHER_METRICS = (
+    "update/cap",
+    "update/learning_rate_factor",
+    "carry_over/mean_age",
+    "carry_over/slot_occupancy",
+    PREFILLED_AGAIN,
+)
 
 
 @functools.cache  # a configuration takes a while to build
@@ -31,6 +45,8 @@ def settings_of(run: Run) -> dict[str, Any]:
     config = run.config("unused")
     values = {name: getattr(config, name) for name in RESOLVED}
     values |= {"max_completion_length": config.max_completion_length} | config.resolved_algorithm
+    acting = (name for name, acts in OPTIONS.items() if acts(config) and name not in run.named_settings)
+    values |= {name: getattr(config, name) for name in acting}
     return json.loads(json.dumps({name: value for name, value in values.items() if value is not None}, default=str))
 
 

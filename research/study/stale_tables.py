@@ -7,14 +7,15 @@ from statistics import fmean
 from tic_grpo_trl.metrics.run_summary import table
 
 from .stale_outcome import CURVES, Outcome, engine_step_ratio
-from .stale_plan import LENGTH_PAIRS, OURS, RETUNED, RIVALS, Condition
-from .stale_results import StaleResult
+from .stale_plan import LENGTH_PAIRS, OURS, RETUNED, RIVALS, SELECTION_SEEDS, Condition
+from .stale_results import PREFILLED_AGAIN, StaleResult
 from .tables import difference, label, paired_differences, t_interval
 
 
 CLOSE = 0.01  # to the best rule without lag, in training reward
 HALF = 0.5  # of the engine steps
 STALE = 2  # the goal's smallest lag
+DECISIVE = "held-out accuracy"  # the curve of the goal on engine steps
 
 AGE_CELL = "effective sample size / σ of R in nats / share of A > 0 and of A < 0 above the cap in %"
 
@@ -85,17 +86,27 @@ def ahead_verdict(outcome: Outcome) -> str:
 
 
 def retuned_verdict(outcome: Outcome) -> str:
-    """Say whether ours is level with [`RETUNED`] at the settings that are best for each lag."""
+    """Say whether ours is level, by an interval within a point, with [`RETUNED`] at the best settings for each lag."""
     lines = []
     for condition in outcome.lagged:
         other = outcome.retuned_results(condition)
         differences = paired_differences(outcome.of_rule(OURS, condition), other, "reward")
         if len(differences) > 1:
             low, high = t_interval(differences)
-            verdict = "behind" if high < 0 else "ahead" if low > 0 else "level"
+            if low > 0 or high < 0:
+                verdict = "ahead" if low > 0 else "behind"
+            else:
+                verdict = "level" if max(-low, high) <= CLOSE else "not told apart"
             against = label(outcome.retuned[condition])
             lines.append(f"- lag {condition.lag}: **{verdict}** ({difference(differences, t_interval)}; {against})")
-    return f"`{OURS}` minus `{RETUNED}` retuned for each lag:\n\n" + ("\n".join(lines) or "- no results")
+    text = (
+        f"`{OURS}` minus `{RETUNED}` retuned for each lag, at the settings that were best there in selection, with "
+        f"{len(SELECTION_SEEDS)} run per setting. *Level*: the interval lies within ±{100 * CLOSE:.0f} point."
+    )
+    lacking = [f"lag {condition.lag}" for condition in outcome.lagged if condition not in outcome.part.selection]
+    if lacking:
+        text += f" Without selection runs, and so without a retuned rule: {', '.join(lacking)}."
+    return f"{text}\n\n" + ("\n".join(lines) or "- no results")
 
 
 def fresh_verdict(outcome: Outcome) -> str:
@@ -118,8 +129,13 @@ def _ratio(value: float) -> str:
     return f"{value:.2f}" if math.isfinite(value) else "not reached" if value > 0 else "–"
 
 
+def _prefilled_again(results: Sequence[StaleResult]) -> str:
+    shares = [share for each in results if (share := each.line["ratios"].get(PREFILLED_AGAIN)) is not None]
+    return f"{fmean(shares):.2f}" if shares else "–"
+
+
 def engine_verdict(outcome: Outcome, carry_over: int = 2) -> str:
-    """Say whether carry-over needs at most half the engine steps to the final level of the run that waits."""
+    """Say whether carry-over needs at most half the engine steps to the final accuracy of the run that waits."""
     fresh = Condition(outcome.part.regime.task)
     carried = Condition(outcome.part.regime.task, carry_over=carry_over)
     rows, verdict = [], "no results"
@@ -127,18 +143,25 @@ def engine_verdict(outcome: Outcome, carry_over: int = 2) -> str:
         ours, waiting = outcome.of_rule(rule, carried), outcome.of_rule(rule, fresh)
         if not ours or not waiting:
             continue
-        found = [engine_step_ratio(ours, waiting, kind) for kind in CURVES]
-        if rule == OURS:
-            verdict = "; ".join(
-                f"{kind}: {'holds' if value <= HALF else 'does not hold'}"
-                for kind, (value, *_) in zip(CURVES, found, strict=True)
-            )
+        found = {kind: engine_step_ratio(ours, waiting, kind) for kind in CURVES}
+        decisive = found[DECISIVE][0]
+        if rule == OURS and not math.isnan(decisive):
+            verdict = "holds" if decisive <= HALF else "does not hold"
         per_update = (fmean(each.measure("engine_steps") for each in some) for some in (waiting, ours))
-        cells = [f"{_ratio(value)} ({_ratio(low)} to {_ratio(high)})" for value, low, high in found]
-        rows.append([label(spec), *(f"{steps:.1f}" for steps in per_update), *cells])
-    header = ["rule", "steps per update, S = 0", f"S = {carry_over}", *(f"ratio to the same {kind}" for kind in CURVES)]
-    text = f"S = {carry_over} reaches the final level of S = 0 in at most half the engine steps: **{verdict}**."
-    return f"{text}\n\n{table(header, rows)}" if rows else text
+        steps = [f"{each:.1f}" for each in per_update]
+        cells = [
+            "–" if math.isnan(value) else f"{_ratio(value)} ({_ratio(low)} to {_ratio(high)})"
+            for value, low, high in found.values()
+        ]
+        rows.append([label(spec), *steps, _prefilled_again(ours), *cells])
+    header = ["rule", "steps per update, S = 0", f"S = {carry_over}", "tokens prefilled again per token"]
+    header += [f"ratio to the same {kind}" for kind in CURVES]
+    text = f"S = {carry_over} reaches the final {DECISIVE} of S = 0 in at most half the engine steps: **{verdict}**."
+    note = (
+        "The ratio for the training reward is information only, because carry-over trains on short and easy groups "
+        "first, and the mean reward is then over other prompts."
+    )
+    return f"{text} {note}\n\n{table(header, rows)}" if rows else text
 
 
 def length_table(outcome: Outcome) -> str:

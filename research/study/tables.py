@@ -72,6 +72,7 @@ SHORT = {
     "length_scaled_cap": "σ",
     "length_scaled_floor": "σ_low",
     "importance_sampling_level": "level",
+    "gradient_noise_scale": "κ",
     "vespo_k_pos": "k₊",
     "vespo_lambda_pos": "λ₊",
     "vespo_k_neg": "k₋",
@@ -108,18 +109,27 @@ def bootstrap_interval(values: Sequence[float], resamples: int = 10_000) -> tupl
 
 
 # 97.5 % quantiles of Student's distribution with 1, 2, … degrees of freedom
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+STUDENT = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float]:
     """Compute the 95 % interval of the mean by Student's distribution, which allows for few values.
 
     Args:
-        values: two to ten values, one per seed, such as differences on the same seeds.
+        values: two to 31 values, one per seed, such as differences on the same seeds.
 
     Returns:
         Lower and upper end: mean ± t·sd/√n.
+
+    Raises:
+        ValueError: for another number of values.
     """
+    if not 2 <= len(values) <= len(STUDENT) + 1:
+        raise ValueError(f"{len(values)} seeds: an interval by Student's distribution needs 2 to {len(STUDENT) + 1}.")
     half = STUDENT[len(values) - 2] * stdev(values) / len(values) ** 0.5
     return fmean(values) - half, fmean(values) + half
 

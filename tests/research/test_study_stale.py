@@ -4,7 +4,9 @@ import json
 import math
 from dataclasses import replace
 from itertools import product
+from statistics import stdev
 
+import numpy as np
 import pytest
 from stale_lines import line, write_lines
 
@@ -13,7 +15,7 @@ from research.study.runs import SETTINGS, Run, execute
 from research.study.stale import Study, study_stale
 from research.study.stale_outcome import Outcome, engine_step_ratio, mean_curve, steps_to
 from research.study.stale_plan import OURS, PLANS, RETUNED, RIVALS, SELECTION_SEEDS, Condition, parts_of
-from research.study.stale_results import ResultsFile, StaleResult
+from research.study.stale_results import OPTIONS, ResultsFile, StaleResult, settings_of
 from research.study.tables import t_interval
 from research.study.tuning import candidates
 from tic_grpo_trl.algorithms import ALGORITHMS
@@ -112,6 +114,24 @@ def test_lines_are_read_again_and_those_of_other_settings_are_not_used(tmp_path)
     assert write_lines(path, [changed]).missing([run]) == [run]
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "carry_over", "option", "value"),
+    [
+        ("tic_grpo_adaptive", 0, "gradient_noise_scale", 20.0),
+        ("vcpo", 0, "baseline_norms", "tokens"),
+        ("grpo", 2, "oversampling", 2.0),
+    ],
+)
+def test_a_line_is_of_the_options_that_act_on_its_run(tmp_path, algorithm, carry_over, option, value):
+    run = Condition("starter", carry_over=carry_over).run(algorithm, 0, 96, 24)
+    assert {name: settings_of(run).get(name) for name in OPTIONS} == dict.fromkeys(OPTIONS) | {option: value}
+    earlier = line(run, [0.5] * 24)
+    del earlier["settings"][option]  # as if the default had been another one
+    assert write_lines(tmp_path / "results.jsonl", [earlier]).missing([run]) == [run]
+    named = replace(run, algorithm=f"{algorithm}:{option}={value}")
+    assert option not in settings_of(named)  # the run's own fields have it
+
+
 def test_measures_are_those_of_the_updates_that_all_conditions_have(tmp_path):
     run = Condition("starter", carry_over=2).run("grpo", 0, 144, 24)
     reward = [0.1] * 18 + [0.7] * 6 + [1.0] * 12  # 24 rollouts in 96 updates, then 12 more
@@ -174,6 +194,7 @@ def test_engine_step_ratio():
     # 1.0 after 120 updates, which are 30 rollouts of 10 steps, against 24 rollouts of 40
     ratio = engine_step_ratio(ours, waiting, "held-out accuracy")
     assert ratio == pytest.approx((300 / 960, 300 / 960, 300 / 960))
+    assert all(map(math.isnan, engine_step_ratio(ours[:1], waiting[1:], "held-out accuracy")))  # no seed in common
     never = [replace(result, line=result.line | {"accuracy": [[0, 0.0], [96, 0.9]]}) for result in ours]
     assert engine_step_ratio(never, waiting, "held-out accuracy") == (math.inf, math.inf, math.inf)
 
@@ -183,6 +204,20 @@ def test_t_interval():
     half = 2.776 * (2.5 / 5) ** 0.5
     assert t_interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx((3 - half, 3 + half))
     assert t_interval([0.0, 2.0]) == pytest.approx((1 - 12.706, 1 + 12.706))
+    for count in (1, 32):
+        with pytest.raises(ValueError, match=f"{count} seeds: an interval by Student's distribution needs 2 to 31"):
+            t_interval([*range(count)])
+
+
+@pytest.mark.parametrize("degrees", range(1, 31))
+def test_quantiles_of_student_s_distribution(degrees):
+    """The density, integrated up to the quantile, leaves 2.5 % above it."""
+    quantile = t_interval([-1.0] + [0.0] * (degrees - 1) + [1.0])[1] / stdev([-1.0] + [0.0] * (degrees - 1) + [1.0])
+    quantile *= (degrees + 1) ** 0.5
+    scale = math.gamma((degrees + 1) / 2) / (math.sqrt(degrees * math.pi) * math.gamma(degrees / 2))
+    t = np.linspace(0, quantile, 20_001)
+    below = 0.5 + np.trapezoid(scale * (1 + t**2 / degrees) ** (-(degrees + 1) / 2), t)
+    assert below == pytest.approx(0.975, abs=6e-5)  # as exact as three decimals of the quantile are
 
 
 # Real runs

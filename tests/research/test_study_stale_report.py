@@ -78,13 +78,28 @@ def test_level_with_the_retuned_rule(tmp_path):
         line(condition.run(spec, seed, 64, 64), [0.5 if spec in (best[condition], ours) else 0.1] * 16)
         for condition, spec, seed in product(part.conditions, part.candidates(), SELECTION_SEEDS)
     ]
-    for condition, theirs in ((FRESH, (0.58, 0.62)), (LAGGED, (0.641, 0.643))):
-        for seed in SEEDS:
-            lines.append(line(condition.run(ours, seed, 96, 24), [0.6] * 24))
-            lines.append(line(condition.run(best[condition], seed, 96, 24), [theirs[seed]] * 24))
-    text = retuned_verdict(Outcome.of(part, write_lines(tmp_path / "results.jsonl", lines), SEEDS))
-    assert "- lag 0: **level** (+0.0, -25.4 to +25.4; seq_tis, ε_high 2.0, lr 0.00015)" in text
+
+    def verdict(name, rewards, part=part):
+        report = [
+            line(condition.run(spec, seed, 96, 24), [value] * 24)
+            for condition, theirs in zip((FRESH, LAGGED), rewards, strict=True)
+            for seed in SEEDS
+            for spec, value in ((ours, 0.6), (best[condition], theirs[seed]))
+        ]
+        return retuned_verdict(Outcome.of(part, write_lines(tmp_path / name / "results.jsonl", lines + report), SEEDS))
+
+    # Intervals as in the first test
+    text = verdict("wide", ((0.58, 0.62), (0.641, 0.643)))
+    assert "- lag 0: **not told apart** (+0.0, -25.4 to +25.4; seq_tis, ε_high 2.0, lr 0.00015)" in text
     assert "- lag 2: **behind** (-4.2, -5.5 to -2.9; seq_tis, ε_high 0.28, lr 0.00015)" in text
+    assert "1 run per setting" in text
+    assert "without a retuned rule" not in text
+    text = verdict("narrow", ((0.5985, 0.5995), (0.551, 0.549)))
+    assert "- lag 0: **level** (+0.1, -0.5 to +0.7;" in text
+    assert "- lag 2: **ahead** (+5.0, +3.7 to +6.3;" in text
+    text = verdict("not chosen", ((0.6, 0.6), (0.5, 0.5)), replace(part, selection=(LAGGED,)))
+    assert "- lag 0" not in text
+    assert "without a retuned rule: lag 0." in text
 
 
 def test_half_the_engine_steps(tmp_path):
@@ -93,10 +108,31 @@ def test_half_the_engine_steps(tmp_path):
     # As accurate after as many updates, of 16 steps each instead of 40; the reward's level is there from the start.
     lines += runs_of({OURS: (0.5, 0.5)}, CARRIED, accuracy=accuracy, engine_steps=[16] * 36)
     text = engine_verdict(outcome_of(tmp_path, lines))
-    assert "**training reward: holds; held-out accuracy: holds**" in text
-    assert f"| {OURS}, lr 0.00015 | 10.0 | 4.0 | 0.40 (0.40 to 0.40) | 0.40 (0.40 to 0.40) |" in text
+    assert "at most half the engine steps: **holds**." in text
+    assert f"| {OURS}, κ 20.0, lr 0.00015 | 10.0 | 4.0 | – | 0.40 (0.40 to 0.40) | 0.40 (0.40 to 0.40) |" in text
     lines += runs_of({"grpo": (0.5, 0.5)}, FRESH) + runs_of({"grpo": (0.4, 0.4)}, CARRIED)
     assert "| not reached (not reached to not reached) |" in engine_verdict(outcome_of(tmp_path / "more", lines))
+
+
+def test_held_out_accuracy_alone_decides_on_carry_over(tmp_path):
+    waiting = runs_of({OURS: (0.5, 0.5)}, FRESH, accuracy={0: 0.0, 96: 1.0}, engine_steps=[40] * 24)
+    # The reward's level is there at once, and the accuracy's only after 144 updates of 16 steps: 576 of 960.
+    slow = {
+        "accuracy": {0: 0.0, 96: 0.5, 144: 1.0},
+        "engine_steps": [16] * 36,
+        "carry_over/prefilled_again_per_token": 0.25,
+    }
+    text = engine_verdict(outcome_of(tmp_path, waiting + runs_of({OURS: (0.5, 0.5)}, CARRIED, **slow)))
+    assert "at most half the engine steps: **does not hold**." in text
+    assert "| 10.0 | 4.0 | 0.25 | 0.40 (0.40 to 0.40) | 0.60 (0.60 to 0.60) |" in text
+
+
+def test_conditions_without_a_seed_in_common_have_no_ratio(tmp_path):
+    lines = runs_of({OURS: (0.5,)}, FRESH)
+    other = line(CARRIED.run(chosen(OURS), 1, 144, 24), [0.5] * 36)
+    text = engine_verdict(outcome_of(tmp_path, [*lines, other]))
+    assert "**no results**" in text
+    assert "| 10.0 | 10.0 | – | – | – |" in text
 
 
 def test_ratios_by_age(tmp_path):
@@ -134,7 +170,7 @@ def test_the_report_from_lines_alone(tmp_path):
         assert f"(stale_quick_{figure}.png)" in report
         assert plt.imread(tmp_path / f"stale_quick_{figure}.png")[..., :3].std() > 0.02  # not an empty page
     assert "Versions: torch 2.9.0, trl 1.16.0" in report or "Versions: trl 1.16.0, torch 2.9.0" in report
-    assert f"| {OURS}, lr 0.0003 | 2 | 49.5 ± 0.7 |" in report  # lag 2: 0.60 − 0.10, and a point less
+    assert f"| {OURS}, κ 20.0, lr 0.0003 | 2 | 49.5 ± 0.7 |" in report  # lag 2: 0.60 − 0.10, and a point less
     assert "| grpo, ε 0.2, ε_high 0.28, lr 0.0003 | 2 | 39.5 ± 0.7 (-10.0, -10.0 to -10.0) |" in report
     titles = [text for text in report.splitlines() if text.startswith("### ")]
     assert [title for title in titles if "lag" in title or "S =" in title] == [
