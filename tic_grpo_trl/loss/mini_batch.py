@@ -40,8 +40,8 @@ class MiniBatch:
     Decide what depends on the whole mini-batch of an update: the cap of `clip_mode="adaptive"`, the advantages of
     `advantage_baseline="minimum_variance"` and the learning rate of `scale_lr_by_ess`.
 
-    Only active responses with finite log-ratios and norms count; the training pass drops those whose log-ratios are not.
-    All processes make the same decisions, from the numbers of all.
+    Only active responses with finite log-ratios and norms count; the training pass drops those with bad log-ratios. All
+    processes make the same decisions, from the numbers of all.
     """
 
     args: TICGRPOConfig
