@@ -12,11 +12,10 @@ import yaml
 from launching import CONFIGS, ON_CPU, ROOT, environment_of_script, run_script
 from peft import LoraConfig
 from transformers import AutoTokenizer, LlamaConfig, Qwen3Config
-from trl import ModelConfig, TrlParser
 
 from tic_grpo_trl.dry_run.memory import activation_bytes
 from tic_grpo_trl.dry_run.plan import GB, Plan, load_model_config, plan_for
-from tic_grpo_trl.scripts.train import TrainArguments
+from tic_grpo_trl.scripts.train import parse
 from tic_grpo_trl.starter import STARTER_MODEL
 
 
@@ -32,7 +31,7 @@ def planned(*flags, topology=None, processes=None, environ=None, recipe=STARTER)
     file = topology and CONFIGS / f"{topology}.yaml"
     config_class = plan_for(file, processes, {} if environ is None else environ, contents)
     words = ["--config", str(recipe), *flags]
-    return TrlParser((TrainArguments, config_class, ModelConfig)).parse_args_and_config(words)[1]
+    return parse(words, config_class)[1]
 
 
 def run_dry(*arguments):
