@@ -15,7 +15,8 @@ OLDEST_TESTS := tests/test_algorithms.py tests/test_config.py tests/test_lora.py
 	tests/data tests/evaluation tests/metrics/test_[!t]*.py tests/rewards/test_answers.py tests/rewards/test_failures.py tests/rewards/test_mathematics.py \
 	tests/rollout/test_batcher.py tests/safety/test_update_guard.py tests/scripts/test_train.py tests/starter tests/validation
 OLDEST_EXCEPT := not (leak_shows and nemotron_h) and not (trl_s_layout_will_do and qwen3_5) \
-	and not learned_positions_of_another_modality and not evaluation_has_a_table_of_its_own
+	and not learned_positions_of_another_modality and not evaluation_has_a_table_of_its_own \
+	and not mini_batch_in_several_passes_is_the_one
 LIGHTEVAL_VENV := .venv-lighteval
 LIGHTEVAL_INSTALLED := $(LIGHTEVAL_VENV)/.installed
 ARGS ?=
@@ -86,7 +87,8 @@ test-lighteval: install $(LIGHTEVAL_INSTALLED) ## evaluation through lighteval, 
 
 # The lower bounds of setup.cfg, all at once: a subset of `make test` that uses most of what is called in them. All versions
 # are pinned, as above. This transformers lacks some architectures, does not evaluate after a last step that is no multiple
-# of eval_steps, and sends trackio's records to the hub; tests of these are left out.
+# of eval_steps, divides the gradients of accumulated micro-batches by their number once more (with TRL's own trainer too), and
+# sends trackio's records to the hub; tests of these are left out.
 $(OLDEST_INSTALLED): constraints-oldest.txt setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(OLDEST_VENV)
 	$(OLDEST_VENV)/bin/python -m pip install -q -c constraints-oldest.txt torch
