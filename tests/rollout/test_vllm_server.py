@@ -141,8 +141,7 @@ def test_carry_over_of_two_processes_on_a_server(two, name):
     """The main process has the pool; each process trains on its part of what that releases."""
     two = two[name]
     assert [record.num_processes for record in two] == [2, 2]
-    for record in two:
-        assert_recorded_when_sampled(record)
+    assert_recorded_when_sampled(*two)
     assert_each_prompt_once(two)
     assert_carried_ratios(two)
     assert [len(record.uses) for record in two] == [len(two[0].rollouts), 0]

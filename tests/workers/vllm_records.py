@@ -134,31 +134,34 @@ def when_sampled(record: Record, call: int, inputs: dict) -> torch.Tensor:
     return logps
 
 
-def assert_recorded_when_sampled(record: Record):
-    """Of every token, also in the mini-batches and in the evaluations in between.
+def assert_recorded_when_sampled(*records: Record):
+    """Of every token of all processes, also in the mini-batches and in the evaluations in between.
 
     Controls: the current weights would be the wrong ones for old tokens, and the last ones for the others.
     """
     wrong = {"current": [], "last": []}
-    for call, rollout in enumerate(record.rollouts):
-        recorded, age = sampler_logps(rollout), rollout["token_age"]
-        written = rollout["completion_mask"].bool()
-        assert not age[~written].any()
-        assert age.max() <= min(call, record.oldest)
-        assert (when_sampled(record, call, rollout) - recorded).abs().max() <= 1e-4
-        if (age > 0).any():
-            wrong["current"].append(mismatch(rollout)[age > 0].abs().max().item())
-        if call and (written & (age == 0)).any():
-            last = own_logps(record.rollouts[call - 1]["weights"], rollout) - recorded
-            wrong["last"].append(last[written & (age == 0)].abs().max().item())
-    assert len(wrong["current"]) > 1
+    for record in records:
+        rollouts_with_old_tokens = 0
+        for call, rollout in enumerate(record.rollouts):
+            recorded, age = sampler_logps(rollout), rollout["token_age"]
+            written = rollout["completion_mask"].bool()
+            assert not age[~written].any()
+            assert age.max() <= min(call, record.oldest)
+            assert (when_sampled(record, call, rollout) - recorded).abs().max() <= 1e-4
+            if (age > 0).any():
+                rollouts_with_old_tokens += 1
+                wrong["current"].append(mismatch(rollout)[age > 0].abs().max().item())
+            if call and (written & (age == 0)).any():
+                last = own_logps(record.rollouts[call - 1]["weights"], rollout) - recorded
+                wrong["last"].append(last[written & (age == 0)].abs().max().item())
+        assert rollouts_with_old_tokens > 1
+        for step, batch in enumerate(record.batches):
+            batch = real_rows(batch)
+            difference = when_sampled(record, int(step // record.updates), batch) - sampler_logps(batch)
+            assert (difference.abs() <= 1e-4).all()
+        for evaluation in record.evaluations:
+            assert mismatch(evaluation).abs().max() <= 1e-4
     assert min(max(wrong["current"]), max(wrong["last"])) > 1e-2
-    for step, batch in enumerate(record.batches):
-        batch = real_rows(batch)
-        difference = when_sampled(record, int(step // record.updates), batch) - sampler_logps(batch)
-        assert (difference.abs() <= 1e-4).all()
-    for evaluation in record.evaluations:
-        assert mismatch(evaluation).abs().max() <= 1e-4
 
 
 def assert_old_weights_noticed_in_current_tokens(record: Record):
