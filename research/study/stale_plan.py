@@ -36,10 +36,10 @@ BOUNDS: dict[str, tuple[str, ...]] = {
     "grpo_no_is": ("",),
 }
 RATES = (1.5e-4, 3e-4)
+HIGH_RATE = 6e-4  # at which many runs collapse
 SELECTION_SEEDS = (100,)
 REPORT_SEEDS = (0, 1, 2, 3, 4)
-STEPS, SELECTION_STEPS, K = 96, 64, 4
-CARRY_OVER_STEPS = 144  # carry-over's updates cost fewer engine steps, so its curves need more of them
+STEPS, K = {"starter": 96, "long_tail": 48}, 4  # by task; an update of the long tail takes six times as long
 EVAL_STEPS, TEST_SIZE = 24, 200
 
 # The claims of v5 on length: per-response 1/|o| against a constant (Theorem 4.1), UB_Clip against GRPO (Table 2)
@@ -68,6 +68,16 @@ class Condition:
     def title(self) -> str:
         """Return its name in a report."""
         return f"{self.task}, S = {self.carry_over}" if self.carry_over else f"{self.task}, lag {self.lag}"
+
+    @property
+    def selection_steps(self) -> int:
+        """Return the updates of a run that chooses settings."""
+        return STEPS[self.task] * 2 // 3
+
+    @property
+    def report_steps(self) -> int:
+        """Return the updates of a run to report. Carry-over's cost fewer engine steps, so its curves need more."""
+        return STEPS[self.task] * 3 // 2 if self.carry_over else STEPS[self.task]
 
     def run(self, algorithm: str, seed: int, steps: int, eval_steps: int) -> Run:
         """Return a run of an algorithm's specification."""
@@ -107,7 +117,7 @@ class Part:
     def selection_runs(self) -> list[Run]:
         """List the runs that choose the settings. They are evaluated only at their end."""
         return [
-            condition.run(candidate, seed, SELECTION_STEPS, SELECTION_STEPS)
+            condition.run(candidate, seed, condition.selection_steps, condition.selection_steps)
             for condition in self.selection
             for candidate in self.candidates()
             for seed in SELECTION_SEEDS
@@ -121,8 +131,8 @@ class Part:
 
     def report_runs(self, condition: Condition, specs: Iterable[str], seeds: Iterable[int]) -> list[Run]:
         """List the runs of some specifications in a condition, seed by seed."""
-        steps, specs = CARRY_OVER_STEPS if condition.carry_over else STEPS, list(specs)
-        return [condition.run(each, seed, steps, EVAL_STEPS) for seed in seeds for each in specs]
+        specs = list(specs)
+        return [condition.run(each, seed, condition.report_steps, EVAL_STEPS) for seed in seeds for each in specs]
 
 
 def _part(title: str, task: str, bounds: Mapping[str, tuple[str, ...]], conditions, selection, rates=RATES) -> Part:
@@ -142,6 +152,14 @@ PLANS: dict[str, dict[str, Part]] = {
             BOUNDS,
             ((0, 0), (1, 0), (2, 0), (4, 0), (0, 1), (0, 2), (0, 3)),
             ((0, 0), (2, 0), (4, 0)),
+        ),
+        "high_rate": _part(
+            "The same at twice the highest learning rate",
+            "starter",
+            BOUNDS,
+            ((0, 0), (2, 0), (4, 0)),
+            ((0, 0), (2, 0), (4, 0)),
+            rates=(HIGH_RATE,),
         ),
         "long_tail": _part(
             "The task with a long tail of lengths",

@@ -7,11 +7,9 @@ from .runs import SETTINGS, TASKS
 from .stale_figures import plot_engine_steps, plot_lag
 from .stale_outcome import Outcome
 from .stale_plan import (
-    CARRY_OVER_STEPS,
     EVAL_STEPS,
     OURS,
     SELECTION_SEEDS,
-    SELECTION_STEPS,
     STEPS,
     TEST_SIZE,
     Condition,
@@ -50,15 +48,21 @@ def _provenance(
     outcomes: Mapping[str, Outcome], file: ResultsFile, seeds: Sequence[int], arguments: Sequence[str]
 ) -> str:
     tasks = {outcome.part.regime.task: TASKS[outcome.part.regime.task] for outcome in outcomes.values()}
-    limits = ", ".join(f"{task.max_completion_length} tokens on `{name}`" for name, task in tasks.items())
+    updates, limits = (
+        ", ".join(f"{number} {what} on `{name}`" for name, number in numbers.items())
+        for what, numbers in (
+            ("updates", {name: STEPS[name] for name in tasks}),
+            ("tokens", {name: task.max_completion_length for name, task in tasks.items()}),
+        )
+    )
     size, group = SETTINGS["per_device_train_batch_size"], SETTINGS["num_generations"]
     return (
         f"Command: `python -m research.study {' '.join(arguments)}`. Results: `{file.path}`, one line per run. "
         f"Versions: {'; '.join(file.versions())}.\n\n"
-        f"A run has {STEPS} updates of {size} responses ({group} per prompt), K = {K} updates per rollout and a "
+        f"A run has {updates}, of {size} responses each ({group} per prompt), with K = {K} updates per rollout and a "
         "constant learning rate. In every condition the ratio is to the sampler's own log-probabilities. *Lag ℓ*: each "
         "rollout is sampled by the weights of ℓ rollouts ago. *S*: `max_carry_over`; these runs have "
-        f"{CARRY_OVER_STEPS} updates, of which tables take the first {STEPS}. A response has at most {limits}. "
+        f"half as many updates again, which tables leave out. A response has at most {limits}. "
         f"Every {EVAL_STEPS} updates, {TEST_SIZE} held-out problems are answered once at temperature 1. Seeds: "
         f"{', '.join(map(str, seeds))}."
     )
@@ -68,9 +72,9 @@ def _grid(outcome: Outcome) -> list[str]:
     if not outcome.part.selection or not outcome.choice:
         return []
     where = ", ".join(condition.title.removeprefix(f"{condition.task}, ") for condition in outcome.part.selection)
-    seeds = ", ".join(map(str, SELECTION_SEEDS))
+    seeds, steps = ", ".join(map(str, SELECTION_SEEDS)), outcome.part.selection[0].selection_steps
     return [
-        f"Settings are chosen by the training reward of {SELECTION_STEPS} updates, on average over {where} and seeds "
+        f"Settings are chosen by the training reward of {steps} updates, on average over {where} and seeds "
         f"{seeds}, which the comparison doesn't use. The grid in points; the chosen settings are bold, and each rule's "
         "published bounds come first:",
         grid_table(outcome.grid, list(outcome.choice), outcome.part.regime),

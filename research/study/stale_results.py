@@ -117,12 +117,12 @@ class StaleResult(Result):
         return Condition.of(self.run)
 
     def measure(self, name: str) -> float:
-        """Return a measure of the run's first [`STEPS`] updates, which all conditions have.
+        """Return a measure of the run's first updates, of which all conditions of its task have as many.
 
         `reward` and `final_reward` are means of the training reward, over the run and its last six rollouts, `accuracy`
         the held-out one at the end, and `engine_steps` the decoding steps of the engine per update.
         """
-        steps = min(STEPS, self.run["steps"])
+        steps = min(STEPS[self.run["task"]], self.run["steps"])
         rollouts = steps // self.run["k"]
         if name == ENGINE_STEPS:
             return sum(self.line[ENGINE_STEPS][:rollouts]) / steps

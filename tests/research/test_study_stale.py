@@ -63,7 +63,7 @@ def test_every_candidate_is_valid_and_the_first_bounds_are_the_published_ones(pa
         assert len(set(specs)) == len(specs)
         assert len(plan.regime.caps[rule]) in (1, 3)
         configs = [Run(one, 0).config("unused") for one in specs]
-        assert {config.learning_rate for config in configs} == {1.5e-4, 3e-4}
+        assert {config.learning_rate for config in configs} == set(plan.regime.learning_rates)
         own = Run(rule, 0).config("unused")
         assert configs[0].resolved_algorithm == own.resolved_algorithm
         assert [getattr(configs[0], f"vespo_{name}") for name in ("k_pos", "lambda_pos", "k_neg", "lambda_neg")] == [
@@ -226,14 +226,9 @@ def test_quantiles_of_student_s_distribution(degrees):
 @pytest.fixture
 def tiny_runs(monkeypatch):
     """Runs of eight updates of eight responses."""
-    for module, name, value in (
-        (stale_plan, "STEPS", 8),
-        (stale_plan, "CARRY_OVER_STEPS", 12),
-        (stale_plan, "EVAL_STEPS", 4),
-        (stale_plan, "TEST_SIZE", 8),
-        (stale_results, "STEPS", 8),
-    ):
-        monkeypatch.setattr(module, name, value)
+    monkeypatch.setitem(stale_plan.STEPS, "starter", 8)
+    monkeypatch.setattr(stale_plan, "EVAL_STEPS", 4)
+    monkeypatch.setattr(stale_plan, "TEST_SIZE", 8)
     monkeypatch.setitem(SETTINGS, "num_generations", 4)
     monkeypatch.setitem(SETTINGS, "per_device_train_batch_size", 8)
 

@@ -42,7 +42,7 @@ def chosen(rule, name="starter"):
 
 def runs_of(rewards, condition, name="starter", **more):
     """Lines of a condition from the mean reward of each rule and seed."""
-    steps = 144 if condition.carry_over else 96
+    steps = condition.report_steps
     return [
         line(condition.run(chosen(rule, name), seed, steps, 24), [value] * (steps // 4), **more)
         for rule, values in rewards.items()
@@ -158,7 +158,7 @@ def test_the_report_from_lines_alone(tmp_path):
     for condition, (rule, reward) in product(
         parts["starter"].conditions, {OURS: 0.6, RETUNED: 0.55, "grpo": 0.5}.items()
     ):
-        steps = 144 if condition.carry_over else 96
+        steps = condition.report_steps
         spec = candidates(rule, parts["starter"].regime)[0]
         for seed in SEEDS:
             value = reward - 0.05 * condition.lag - 0.01 * seed
