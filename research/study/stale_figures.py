@@ -17,6 +17,9 @@ from .stale_plan import OURS, Condition
 LOOKS = [(colour, line) for line in ("o-", "s--", "^:") for colour in (BLUE, GREEN, PURPLE, SKY, AMBER, GREY)]
 
 
+DEPTH = 35  # points below the best rule that a panel shows
+
+
 def _points(outcome: Outcome, rule: str) -> np.ndarray | None:
     """Return the training reward in points, (lags, seeds), or `None` unless all lags have the same seeds."""
     found = [
@@ -26,7 +29,10 @@ def _points(outcome: Outcome, rule: str) -> np.ndarray | None:
 
 
 def plot_lag(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Plot the training reward of every rule against the lag, a panel per task. Ours has the range of its seeds."""
+    """Plot the training reward of every rule against the lag, a panel per part. Ours has the range of its seeds.
+
+    Rules far below the best leave their panel.
+    """
     figure, axes = plt.subplots(
         1, len(outcomes), figsize=(6.4 * len(outcomes), 4.6), squeeze=False, constrained_layout=True
     )
@@ -45,7 +51,9 @@ def plot_lag(outcomes: Sequence[Outcome], path: Path) -> None:
                 axis.plot(lags, means, line, color=colour, linewidth=1.3, markersize=4, label=rule.replace(":", ", "))
         axis.set_xticks(lags)
         axis.set(xlabel="lag, rollouts since the weights that sampled", ylabel="training reward, points")
-        axis.set_title(outcome.part.regime.task.replace("_", " "))
+        best = max((found.mean(axis=1).max() for found in points.values()), default=100)
+        axis.set_ylim(bottom=max(axis.get_ylim()[0], best - DEPTH))
+        axis.set_title(outcome.part.regime.title.split(":")[0])
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     save(figure, path)

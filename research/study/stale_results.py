@@ -54,7 +54,9 @@ def line_of(run: Run, folder: Path) -> dict[str, Any]:
     """Condense a finished run's folder."""
     history = json.loads((folder / "log_history.json").read_text())
     summary = json.loads((folder / "summary.json").read_text())
-    longest, used = (series(history, name)[1] for name in ("completions/max_length", "carry_over/engine_steps"))
+    longest = series(history, "completions/max_length")[1]
+    # a rollout that the pool already holds takes no steps, and logs none
+    used = [entry.get("carry_over/engine_steps", 0) for entry in history if "carry_over/pool_groups" in entry]
     steps, accuracy = series(history, ACCURACY)
     names = {name: f"trajectory_ratio/{name}" for name in RATIO_METRICS} | {name: name for name in OTHER_METRICS}
     return {

@@ -173,6 +173,18 @@ def test_settings_are_chosen_by_the_mean_over_lags_on_the_selection_seeds(tmp_pa
 # Curves over engine steps
 
 
+def test_a_rollout_that_the_pool_already_holds_takes_no_steps(tmp_path):
+    run = Condition("starter", carry_over=2).run("grpo", 0, 12, 12)
+    logged = [{"carry_over/engine_steps": 5.0}, {}, {"carry_over/engine_steps": 7.0}]
+    rollouts = [
+        {"step": 1 + 4 * i, "reward": 0.5, "carry_over/pool_groups": 3.0} | each for i, each in enumerate(logged)
+    ]
+    history = [*rollouts, {"step": 12, "eval_reward": 0.5}]
+    (tmp_path / "log_history.json").write_text(json.dumps(history))
+    (tmp_path / "summary.json").write_text(json.dumps({"versions": {}, "seconds": 1.0}))
+    assert stale_results.line_of(run, tmp_path)["engine_steps"] == [5, 0, 7]
+
+
 def test_engine_steps_to_a_level():
     engine, values = [10.0, 20.0, 40.0], [0.2, 0.4, 0.8]
     assert steps_to(0.5, engine, values) == pytest.approx(25)  # a quarter of the way from 20 to 40
