@@ -73,10 +73,13 @@ def random_rollouts(
     def rollout(prompts, trainer):
         current[0] = generators[trainer.model.training]
         output = {"prompt_ids": [], "completion_ids": [], "logprobs": None}
-        for _ in prompts:
+        size = group if trainer.model.training else 2
+        for i in range(len(prompts)):
+            if i % size == 0:  # responses of a group have one prompt
+                ids_of_prompt = [draw(1, len(WORDS)) for _ in range(prompt or draw(1, 6))]
             length = longest if chance(0.1) else draw(1, longest + 1)
             ids = [draw(1, len(WORDS)) for _ in range(length)]
-            output["prompt_ids"].append([draw(1, len(WORDS)) for _ in range(prompt or draw(1, 6))])
+            output["prompt_ids"].append(ids_of_prompt)
             output["completion_ids"].append(ids if chance(truncated) else [*ids[:-1], 0])
         if tools:
             output["env_mask"] = [[int(i % 3 != 1) for i in range(len(ids))] for ids in output["completion_ids"]]

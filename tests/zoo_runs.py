@@ -26,9 +26,10 @@ from zoo import NotBuiltError, architectures, in_one_line, rope_variants, tiny_m
 from tic_grpo_trl.forward.packing import PACKED
 
 
-# Two groups of four. The longest response crosses the original length of the zoo's rotary embeddings, 32 tokens.
+# Two groups of four. The longest response crosses the original length of the zoo's rotary embeddings, 32 tokens, and a
+# prompt is longer than the zoo's sliding windows, 8 tokens.
 COMPLETIONS = [58, 3, 17, 1, 9, 2, 30, 5]
-PROMPTS = [5, 1, 3, 6, 2, 4, 6, 1]
+PROMPTS = [12] * 4 + [5] * 4
 REWARDS = [1.0, 0.0, 0.25, 0.5, 0.0, 1.0, 0.75, 0.25]
 # Two rollouts of K = 2 updates, each of one group in two of TRL's passes
 SETTINGS = TOKEN | {
@@ -64,7 +65,7 @@ def rollouts(prompts: list[int]):
         lengths = [n if len(calls) % 2 else -(-n // 3) for n in COMPLETIONS]
         pairs = list(zip(ids, prompts, lengths, strict=True))
         return {
-            "prompt_ids": [row[:p] for row, p, _ in pairs],
+            "prompt_ids": [pairs[i - i % 4][0][:p] for i, (_, p, _) in enumerate(pairs)],
             "completion_ids": [[*row[p : p + n - 1], 0] for row, p, n in pairs],
             "logprobs": None,
         }
@@ -116,6 +117,8 @@ class Measured:
 
     Attributes:
         layout: of [`~tic_grpo_trl.forward.packing`].
+        shares: whether the prompt of a group is computed once.
+        shared: the largest share of an update's tokens that was not computed because of that.
         counts_padding: whether padding before a prompt moves TRL's log-probabilities.
         random: whether a pass draws random numbers, so that no two trainers agree.
         alone: largest relative difference of our log-probabilities to those of each response alone.
@@ -127,6 +130,8 @@ class Measured:
     """
 
     layout: str
+    shares: bool
+    shared: float
     counts_padding: bool
     random: bool
     alone: float
@@ -144,10 +149,15 @@ class Measured:
             "updates": self.random or self.updates <= LIMIT,
             "kl": self.kl <= KL_LIMIT,
             "ratio": self.ratio <= LIMIT,
+            "shared": (self.shared > 0) == self.shares,
             "drift": self.drift >= LIMIT,  # or else the second update would show nothing of the ratios
             "warnings": any("padding_free" in text for text in self.warnings) == (self.layout not in PACKED),
         }
         return [name for name, is_kept in kept.items() if not is_kept]
+
+    @property
+    def cell(self) -> str:
+        return f"{self.layout}, shared" if self.shares else self.layout
 
     @property
     def remarks(self) -> set[str]:
@@ -175,6 +185,7 @@ def measure(model: PreTrainedModel, folder: Path) -> Measured:
         """Look at the log-probabilities of both before anything is trained."""
         count_forwards(trainer)
         found.layout = trainer.packed_forward.choose_layout()
+        found.shares = trainer.packed_forward.shares_prompts
         inputs = padded(output)
         found.alone = difference_to_alone(trainer.model, trainer.packed_forward.score(inputs, 2).logps, output)
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
@@ -211,6 +222,8 @@ def measure(model: PreTrainedModel, folder: Path) -> Measured:
     assert all(theirs > 0 for _, theirs in norms)
     return Measured(
         found.layout,
+        found.shares,
+        max(log["update/shared_token_share"] for log in logs + ours.logs),
         found.counts_padding,
         draws_random_numbers(model),
         found.alone,
@@ -245,7 +258,7 @@ class Architecture:
 
     def row(self) -> str:
         """Write the table's line."""
-        layouts = [self.measured[a].layout if a in self.measured else "–" for a in ATTENTIONS]
+        layouts = [self.measured[a].cell if a in self.measured else "–" for a in ATTENTIONS]
         remarks = sorted(set().union(*(measured.remarks for measured in self.measured.values())))
         return f"| `{self.name}` | {' | '.join(layouts)} | {', '.join(sorted(self.variants))} | {', '.join(remarks)} |"
 
@@ -285,11 +298,11 @@ The layouts, best first. A model's own is found at the start of a run and, where
 
 - `segments`, `rows`: **packed**, several responses in each row, without padding. (`varlen`, FlashAttention's, needs a
   GPU.)
+- *shared*: in addition, a pass computes the prompt of a group once, and all its responses in the pass attend to it.
 - `sorted`: each response has a row of its own, and those of like length share a pass.
 - `padded`: as TRL does, because the log-probabilities depend on the padding.
 
-The tiny models have a sliding window wherever their architecture knows one; without it, as Qwen3 is mostly used, `rows`
-become `segments`.
+The tiny models have a sliding window wherever their architecture knows one, shorter than the longest prompt.
 
 The remarks:
 
@@ -314,6 +327,7 @@ def page(found: list[Architecture]) -> str:
     every = [m for one in found for m in (*one.measured.values(), *one.variants.values())]
     layouts = Counter(next(iter(one.measured.values())).layout for one in found if one.measured)
     packed = sum(layouts[layout] for layout in PACKED)
+    shared = sum(next(iter(one.measured.values())).shares for one in found if one.measured)
     trl_fails = [one for one in found if not one.measured and one.trl_fails]
     not_built = [one for one in found if not one.measured and not one.trl_fails]
     reasons = [f"- `{one.name}`: {one.failures['eager']}" for one in (*trl_fails, *not_built)]
@@ -321,8 +335,8 @@ def page(found: list[Architecture]) -> str:
         transformers=transformers.__version__,
         trl=trl.__version__,
         architectures=len(found),
-        counts=f"{packed} packed ({layouts['segments']} in `segments`, {layouts['rows']} in `rows`), "
-        f"{layouts['sorted']} sorted, {layouts['padded']} padded",
+        counts=f"{packed} packed ({layouts['segments']} in `segments`, {layouts['rows']} in `rows`), of which {shared} "
+        f"share prompts, {layouts['sorted']} sorted, {layouts['padded']} padded",
         unmeasured=f"{len(trl_fails)} cannot be run by TRL, {len(not_built)} were not built.",
         limit=LIMIT,
         kl_limit=KL_LIMIT,

@@ -168,6 +168,12 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
         "the longest length. Responses share packed rows if a test at the start shows that the model keeps them apart. "
         "Rollouts with images, and models whose log-probabilities depend on padding, keep TRL's passes.",
     )
+    share_prompts: bool = _option(
+        True,
+        "Compute the prompt of a group once in each forward pass, and let all its responses in the pass attend to it. "
+        "This needs padding_free, and attention by scaled_dot_product_attention or FlashAttention in every layer; a "
+        "test at the start shows whether a model's log-probabilities stay the same.",
+    )
     skip_zero_advantage: bool = _option(
         True,
         "Leave out responses that cannot move the weights: those without tokens in the loss, and those with an "

@@ -115,7 +115,7 @@ class TICGRPOTrainer(GRPOTrainer):
             args, accelerator, policy, pad, self.temperature, multiple_of, forward_of_trl, checks_head
         )
         terms = LossTerms(self)
-        self.batcher = Batcher(schedule, args, accelerator, pad, lambda: forward.layout, terms)
+        self.batcher = Batcher(schedule, args, accelerator, pad, forward, terms)
         self.scorer = scorer = Scorer(args, schedule, accelerator, forward, policy, lambda: self.ref_model, terms)
 
         reports = NumberReports(accelerator, self._tokenizer, lambda: self.state.global_step)

@@ -1,7 +1,5 @@
 """packing.py: every real token in one place, every value back where it belongs, responses of a row blind to others."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import transformers
@@ -15,24 +13,22 @@ from transformers import (
     BloomForCausalLM,
     FalconConfig,
     FalconForCausalLM,
-    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     Lfm2Config,
     Lfm2ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_flash_attention_utils import _is_packed_sequence, prepare_fa_kwargs_from_position_ids
 from trl.trainer.utils import add_fused_lm_head
 
 from tic_grpo_trl.forward.layouts import (
     attention_arguments,
-    attention_by_segment,
     ignores_left_padding,
     keeps_apart,
     model_inputs,
@@ -126,8 +122,9 @@ def test_every_value_comes_back_to_its_token(seed, layout, multiple_of, linear_w
     lengths = [length for length in mask.sum(1).tolist() if length]
     if layout == "segments":
         assert len(packed.input_ids) == 1
-        assert packed.segments[: len(lengths)] == lengths
-        assert sum(packed.segments) == packed.input_ids.size(1)
+        assert packed.segments.lengths[: len(lengths)] == lengths
+        assert sum(packed.segments.lengths) == packed.input_ids.size(1)
+        assert not packed.segments.shares
     if layout == "sorted":
         # each from its first column on, so that nothing stands before it
         assert packed.attention_mask.tolist() == [[1] * n + [0] * (packed.input_ids.size(1) - n) for n in lengths]
@@ -281,23 +278,6 @@ def test_a_packed_pass_of_flex_attention_equals_a_padded_one():
     assert (actual - expected).abs().max() < 1e-5
 
 
-def test_attention_by_segment_is_causal_attention_in_each():
-    generator = torch.Generator().manual_seed(0)
-    module = SimpleNamespace(num_key_value_groups=2, is_causal=True, training=False)
-    query = torch.randn(1, 4, 9, 8, generator=generator)
-    key, value = torch.randn(2, 1, 2, 9, 8, generator=generator)
-    attended, _ = attention_by_segment(module, query, key, value, None, segments=[3, 1, 5])
-    together = torch.full((9, 9), -torch.inf)
-    for start, end in ((0, 3), (3, 4), (4, 9)):
-        together[start:end, start:end] = torch.full((end - start, end - start), -torch.inf).triu(1)
-    scores = query @ key.repeat_interleave(2, dim=1).transpose(2, 3) / 8**0.5 + together
-    expected = (scores.softmax(-1) @ value.repeat_interleave(2, dim=1)).transpose(1, 2)
-    torch.testing.assert_close(attended, expected, rtol=1e-5, atol=1e-6)
-    # everyone else's calls stay what they were
-    whole, _ = attention_by_segment(module, query, key, value, None)
-    assert torch.equal(whole, sdpa_attention_forward(module, query, key, value, None)[0])
-
-
 def with_attention(config, implementation):
     config._attn_implementation = implementation
     return config
@@ -310,9 +290,8 @@ def with_attention(config, implementation):
         (with_attention(LlamaConfig(), "eager"), ["rows"]),
         (with_attention(LlamaConfig(), "flash_attention_2"), ["varlen"]),
         (with_attention(LlamaConfig(), "kernels-community/flash-attn2"), ["varlen"]),
-        # a window is a mask
-        (with_attention(MistralConfig(sliding_window=4), "sdpa"), ["rows"]),
-        (with_attention(Gemma3TextConfig(sliding_window=4), "sdpa"), ["rows"]),
+        (with_attention(MistralConfig(sliding_window=4), "sdpa"), ["segments", "rows"]),
+        (with_attention(Llama4TextConfig(), "sdpa"), ["rows"]),  # its chunks are masks
     ],
 )
 def test_packed_layouts(config, layouts):

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from searching import searched, tensors
 
-from tic_grpo_trl.forward.packing import first_fit, plan_passes
 from tic_grpo_trl.forward.responses import PADDED_SIDE, is_per_response, loss_mask, response_count, select_responses
 from tic_grpo_trl.rollout import partition
 from tic_grpo_trl.rollout.micro_batches import active_responses, take_responses
@@ -175,27 +174,6 @@ def test_shares_of_the_processes_are_the_order_cut_up(processes, update_rows, k,
     assert torch.cat([share.view(k, update_rows) for share in shares], dim=1).flatten().tolist() == order.tolist()
     group = data.draw(st.integers(1, 4))
     assert responses_to_prompts(order, group).tolist() == [p * group + g for p in order.tolist() for g in range(group)]
-
-
-@searched(150)
-@given(st.lists(st.integers(1, 30), max_size=16), st.integers(1, 6), st.booleans())
-def test_a_plan_holds_every_row_once_in_no_more_and_no_larger_passes_than_trls(lengths, rows, packs):
-    plan = plan_passes(lengths, rows, packs)
-    assert sorted(i for of_pass in plan for i in of_pass) == list(range(len(lengths)))
-    assert all(plan)
-    assert len(plan) <= -(-len(lengths) // rows)
-    laid_out = [1] * len(lengths) if not packs else first_fit(lengths, max(lengths, default=0))
-    assert len(plan) == -(-len(laid_out) // rows)  # the fewest
-    for of_pass in plan:
-        of_lengths = [lengths[i] for i in of_pass]
-        assert sum(of_lengths) <= rows * max(lengths)
-        if packs:  # which fit in so many rows, laid out anew
-            assert len(first_fit(of_lengths, max(lengths))) <= rows
-        else:
-            assert len(of_pass) <= rows
-    if not packs and plan:
-        assert max(map(len, plan)) - min(map(len, plan)) <= 1
-        assert [lengths[i] for of_pass in plan for i in of_pass] == sorted(lengths, reverse=True)
 
 
 @searched(120)

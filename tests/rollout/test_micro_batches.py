@@ -5,7 +5,6 @@ from collections import Counter
 import pytest
 import torch
 
-from tic_grpo_trl.forward.packing import plan_passes
 from tic_grpo_trl.rollout.micro_batches import active_responses, take_responses
 from tic_grpo_trl.rollout.partition import (
     immovable_keys,
@@ -125,39 +124,6 @@ def test_kinds_of_values_by_hand():
         "temperature": "float",
         "ref_per_token_logps": "NoneType",
     }
-
-
-# Forward passes
-
-
-@pytest.mark.parametrize("packs", [False, True])
-@pytest.mark.parametrize("seed", range(20))
-def test_passes_hold_every_row_once_and_no_more_than_trl_forwards(seed, packs):
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 40, (int(torch.randint(1, 30, (), generator=generator)),), generator=generator).tolist()
-    rows = 1 + seed % 5
-    plan = plan_passes(lengths, rows, packs)
-    assert sorted(i for group in plan for i in group) == list(range(len(lengths)))
-    assert all(plan)  # a pass over nothing would be wasted
-    assert len(plan) <= -(-len(lengths) // rows)
-    for group in plan:
-        assert sum(lengths[i] for i in group) <= rows * max(lengths)
-        assert packs or len(group) <= rows
-    if not packs:  # like lengths together, so that trimming removes most
-        assert [lengths[i] for group in plan for i in group] == sorted(lengths, reverse=True)
-        assert max(map(len, plan)) - min(map(len, plan)) <= 1
-
-
-def test_passes_by_hand():
-    lengths = [10, 1, 1, 1, 1, 1, 1, 1]
-    assert plan_passes(lengths, 2, packs=False) == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert plan_passes(lengths, 2, packs=True) == [list(range(8))]  # two rows of 10: [10], [7·1]
-    assert plan_passes([2, 9, 5, 4], 1, packs=True) == [[1], [2, 3], [0]]
-    for packs in (False, True):  # nothing fits beside a response of full length
-        assert plan_passes([7] * 8, 4, packs) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-        assert plan_passes([], 4, packs) == []
-        # five rows are shared out evenly
-        assert sorted(map(len, plan_passes([7] * 5, 4, packs))) == [2, 3]
 
 
 def padded_rollout():

@@ -4,23 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, PreTrainedConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import PreTrainedConfig
 
-from .packing import PackedBatch
-
-
-def attention_by_segment(module, query, key, value, attention_mask, segments: list[int] | None = None, **kwargs):
-    """Compute transformers' `"sdpa"` attention; with `segments`, for each response of a single row alone.
-
-    Query, key and value are (1, heads, W, head dimension); `segments` are lengths that add up to W.
-    """
-    if segments is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if attention_mask is not None and attention_mask.numel() > 1:
-        raise ValueError("This model's layers make their own masks, which attention by segments would ignore.")
-    parts = zip(*(tensor.split(segments, dim=2) for tensor in (query, key, value)), strict=True)
-    return torch.cat([sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in parts], dim=1), None
+from .packing import SINGLE_ROW, PackedBatch
+from .segments import SegmentedAttention, Segments, flash_arguments, register_sdpa
 
 
 # Layer types in which only mask and positions decide what a token sees, or for which `keeps_apart` finds out
@@ -28,6 +15,10 @@ BY_POSITION = {
     *("full_attention", "sliding_attention", "indexed_attention"),
     *("linear_attention", "conv", "hybrid", "hybrid_sliding", "moe", "mlp"),
 }
+
+
+# Layer types with attention, and whether it has a sliding window
+WINDOWED = {"full_attention": False, "sliding_attention": True, "hybrid": False, "hybrid_sliding": True}
 
 
 def why_trl_layout(config: PreTrainedConfig) -> str | None:
@@ -55,11 +46,23 @@ def packed_layouts(config: PreTrainedConfig) -> list[str]:
     if "flash" in implementation:
         return ["varlen"]
     text = config.get_text_config()
-    masks = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size", "index_topk")]
-    if implementation == "sdpa" and not any(masks):
-        AttentionInterface.register("sdpa", attention_by_segment)
+    if implementation == "sdpa" and not any(
+        getattr(text, name, None) for name in ("attention_chunk_size", "index_topk")
+    ):
+        register_sdpa()
         return ["segments", "rows"]
     return ["rows"]
+
+
+def passes_windows(config: PreTrainedConfig, windows: set[int | None]) -> bool:
+    """Return whether a model's layers called attention with the sliding windows that its config states, in tokens.
+
+    `None` stands for a layer without one. No short test shows a window that a layer keeps to itself.
+    """
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    kinds = [kind for kind in getattr(text, "layer_types", None) or ["sliding_attention"] if kind in WINDOWED]
+    return window is None or windows == {window if WINDOWED[kind] else None for kind in kinds}
 
 
 def model_inputs(packed: PackedBatch, layout: str) -> dict[str, Any]:
@@ -69,12 +72,16 @@ def model_inputs(packed: PackedBatch, layout: str) -> dict[str, Any]:
     return {"position_ids": packed.position_ids} | attention_arguments(layout, packed.segments, packed.input_ids.device)
 
 
-def attention_arguments(layout: str, segments: list[int] | None, device: torch.device) -> dict[str, Any]:
-    """Return the arguments that keep the responses of a row apart, beside their positions."""
-    if layout != "segments" or segments is None:
+def attention_arguments(layout: str, segments: Segments | None, device: torch.device) -> dict[str, Any]:
+    """Return the arguments that keep the segments of a row apart, beside their positions."""
+    if segments is None:
         return {}
-    # transformers passes a mask with four axes through, instead of making one with W² elements
-    return {"segments": segments, "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)}
+    if layout == "segments":
+        # transformers passes a mask with four axes through, instead of making one with W² elements
+        unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+        return {"segments": SegmentedAttention(segments, device), "attention_mask": unused}
+    # FlashAttention reads from the positions where segments begin, unless they share a prompt
+    return flash_arguments(segments, device) if layout == "varlen" and segments.shares else {}
 
 
 # Raised by models that don't take the calls of the tests below
@@ -82,6 +89,7 @@ NOT_TAKEN = (TypeError, ValueError, IndexError, NotImplementedError, RuntimeErro
 PROMPT = [4, 1, 3, 2]  # token ids of a short response with its prompt
 LAST_BITS = 32  # units in the last place by which rounding in dozens of layers moves log-probabilities
 LEAK = 0.01  # the share of a visible neighbour's effect that still counts as rounding
+SEEN = 0.1  # the share of a prompt's effect that may be lost in rounding
 
 
 def rounding(log_probs: torch.Tensor, precision: float) -> float:
@@ -103,7 +111,8 @@ def keeps_apart(log_probs: Callable[..., torch.Tensor], device: torch.device | s
         if apart:  # otherwise the model chooses the positions itself
             lengths = [len(before), len(PROMPT)]
             positions = [i for length in lengths for i in range(length)]
-            row |= {"position_ids": torch.tensor([positions], device=device), "segments": lengths}
+            row |= {"position_ids": torch.tensor([positions], device=device)}
+            row |= {"segments": Segments(lengths, [None, None])}
         return log_probs(**row)[0, -(len(PROMPT) - 1) :].float()
 
     one, another = [1, 2, 3], [2, 4, 1]
@@ -144,3 +153,36 @@ def ignores_left_padding(log_probs: Callable[..., torch.Tensor], device: torch.d
         return is_alone(position_ids=positions)
     except NOT_TAKEN:
         return False
+
+
+# Layer types in which only attention lets a token see others
+ATTENTION_ONLY = {"full_attention", "sliding_attention", "moe", "mlp"}
+
+
+def may_share_prompts(config: PreTrainedConfig, layout: str) -> bool:
+    """Return whether a model's attention can let several responses see one prompt, as far as its config tells."""
+    text = config.get_text_config()
+    return layout in SINGLE_ROW and ATTENTION_ONLY.issuperset(getattr(text, "layer_types", None) or [])
+
+
+@torch.no_grad()
+def shares_exactly(log_probs: Callable[..., torch.Tensor], device: torch.device | str, precision: float) -> bool:
+    """Measure whether responses to a shared prompt have the log-probabilities that they have with their own.
+
+    The last response must not see the one before it, and must see the prompt as it does without sharing. `log_probs`
+    maps padded ids and their mask, (B, P + T), T, and whether prompts are shared to (B, T) log-probabilities.
+    """
+    another, responses = [1, *PROMPT[1:]], [[1, 2, 3, 4], [3, 1], [2, 2, 4]]
+
+    def scored(prompt: list[int], responses: list[list[int]], shares: bool) -> torch.Tensor:
+        width = max(map(len, responses))
+        ids = [prompt + response + [0] * (width - len(response)) for response in responses]
+        mask = [[1] * len(prompt + response) + [0] * (width - len(response)) for response in responses]
+        return log_probs(*(torch.tensor(each, device=device) for each in (ids, mask)), width, shares).float()
+
+    alone, shared = (scored(PROMPT, responses, shares) for shares in (False, True))
+    seen, seen_shared = scored(another, responses, False) - alone, scored(another, responses, True) - shared
+    leak = (scored(PROMPT, [responses[0], [1, 4], responses[2]], True) - shared)[2].abs().max()
+    noise = LAST_BITS * precision * (1 + float(alone.abs().max()))
+    equal = (shared - alone).abs().max() <= rounding(alone, precision)
+    return bool(equal and leak <= noise and (seen - seen_shared).abs().max() <= noise + SEEN * seen.abs().max())

@@ -18,13 +18,18 @@ from .layouts import (
     attention_arguments,
     ignores_left_padding,
     keeps_apart,
+    may_share_prompts,
     model_inputs,
     packed_layouts,
+    passes_windows,
     rounding,
+    shares_exactly,
     why_trl_layout,
 )
-from .packing import PACKED, pack, plan_passes
+from .packing import PACKED, SharedPrompts, pack
+from .planning import ResponseLengths
 from .responses import sequences
+from .segments import register_flash
 
 
 logger = get_logger(__name__)
@@ -55,7 +60,8 @@ class ForwardOutput:
     logps: torch.Tensor  # (B, T)
     entropies: torch.Tensor | None  # (B, T)
     aux_loss: torch.Tensor | None  # the router's
-    tokens: int  # real ones
+    tokens: int  # real ones, of a shared prompt once
+    shared_tokens: int  # real ones that were not computed, because others have the same prompt
     slots: int  # computed tokens, padding included
     passes: int
 
@@ -66,8 +72,9 @@ class PackedForward:
     Compute log-probabilities without computing padding, where `padding_free` is set.
 
     Each model gets the best layout of [`~tic_grpo_trl.forward.packing`] in which its responses have the
-    log-probabilities that they have alone; `layout` is empty until [`choose_layout`] has found it. Inputs with images
-    go through TRL's own forward pass, `padded_forward`.
+    log-probabilities that they have alone; `layout` is empty until [`choose_layout`] has found it. With
+    `shares_prompts`, a pass computes the prompt of a group once. Inputs with images go through TRL's own forward pass,
+    `padded_forward`.
     """
 
     args: TICGRPOConfig
@@ -79,6 +86,7 @@ class PackedForward:
     padded_forward: Callable
     checks_head: bool  # False if the model may not be called without labels: ZeRO-3 would keep its head gathered
     layout: str = ""
+    shares_prompts: bool = False
 
     def __call__(
         self,
@@ -101,7 +109,7 @@ class PackedForward:
             logps, entropies, aux_loss = self.padded_forward(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, **outputs, **multimodal
             )
-            return ForwardOutput(logps, entropies, aux_loss, int(attention_mask.sum()), input_ids.numel(), passes)
+            return ForwardOutput(logps, entropies, aux_loss, int(attention_mask.sum()), 0, input_ids.numel(), passes)
         if not self.model().training:
             # An evaluation batch may be as large as the engine likes. The passes over it are always the same, so that
             # equal weights have equal log-probabilities.
@@ -121,20 +129,28 @@ class PackedForward:
                 policy if model is None else model, ids, mask, inputs["completion_ids"].size(1), batch_size, **images
             )
 
+    @property
+    def packs(self) -> bool:
+        """Whether responses share rows."""
+        return self.layout in PACKED
+
+    def lengths(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int) -> ResponseLengths:
+        """Return what decides how many responses of a padded batch, (B, P + T), fit into a pass."""
+        return ResponseLengths.of(input_ids, attention_mask, logits_to_keep, self.shares_prompts)
+
     def _passes(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss
     ) -> ForwardOutput:
         """Compute several passes, as many on every process."""
-        lengths = attention_mask.sum(dim=1).tolist()
-        kept = [i for i, length in enumerate(lengths) if length > 0]
-        planned = plan_passes([lengths[i] for i in kept], batch_size, self.layout in PACKED)
+        lengths = self.lengths(input_ids, attention_mask, logits_to_keep)
+        planned = lengths.plan([i for i, length in enumerate(lengths.tokens) if length], batch_size, self.packs)
         shape = (input_ids.size(0), logits_to_keep)
         logps = torch.zeros(shape, device=input_ids.device)
         entropies: Any = torch.zeros(shape, device=input_ids.device) if compute_entropy else None
         outputs: list[Any] = []
         for index in range(max(gather_object([len(planned)]))):
             # a process that has no responses left makes its pass over a blank one
-            rows = [kept[i] for i in planned[index]] if index < len(planned) else []
+            rows = planned[index] if index < len(planned) else []
             ids, mask = (input_ids[rows], attention_mask[rows]) if rows else (input_ids[:1], attention_mask[:1] * 0)
             output = self._pass(model, ids, mask, logits_to_keep, compute_entropy, compute_aux_loss)
             outputs.append(output)
@@ -143,15 +159,19 @@ class PackedForward:
                 if entropies is not None:
                     entropies[rows] = output.entropies
         aux_loss = torch.stack([output.aux_loss for output in outputs]).mean() if compute_aux_loss else None
-        tokens, slots = (sum(getattr(output, name) for output in outputs) for name in ("tokens", "slots"))
-        return ForwardOutput(logps, entropies, aux_loss, tokens, slots, len(outputs))
+        tokens, shared, slots = (
+            sum(getattr(o, name) for o in outputs) for name in ("tokens", "shared_tokens", "slots")
+        )
+        return ForwardOutput(logps, entropies, aux_loss, tokens, shared, slots, len(outputs))
 
     def _pass(
         self, model, input_ids, attention_mask, logits_to_keep, compute_entropy, compute_aux_loss
     ) -> ForwardOutput:
         """Compute one pass."""
-        layout = self.layout
-        if compute_aux_loss or attention_mask.all():
+        layout, sharing = self.layout, None
+        if self.shares_prompts:
+            sharing = SharedPrompts.of(input_ids, attention_mask, logits_to_keep)
+        if compute_aux_loss or (attention_mask.all() and not (sharing and any(sharing.tokens))):
             # the router's loss is a mean over tokens that leaves padding out by the attention mask
             layout = "sorted"
         packed = pack(
@@ -162,6 +182,7 @@ class PackedForward:
             layout,
             linear_width=6 * self.model().config.get_text_config().hidden_size,
             multiple_of=self.pad_to_multiple_of,
+            sharing=sharing,
         )
         router = {"output_router_logits": True} if compute_aux_loss else {}
         with self.accelerator.autocast():
@@ -177,6 +198,7 @@ class PackedForward:
             packed.unpack(outputs.entropy) if compute_entropy else None,
             outputs.aux_loss if compute_aux_loss else None,
             packed.tokens,
+            packed.shared_tokens,
             packed.input_ids.numel(),
             passes=1,
         )
@@ -189,6 +211,7 @@ class PackedForward:
             model.eval()  # dropout would make any two passes differ
             try:
                 self.layout = self._best_layout(model)
+                self.shares_prompts = self._can_share_prompts(model)
             finally:
                 model.train(training)
         return self.layout
@@ -213,11 +236,17 @@ class PackedForward:
             return "padded"
         device = self.accelerator.device
         for layout in packed_layouts(model.config):
+            windows: set[int | None] = set()
 
-            def call(segments=None, layout=layout, **inputs):
-                return self._log_probs(**inputs, **attention_arguments(layout, segments, device))
+            def call(segments=None, layout=layout, windows=windows, **inputs):
+                arguments = attention_arguments(layout, segments, device)
+                log_probs = self._log_probs(**inputs, **arguments)
+                if "segments" in arguments:
+                    windows |= arguments["segments"].windows
+                return log_probs
 
-            if keeps_apart(call, device, self._precision):
+            apart = keeps_apart(call, device, self._precision)
+            if apart and (layout != "segments" or passes_windows(model.config, windows)):
                 logger.info(f"padding_free: responses are packed ({layout}).")
                 return layout
         if ignores_left_padding(self._log_probs, device, self._precision):
@@ -231,6 +260,21 @@ class PackedForward:
             f"padding is kept. {COST.format(of='of the rollout')}"
         )
         return "padded"
+
+    @torch.no_grad()
+    def _can_share_prompts(self, model: Any) -> bool:
+        if not (self.args.share_prompts and may_share_prompts(model.config, self.layout)):
+            return False
+        if self.layout == "varlen":
+            register_flash(model.config._attn_implementation)
+
+        def log_probs(ids: torch.Tensor, mask: torch.Tensor, completion: int, shares: bool) -> torch.Tensor:
+            self.shares_prompts = shares
+            return self._pass(model, ids, mask, completion, compute_entropy=False, compute_aux_loss=False).logps
+
+        found = shares_exactly(log_probs, self.accelerator.device, self._precision)
+        logger.info(f"share_prompts: a group's prompt is computed {'once' if found else 'for each of its responses'}.")
+        return found
 
     @torch.no_grad()
     def _check_head(self):

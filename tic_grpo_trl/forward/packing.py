@@ -14,12 +14,15 @@ positions TRL counts the padding before a prompt. The layouts, best first:
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 
+from .segments import Segments
+
 
 IGNORED = -100  # the label of a token that is not scored
+# A prompt with a smaller part of a response's tokens isn't shared: attention to it takes up to 1/6 longer on a CPU.
+LEAST_SHARE = 1 / 8
 SINGLE_ROW = ("segments", "varlen")
 PACKED = (*SINGLE_ROW, "rows")
 
@@ -70,18 +73,34 @@ def lay_out(lengths: list[int], linear_width: int) -> list[list[int]]:
     return best
 
 
-def plan_passes(lengths: list[int], rows_per_pass: int, packs: bool) -> list[list[int]]:
-    """Distribute responses over the fewest forward passes that are no larger than TRL's.
+@dataclass(frozen=True)
+class SharedPrompts:
+    """The prompts that several responses have.
 
-    A pass has `rows_per_pass` rows as long as the longest response. With `packs`, several responses share a row;
-    without, responses of similar length share a pass. Returns the indices of the responses by pass.
+    Args:
+        prompts: number of each response's prompt; equal prompts have the same.
+        tokens: how many tokens of each response's prompt need to be computed only once: all but the last, which
+            predicts the response, or 0 if no other response has this prompt, or the prompt is short.
     """
-    if not lengths:
-        return []
-    rows = first_fit(lengths, max(lengths)) if packs else [[i] for i in longest_first(lengths)]
-    passes = -(-len(rows) // rows_per_pass)
-    cuts = [len(rows) * i // passes for i in range(passes + 1)]
-    return [[i for row in rows[start:end] for i in row] for start, end in pairwise(cuts)]
+
+    prompts: list[int]
+    tokens: list[int]
+
+    @classmethod
+    def none(cls, responses: int) -> "SharedPrompts":
+        """Share nothing."""
+        return cls(list(range(responses)), [0] * responses)
+
+    @classmethod
+    def of(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int) -> "SharedPrompts":
+        """Find them in a padded batch, (B, P + T) each, with T = `logits_to_keep` columns of completions."""
+        real = attention_mask.bool()
+        prompt = torch.where(real, input_ids, -1)[:, :-logits_to_keep]
+        _, numbers = torch.unique(prompt, dim=0, return_inverse=True)
+        tokens = real[:, :-logits_to_keep].sum(dim=1) - 1
+        worth_it = (tokens > 0) & (tokens >= LEAST_SHARE * real[:, -logits_to_keep:].sum(dim=1))
+        several = torch.bincount(numbers[worth_it], minlength=len(numbers))[numbers] > 1
+        return cls(numbers.tolist(), tokens.where(worth_it & several, 0).tolist())
 
 
 @dataclass(frozen=True)
@@ -96,8 +115,9 @@ class PackedBatch:
     scored: torch.Tensor  # (m,) the slots of the scored tokens
     columns: torch.Tensor  # (m,) their places among the B·T values that `unpack` returns
     shape: tuple[int, int]  # (B, T)
-    segments: list[int]  # lengths of the responses in a single row, and of the empty rest
-    tokens: int  # number of real tokens
+    segments: Segments | None  # of a single row: shared prompts, responses, and the empty rest
+    tokens: int  # number of real tokens, of a shared prompt once
+    shared_tokens: int  # number of real tokens that stand in no slot, because others have the same prompt
 
     def unpack(self, per_token: torch.Tensor) -> torch.Tensor:
         """Bring values of all slots but a row's first, (R, W-1), back to (B, T), with 0 where nothing was scored."""
@@ -114,41 +134,44 @@ def pack(
     layout: str,
     linear_width: int = 0,
     multiple_of: int | None = None,
+    sharing: SharedPrompts | None = None,
 ) -> PackedBatch:
     """Pack the real tokens of a padded batch (prompts padded on the left, completions on the right) into rows.
 
     T = `logits_to_keep` columns of completions are scored, but never the first token of a response. `linear_width` is
-    that of [`lay_out`], and the width becomes divisible by `multiple_of`.
+    that of [`lay_out`], and the width becomes divisible by `multiple_of`. With `sharing`, a single row holds the prompt
+    of several responses once, and its last token also in each of them.
 
     Returns:
         The rows; two empty slots if the batch has no token at all, so that a forward pass is possible.
     """
     real = attention_mask.bool()
-    lengths = real.sum(dim=1).tolist()
-    if layout == "sorted":
-        rows = [[i] for i, length in enumerate(lengths) if length] or [[0]]
-    else:
-        rows = [list(range(len(lengths)))] if layout in SINGLE_ROW else lay_out(lengths, linear_width)
-    width = max(2, *(sum(lengths[i] for i in row) for row in rows))
-    width += -width % (multiple_of or 1)
-
-    empty = width - sum(lengths)  # of a single row
-    segments = [length for length in [*lengths, empty] if length] if layout in SINGLE_ROW else []
-    starts = [0] * len(lengths)
-    for r, row in enumerate(rows):
-        start = r * width
-        for i in row:
-            starts[i] = start
-            start += lengths[i]
-
     position = real.cumsum(dim=1) - 1  # (B, S)
+    lengths = real.sum(dim=1).tolist()
+    segments, kept, starts = None, real, [0] * len(lengths)
+    if layout in SINGLE_ROW:
+        sharing = sharing or SharedPrompts.none(len(lengths))
+        segments, starts, holds = _lay_out_segments(lengths, sharing, multiple_of)
+        own = position >= torch.tensor(sharing.tokens, device=real.device).unsqueeze(1)
+        kept = real & (own | torch.tensor(holds, device=real.device).unsqueeze(1))
+        count, width = 1, sum(segments.lengths)
+    else:
+        alone = [[i] for i, length in enumerate(lengths) if length] or [[0]]
+        rows = alone if layout == "sorted" else lay_out(lengths, linear_width)
+        count, width = len(rows), _width(max(sum(lengths[i] for i in row) for row in rows), multiple_of)
+        for r, row in enumerate(rows):
+            start = r * width
+            for i in row:
+                starts[i] = start
+                start += lengths[i]
+
     slot = torch.tensor(starts, device=real.device).unsqueeze(1) + position
-    source = real.flatten().nonzero().squeeze(1)  # (n,) index into B·S of the real tokens
+    source = kept.flatten().nonzero().squeeze(1)  # (n,) index into B·S of the tokens that have a slot
     target = slot.flatten()[source]  # (n,) index into R·W
 
     def laid_out(values: torch.Tensor, empty: int) -> torch.Tensor:
-        flat = torch.full((len(rows) * width,), empty, dtype=values.dtype, device=values.device)
-        return flat.index_copy_(0, target, values.flatten()[source]).view(len(rows), width)
+        flat = torch.full((count * width,), empty, dtype=values.dtype, device=values.device)
+        return flat.index_copy_(0, target, values.flatten()[source]).view(count, width)
 
     scored = real & (position > 0)
     scored[:, :-logits_to_keep] = False
@@ -162,8 +185,45 @@ def pack(
         columns=columns,
         shape=(len(lengths), logits_to_keep),
         segments=segments,
-        tokens=sum(lengths),
+        tokens=len(source),
+        shared_tokens=sum(lengths) - len(source),
     )
+
+
+def _width(tokens: int, multiple_of: int | None) -> int:
+    """Return the slots of a row of so many tokens."""
+    width = max(2, tokens)
+    return width + -width % (multiple_of or 1)
+
+
+def _lay_out_segments(
+    lengths: list[int], sharing: SharedPrompts, multiple_of: int | None
+) -> tuple[Segments, list[int], list[bool]]:
+    """Lay out a single row: a response behind the other, each shared prompt before the first response to it.
+
+    Returns:
+        The segments, with one for the empty rest of the row; for each response, the slot at which its first token
+        stands, or would stand if the shared ones were its own; and whether the shared ones stand there.
+    """
+    segments = Segments([], [])
+    place: dict[int, int] = {}  # segment by prompt
+    starts, holds, end = [], [], 0
+    for length, prompt, common in zip(lengths, sharing.prompts, sharing.tokens, strict=True):
+        holds.append(common > 0 and prompt not in place)
+        if holds[-1]:
+            place[prompt] = len(segments.lengths)
+            segments.lengths.append(common)
+            segments.prompts.append(None)
+            end += common
+        starts.append(end - common)
+        if length:
+            segments.lengths.append(length - common)
+            segments.prompts.append(place[prompt] if common else None)
+            end += length - common
+    if empty := _width(end, multiple_of) - end:
+        segments.lengths.append(empty)
+        segments.prompts.append(None)
+    return segments, starts, holds
 
 
 def used_columns(prompt_mask: torch.Tensor, completion_mask: torch.Tensor) -> tuple[int, int]:

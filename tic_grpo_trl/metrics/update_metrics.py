@@ -24,9 +24,10 @@ class UpdateMetrics:
     """
     Log what each update computed, once per optimizer step and over all processes.
 
-    `update/real_token_share` is the share of real tokens in what was computed, `update/responses_skipped` the share of
-    the mini-batch's responses that were left out, and `update/forwards_saved` the number of forward passes, scoring
-    included, that TRL would have made in addition.
+    `update/real_token_share` is the share of real tokens in what was computed, `update/shared_token_share` the share of
+    the real tokens that were not computed because other responses have the same prompt, `update/responses_skipped` the
+    share of the mini-batch's responses that were left out, and `update/forwards_saved` the number of forward passes,
+    scoring included, that TRL would have made in addition.
     """
 
     accelerator: Accelerator
@@ -36,12 +37,13 @@ class UpdateMetrics:
         self._start()
 
     def _start(self):
-        self._tokens = self._slots = self._passes = self._trl_passes = 0
+        self._tokens = self._shared_tokens = self._slots = self._passes = self._trl_passes = 0
         self._counts: list[torch.Tensor] = []  # by micro-batch
 
     def count(self, output: ForwardOutput):
         """Count the cost of a forward pass."""
         self._tokens += output.tokens
+        self._shared_tokens += output.shared_tokens
         self._slots += output.slots
         self._passes += output.passes
 
@@ -64,13 +66,14 @@ class UpdateMetrics:
         ratios have one value per response.
         """
         processes, steps = self.accelerator.num_processes, len(self._counts)
-        cost = torch.tensor([self._tokens, self._slots], device=self.accelerator.device)
+        cost = torch.tensor([self._tokens, self._shared_tokens, self._slots], device=self.accelerator.device)
         local = torch.cat([cost, torch.stack(self._counts).flatten()])
         of_all = self.accelerator.gather(local).view(processes, -1).sum(dim=0)
-        real, slots = of_all[:2].tolist()
-        tokens, responses, skipped_tokens, skipped_responses = of_all[2:].view(steps, 4).T.tolist()
+        real, shared, slots = of_all[:3].tolist()
+        tokens, responses, skipped_tokens, skipped_responses = of_all[3:].view(steps, 4).T.tolist()
         all_responses = self.schedule.per_device_train_batch_size * passes * processes
         metrics["update/real_token_share"].append(real / max(slots, 1))
+        metrics["update/shared_token_share"].append(shared / max(real + shared, 1))
         metrics["update/responses_skipped"].append(sum(skipped_responses) / all_responses)
         metrics["update/forwards_saved"].append(self._trl_passes - self._passes)
         self._start()

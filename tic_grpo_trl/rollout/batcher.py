@@ -19,8 +19,8 @@ from accelerate.utils import gather_object
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict, unsplit_pixel_values_by_grid
 
 from ..config import TICGRPOConfig
-from ..forward.packing import PACKED, plan_passes
-from ..forward.responses import loss_mask, response_count
+from ..forward.packed_forward import PackedForward
+from ..forward.responses import loss_mask, response_count, sequences
 from .loss_terms import LossTerms
 from .micro_batches import active_responses, mark_groups, take_responses
 from .partition import exchange_prompts, immovable_keys, shuffle_prompts, value_kinds
@@ -40,7 +40,7 @@ class Batcher:
     args: TICGRPOConfig
     accelerator: Accelerator
     pad_token_id: int
-    layout: Callable[[], str]  # returns the layout of the forward passes
+    forward: PackedForward
     terms: LossTerms
 
     def __post_init__(self):
@@ -104,7 +104,7 @@ class Batcher:
     def cut(self, rollout: dict[str, Any]) -> list[dict[str, Any] | None]:
         """Cut a partitioned rollout into micro-batches; `None` stands for one with nothing to compute."""
         movable = not self.fixed_by and not immovable_keys([value_kinds(rollout)])
-        if (self.layout() != "padded" or self.args.skip_zero_advantage) and all(gather_object([movable])):
+        if (self.forward.layout != "padded" or self.args.skip_zero_advantage) and all(gather_object([movable])):
             return self._regroup(rollout)
         parts: list[Any] = split_tensor_dict(rollout, self.schedule.steps_per_generation)
         return [unsplit_pixel_values_by_grid(part) for part in parts]
@@ -115,21 +115,19 @@ class Batcher:
         Those with nothing to compute come first, because the last one of an update synchronises the processes.
         """
         size, count = self.schedule.per_device_train_batch_size, self.schedule.regrouped_micro_batches
-        padding_free, packs = self.layout() != "padded", self.layout() in PACKED
+        padding_free, packs = self.forward.layout != "padded", self.forward.packs
         active = torch.ones(response_count(rollout), dtype=torch.bool)
         if self.args.skip_zero_advantage:
             active = active_responses(rollout, only_advantages=self.terms.beta == 0.0).cpu()
-        lengths = (rollout["prompt_mask"].sum(1) + rollout["completion_mask"].sum(1)).tolist()
+        lengths = self.forward.lengths(*sequences(rollout), rollout["completion_ids"].size(1))
         tokens = loss_mask(rollout).sum(1).tolist()
 
         count = count if padding_free else 1
         passes: list[list[int]] = []  # responses by micro-batch
         for start in range(0, self.schedule.steps_per_generation, count):
             kept = [i for i in range(start * size, (start + count) * size) if active[i]]
-            planned: list[Any] = [range(len(kept))]
-            if padding_free:
-                planned = plan_passes([lengths[i] for i in kept], size, packs)
-            passes += [[]] * (count - len(planned)) + [[kept[i] for i in members] for members in planned]
+            planned = lengths.plan(kept, size, packs) if padding_free else [kept]
+            passes += [[]] * (count - len(planned)) + planned
 
         sizes = gather_object([[len(members) for members in passes]])
         largest = [max(of_processes) for of_processes in zip(*sizes, strict=True)]
