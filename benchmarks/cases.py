@@ -48,6 +48,7 @@ class Scale:
         factors: factors of the growth figure; `trl_factors` are those at which TRL is also timed; `growth_runs` is the
             number of our runs at the factor 1, with fewer above.
         loss_responses, loss_width, loss_runs: responses, tokens per response and runs when timing the loss alone.
+        shared_prompts: tokens per prompt in the cases of shared prompts; `shared_growth` adds those of their figure.
     """
 
     model: dict[str, Any]
@@ -64,6 +65,8 @@ class Scale:
     loss_responses: int = 16
     loss_width: int = 16_384
     loss_runs: int = 25
+    shared_prompts: tuple[int, ...] = (256, 64, 8)
+    shared_growth: tuple[int, ...] = (8, 64, 256, 512, 1024)
 
 
 FULL = Scale(
@@ -97,6 +100,8 @@ QUICK = Scale(
     growth_runs=1,
     loss_width=256,
     loss_runs=2,
+    shared_prompts=(16,),
+    shared_growth=(8, 16),
 )
 
 
@@ -163,6 +168,15 @@ class Rollout:
         """Number of real tokens, including prompts."""
         return sum(map(len, self.prompt_ids)) + sum(map(len, self.completion_ids))
 
+    def shared_minibatches(self, seed: int) -> list[tuple[int, int]]:
+        """Count the responses and their unique tokens per mini-batch of whole groups, in the order of our shuffle."""
+        torch.manual_seed(seed)
+        groups = torch.randperm(len(self.rewards) // GROUP).view(UPDATES, -1).tolist()
+        batches = [[i for group in batch for i in range(group * GROUP, (group + 1) * GROUP)] for batch in groups]
+        prompts = [sum(len(self.prompt_ids[group * GROUP]) - 1 for group in batch) for batch in groups]
+        own = [sum(1 + len(self.completion_ids[i]) for i in batch) for batch in batches]
+        return [(len(batch), sum(each)) for batch, *each in zip(batches, prompts, own, strict=True)]
+
     def active_minibatches(self, seed: int) -> list[tuple[int, int]]:
         """Count active responses and their tokens per mini-batch, in the order of TRL's shuffle."""
         torch.manual_seed(seed)
@@ -222,7 +236,15 @@ class Replay:
         return self.served.rewards
 
 
-def make_trainer(kind: str, scale: Scale, model: Qwen3ForCausalLM, rollout: Rollout, seed: int = 0, lora: bool = False):
+def make_trainer(
+    kind: str,
+    scale: Scale,
+    model: Qwen3ForCausalLM,
+    rollout: Rollout,
+    seed: int = 0,
+    lora: bool = False,
+    **options: Any,
+):
     """Make a trainer of `2·UPDATES` steps: a warm-up rollout of two tokens per response, then `rollout`.
 
     Args:
@@ -233,6 +255,7 @@ def make_trainer(kind: str, scale: Scale, model: Qwen3ForCausalLM, rollout: Roll
         rollout: measured rollout.
         seed: random seed of the shuffle and of LoRA's weights.
         lora: whether to train adapters of rank 16 on every linear layer instead of the model.
+        options: fields of this package's configuration; by default responses are shuffled as by TRL.
     """
     responses = len(rollout.rewards)
     trainer_class: Any
@@ -253,13 +276,11 @@ def make_trainer(kind: str, scale: Scale, model: Qwen3ForCausalLM, rollout: Roll
     if kind == "trl":
         trainer_class, args = GRPOTrainer, GRPOConfig(folder, **settings, **dapo)
     elif kind == "ours":
-        trainer_class, args = (
-            TICGRPOTrainer,
-            TICGRPOConfig(folder, **settings, algorithm="grpo", partition_by_prompt=False),
-        )
+        trainer_class = TICGRPOTrainer
+        args = TICGRPOConfig(folder, **settings, algorithm="grpo", **{"partition_by_prompt": False} | options)
         assert all(getattr(args, name) == value for name, value in dapo.items())
     else:
-        trainer_class, args = TICGRPOTrainer, TICGRPOConfig(folder, **settings, algorithm=kind)
+        trainer_class, args = TICGRPOTrainer, TICGRPOConfig(folder, **settings, algorithm=kind, **options)
     warm_up = make_rollout(scale, [2] * responses, zero_advantage_groups=0)
     warm_up.rewards = rollout.rewards
     replay = Replay([warm_up, rollout], seed)

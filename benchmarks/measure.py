@@ -82,9 +82,9 @@ class Stopwatch(TrainerCallback):
             self.run.seconds = time.perf_counter() - self.start
 
 
-def train(kind: str, scale: Scale, model, rollout: Rollout, seed: int = 0, lora: bool = False) -> Run:
+def train(kind: str, scale: Scale, model, rollout: Rollout, seed: int = 0, lora: bool = False, **options) -> Run:
     """Run the trainer `kind` (see [`make_trainer`](cases.py)) over a warm-up rollout and `rollout`."""
-    trainer = make_trainer(kind, scale, model, rollout, seed, lora)
+    trainer = make_trainer(kind, scale, model, rollout, seed, lora, **options)
     watch = Stopwatch(trainer)
     gc.collect()
     trainer.train()
@@ -110,11 +110,11 @@ class Limit:
     def __init__(self, scale: Scale, model, rollout: Rollout):
         self.model = make_trainer("trl", scale, model, rollout).model.train()
         self.vocabulary = scale.model["vocab_size"]
-        self.rollout = rollout
+        self.minibatches = rollout.active_minibatches  # maps a seed to responses and tokens of each
 
     def run(self, seed: int) -> tuple[float, float, int]:
         """Return seconds of training passes, seconds of scoring, and trained tokens, for the shuffle of `seed`."""
-        shapes = [(n, round(tokens / n)) for n, tokens in self.rollout.active_minibatches(seed) if n]
+        shapes = [(n, round(tokens / n)) for n, tokens in self.minibatches(seed) if n]
         batches = [torch.randint(1, self.vocabulary, shape) for shape in shapes]
         self.model.zero_grad()
         gc.collect()
@@ -238,14 +238,14 @@ def _memory(name: str) -> int:
     raise KeyError(name)
 
 
-def peak_memory(kind: str, scale: Scale, model, rollout: Rollout) -> tuple[int, int]:
-    """Measure the memory of a trainer's `train()`. Call it once per process, because the peak is that of the process.
+def peak_memory(kind: str, scale: Scale, model, rollout: Rollout, **options) -> tuple[int, int]:
+    """Measure the memory of a trainer's `train()`. Call it once per process for the peak, which is the process's.
 
     Returns:
         Largest number of bytes that autograd held for the backward pass, and the increase of the peak resident memory
         of the process in bytes.
     """
-    trainer = make_trainer(kind, scale, model, rollout)
+    trainer = make_trainer(kind, scale, model, rollout, **options)
     counter = SavedBytes(trainer.model.parameters())
     gc.collect()
     before = _memory("VmRSS")

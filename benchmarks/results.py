@@ -13,7 +13,9 @@ import matplotlib
 matplotlib.use("Agg")  # no display needed
 
 import matplotlib.pyplot as plt
+from formats import met, spread
 from measure import Run, disagreement
+from shared_prompts import SharedPrompts, prompt_sections
 
 from tic_grpo_trl.metrics.run_summary import BLUE, GREY, ORANGE, table
 
@@ -65,22 +67,14 @@ class Results:
     saved: tuple[int, int] | None = None
     resident: tuple[int, int] | None = None
     growth: dict[str, dict[str, list[tuple[int, float]]]] = field(default_factory=dict)
+    prompts: SharedPrompts | None = None
     seconds: float = 0.0
 
     @property
     def comparable(self) -> bool:
         """Return whether both trainers computed the same gradients in all cases."""
-        return all(case.disagreement <= AGREEMENT for case in self.cases.values())
-
-
-def spread(values: list[float], digits: int = 2) -> str:
-    """Format the median, and the range of several values."""
-    text = f"{median(values):.{digits}f}"
-    return text if len(values) == 1 else f"{text} ({min(values):.{digits}f}–{max(values):.{digits}f})"
-
-
-def met(holds: bool) -> str:
-    return "yes" if holds else "**no**"
+        prompts = [self.prompts.disagreement] if self.prompts else []
+        return all(each <= AGREEMENT for each in [*(case.disagreement for case in self.cases.values()), *prompts])
 
 
 def _cases(results: Results) -> str:
@@ -242,4 +236,6 @@ def report(results: Results) -> str:
             for kind, points in by_kind.items()
         ]
         blocks.append(table(["against", "trainer", "seconds per rollout"], rows))
+    if results.prompts:
+        blocks += prompt_sections(results.prompts)
     return "\n\n".join(blocks) + "\n"

@@ -10,9 +10,10 @@ from statistics import fmean, median
 
 import matplotlib.pyplot as plt
 from cases import GROUP, UPDATES, Scale
+from formats import met, spread
 from full_size import AUTHORS, CARRIED, Outcome, whole_step
 from prescribed_lengths import make_workload
-from results import machine, met, spread
+from results import machine
 from timed_rollouts import Kind, Timed
 
 from research.theory.generation_steps import simulate

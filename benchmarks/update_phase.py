@@ -24,9 +24,10 @@ import torch
 from cases import FULL, GROUP, QUICK, Rollout, Scale, make_model, make_rollout, skewed_lengths
 from measure import Limit, LossAlone, loss_lengths, peak_memory, train
 from results import Case, Results, growth_figure, report
+from shared_prompts import SharedPrompts, prompt_figure
 
 
-NAMES = ("authors", "active", "equal", "lora", "loss", "limit", "memory", "growth")
+NAMES = ("authors", "active", "equal", "lora", "loss", "limit", "memory", "growth", "prompts")
 
 
 class Benchmark:
@@ -94,6 +95,9 @@ class Benchmark:
         peaks = [json.loads(process.communicate()[0].splitlines()[-1]) for process in others]
         self.results.saved, self.results.resident = ((peaks[0][i], peaks[1][i]) for i in (0, 1))
 
+    def _prompts(self):
+        self.results.prompts = SharedPrompts.measure(self.scale, self.model, self.lengths, self.repeats)
+
     def _growth_runs(self, factor: int) -> int:
         return max(1, self.scale.growth_runs // factor)
 
@@ -127,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # TRL uses deprecated names
     logging.getLogger("tic_grpo_trl").setLevel(logging.ERROR)
     parser = argparse.ArgumentParser(prog="benchmarks/update_phase.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", default="runs/bench", help="folder for update_phase.md and growth.png")
+    parser.add_argument("--output_dir", default="runs/bench", help="folder for update_phase.md and its figures")
     parser.add_argument("--cases", nargs="+", choices=NAMES, default=NAMES, help="cases to measure (default: all)")
     parser.add_argument("--repeats", type=int, help="pairs of runs per compared case")
     parser.add_argument("--threads", type=int, default=2, help="number of torch threads")
@@ -152,6 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if results.growth:
         growth_figure(results, folder / "growth.png")
+    if results.prompts:
+        prompt_figure(results.prompts, folder / "prompts.png")
     text = report(results)
     (folder / "update_phase.md").write_text(text)
     print(text)
