@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from searching import searched
 
-from tic_grpo_trl.forward.packing import LEAST_SHARE, SharedPrompts, first_fit
+from tic_grpo_trl.forward.packing import SharedPrompts, first_fit
 from tic_grpo_trl.forward.planning import ResponseLengths
 
 
@@ -122,13 +122,3 @@ def test_padding_of_a_prompt_is_no_part_of_it():
     ids, mask = torch.tensor([[7, 4, 5, 1], [8, 4, 5, 1]]), torch.tensor([[0, 1, 1, 1]] * 2)
     assert SharedPrompts.of(ids, mask, 1).tokens == [1, 1]
     assert SharedPrompts.of(ids, torch.ones_like(mask), 1).tokens == [0, 0]
-
-
-def test_a_short_prompt_is_not_shared_with_a_long_response():
-    longest = round(4 / LEAST_SHARE)  # of a response to 5 tokens, 4 of which can be shared
-    ids = torch.ones(3, 5 + longest + 1, dtype=torch.long)
-    mask = torch.ones_like(ids)
-    mask[1:, -1] = 0
-    assert SharedPrompts.of(ids, mask, longest + 1).tokens == [0, 4, 4]
-    mask[1, -1] = 1
-    assert SharedPrompts.of(ids, mask, longest + 1).tokens == [0, 0, 0]  # nobody to share with

@@ -18,11 +18,12 @@ ONE_MICRO_BATCH = ["one micro-batch", "one micro-batch, reference"]
 SAMPLED = ["sampler", "corrected", "corrected zero-advantage rank"]
 ZERO3_CASES = ["tic_grpo", "grpo", "zero-advantage rank", "reference"]
 FSDP2_CASES = ["zero-advantage rank", "reference"]
-PROBES = 5  # forward passes that find out whether the model keeps responses apart
+PROBES = 9  # forward passes that find out whether the model keeps responses apart, and lets them share a prompt
 HEAD_PROBES = 2  # that find out whether TRL's head is the model's own, which DeepSpeed goes without
 
 # What says how much was computed
-WORK = {"step_time", "update/real_token_share", "update/responses_skipped", "update/forwards_saved"}
+OF_UPDATES = ("real_token_share", "shared_token_share", "responses_skipped", "forwards_saved")
+WORK = {"step_time", *(f"update/{name}" for name in OF_UPDATES)}
 # TRL's means of a mini-batch weigh its micro-batches, the extremes are averaged over them: other ones, other numbers
 BY_MICRO_BATCH = {"entropy", "kl"} | {
     f"clip_ratio/{name}" for name in "low_mean high_mean region_mean high_max".split()
@@ -73,7 +74,7 @@ def ddp(tmp_path_factory):
         # what accelerate makes of MULTI_GPU on CPU: DDP over gloo
         assert result["distributed_type"] == "DistributedType.MULTI_CPU", name
         assert result["sums"][0] == result["sums"][1], name  # the ranks hold the same weights
-        assert relative_error(runs.weights(name), torch.load(folder / "start.pt")) > 1e-3, name  # which moved
+        assert relative_error(runs.weights(name), torch.load(folder / "start.pt")) > 1e-4, name  # which moved
     return runs
 
 
@@ -138,6 +139,7 @@ def test_savings_change_nothing(ddp, case):
     assert first["completions/min_length"] == 1
     assert first["completions/max_length"] == 40
     assert ddp.logged(off)[0]["update/real_token_share"] < 0.8 * first["update/real_token_share"]
+    assert max(log["update/shared_token_share"] for log in ddp.logged(on)) > 0
 
 
 @pytest.mark.parametrize("case", ["tic_grpo", "grpo"])

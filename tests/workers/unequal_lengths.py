@@ -89,17 +89,19 @@ def fixed_rollouts(rank, zero_advantage, size, ends=0, sampler=None):
     `zero_advantage`: groups (of `size`) whose rewards are all equal; their responses end with the token `ends`.
     `sampler`: gives their log-probabilities, of which rank 1 lacks one."""
     generator = torch.Generator().manual_seed(5 + rank)
+    of_prompts = torch.Generator().manual_seed(4)  # the same on both ranks, which may hold parts of a group
 
-    def draw(most):
+    def draw(most, generator=generator):
         return int(torch.randint(1, most + 1, (), generator=generator))
 
-    def words(count):
+    def words(count, generator=generator):
         return torch.randint(1, len(WORDS), (count,), generator=generator).tolist()
 
     def rollout(prompts, trainer):
         lengths = [LONGEST[rank] if draw(8) == 1 else draw(LONGEST[rank]) for _ in prompts]
         last = [ends if i // size in zero_advantage else 0 for i in range(len(prompts))]
-        prompt_ids = [words(draw(5)) for _ in prompts]
+        of_groups = [words(4 + draw(8, of_prompts), of_prompts) for _ in range(0, len(prompts), size)]
+        prompt_ids = [of_groups[i // size] for i in range(len(prompts))]
         completion_ids = [[*words(length - 1), end] for length, end in zip(lengths, last, strict=True)]
         sampled = [sampler(*pair) for pair in zip(prompt_ids, completion_ids, strict=True)] if sampler else None
         if sampled and rank == 1:

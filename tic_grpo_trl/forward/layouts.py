@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from .packing import SINGLE_ROW, PackedBatch
-from .segments import SegmentedAttention, Segments, flash_arguments, register_sdpa
+from .segments import FlashSegments, SegmentedAttention, Segments, register_sdpa
 
 
 # Layer types in which only mask and positions decide what a token sees, or for which `keeps_apart` finds out
@@ -17,6 +17,8 @@ BY_POSITION = {
 }
 
 
+# Layer types in which only attention lets a token see others
+ATTENTION_ONLY = {"full_attention", "sliding_attention", "moe", "mlp"}
 # Layer types with attention, and whether it has a sliding window
 WINDOWED = {"full_attention": False, "sliding_attention": True, "hybrid": False, "hybrid_sliding": True}
 
@@ -72,16 +74,21 @@ def model_inputs(packed: PackedBatch, layout: str) -> dict[str, Any]:
     return {"position_ids": packed.position_ids} | attention_arguments(layout, packed.segments, packed.input_ids.device)
 
 
-def attention_arguments(layout: str, segments: Segments | None, device: torch.device) -> dict[str, Any]:
-    """Return the arguments that keep the segments of a row apart, beside their positions."""
+def attention_arguments(
+    layout: str, segments: Segments | None, device: torch.device, windows: set[int | None] | None = None
+) -> dict[str, Any]:
+    """Return the arguments that keep the segments of a row apart, beside their positions.
+
+    `windows` collects the sliding windows that layers ask for; see [`SegmentedAttention`].
+    """
     if segments is None:
         return {}
     if layout == "segments":
         # transformers passes a mask with four axes through, instead of making one with W² elements
         unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-        return {"segments": SegmentedAttention(segments, device), "attention_mask": unused}
+        return {"segments": SegmentedAttention(segments, device, windows), "attention_mask": unused}
     # FlashAttention reads from the positions where segments begin, unless they share a prompt
-    return flash_arguments(segments, device) if layout == "varlen" and segments.shares else {}
+    return {"segments": FlashSegments(segments, device)} if layout == "varlen" and segments.shares else {}
 
 
 # Raised by models that don't take the calls of the tests below
@@ -89,7 +96,7 @@ NOT_TAKEN = (TypeError, ValueError, IndexError, NotImplementedError, RuntimeErro
 PROMPT = [4, 1, 3, 2]  # token ids of a short response with its prompt
 LAST_BITS = 32  # units in the last place by which rounding in dozens of layers moves log-probabilities
 LEAK = 0.01  # the share of a visible neighbour's effect that still counts as rounding
-SEEN = 0.1  # the share of a prompt's effect that may be lost in rounding
+MISSED = 0.5  # the share of a prompt's effect that may be lost in rounding
 
 
 def rounding(log_probs: torch.Tensor, precision: float) -> float:
@@ -155,10 +162,6 @@ def ignores_left_padding(log_probs: Callable[..., torch.Tensor], device: torch.d
         return False
 
 
-# Layer types in which only attention lets a token see others
-ATTENTION_ONLY = {"full_attention", "sliding_attention", "moe", "mlp"}
-
-
 def may_share_prompts(config: PreTrainedConfig, layout: str) -> bool:
     """Return whether a model's attention can let several responses see one prompt, as far as its config tells."""
     text = config.get_text_config()
@@ -169,20 +172,32 @@ def may_share_prompts(config: PreTrainedConfig, layout: str) -> bool:
 def shares_exactly(log_probs: Callable[..., torch.Tensor], device: torch.device | str, precision: float) -> bool:
     """Measure whether responses to a shared prompt have the log-probabilities that they have with their own.
 
-    The last response must not see the one before it, and must see the prompt as it does without sharing. `log_probs`
-    maps padded ids and their mask, (B, P + T), T, and whether prompts are shared to (B, T) log-probabilities.
+    A response must not see another, and must see the prompt as it does without sharing. `log_probs` maps padded ids and
+    their mask, (B, P + T), T, and whether prompts are shared to (B, T) log-probabilities; `precision` is the machine
+    epsilon.
     """
-    another, responses = [1, *PROMPT[1:]], [[1, 2, 3, 4], [3, 1], [2, 2, 4]]
+    first, second, third, another_second = [1, 2, 3, 4, 1, 2], [3, 1], [2, 2, 4], [1, 4]
+    another_prompt = [1, *PROMPT[1:]]
 
-    def scored(prompt: list[int], responses: list[list[int]], shares: bool) -> torch.Tensor:
-        width = max(map(len, responses))
-        ids = [prompt + response + [0] * (width - len(response)) for response in responses]
-        mask = [[1] * len(prompt + response) + [0] * (width - len(response)) for response in responses]
-        return log_probs(*(torch.tensor(each, device=device) for each in (ids, mask)), width, shares).float()
+    def scored(shares: bool, *pairs: tuple[list[int], list[int]]) -> torch.Tensor:
+        padding = [len(first) - len(response) for _, response in pairs]
+        ids = [[*prompt, *response, *[0] * rest] for (prompt, response), rest in zip(pairs, padding, strict=True)]
+        mask = [[1] * (len(row) - rest) + [0] * rest for row, rest in zip(ids, padding, strict=True)]
+        tensors = (torch.tensor(values, device=device) for values in (ids, mask))
+        return log_probs(*tensors, len(first), shares).float()
 
-    alone, shared = (scored(PROMPT, responses, shares) for shares in (False, True))
-    seen, seen_shared = scored(another, responses, False) - alone, scored(another, responses, True) - shared
-    leak = (scored(PROMPT, [responses[0], [1, 4], responses[2]], True) - shared)[2].abs().max()
+    group = [(PROMPT, response) for response in (first, second, third)]
+    other_group = [(another_prompt, response) for _, response in group]
+    other_sibling = [group[0], (PROMPT, another_second), group[2]]
+    visible = [(PROMPT, before + third) for before in (second, another_second)]
+    try:
+        alone, other, seen = scored(False, *group, *other_group, *visible).split([3, 3, 2])
+        shared, shared_other = scored(True, *group), scored(True, *other_group)
+        leak = (scored(True, *other_sibling) - shared)[2].abs().max()
+    except NOT_TAKEN:
+        return False
     noise = LAST_BITS * precision * (1 + float(alone.abs().max()))
+    effect = (seen[0] - seen[1])[len(second) : len(second + third)].abs().max()
+    of_prompt, missed = (other - alone).abs().max(), ((shared_other - shared) - (other - alone)).abs().max()
     equal = (shared - alone).abs().max() <= rounding(alone, precision)
-    return bool(equal and leak <= noise and (seen - seen_shared).abs().max() <= noise + SEEN * seen.abs().max())
+    return bool(equal and leak <= min(noise, LEAK * float(effect)) and missed <= MISSED * of_prompt)

@@ -115,7 +115,7 @@ class PackedForward:
             # equal weights have equal log-probabilities.
             batch_size = int(self.args.per_device_train_batch_size)
         if batch_size is None:  # a micro-batch is one pass, whatever it holds
-            return self._pass(model, input_ids, attention_mask, logits_to_keep, **outputs)
+            return self._pass(model, input_ids, attention_mask, logits_to_keep, self.shares_prompts, **outputs)
         return self._passes(model, input_ids, attention_mask, logits_to_keep, batch_size, **outputs)
 
     def score(self, inputs: dict[str, Any], batch_size: int | None = None, model: Any = None) -> ForwardOutput:
@@ -142,8 +142,10 @@ class PackedForward:
         self, model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss
     ) -> ForwardOutput:
         """Compute several passes, as many on every process."""
-        lengths = self.lengths(input_ids, attention_mask, logits_to_keep)
-        planned = lengths.plan([i for i, length in enumerate(lengths.tokens) if length], batch_size, self.packs)
+        shares = self.shares_prompts and not compute_aux_loss  # which needs a row for each response
+        lengths = ResponseLengths.of(input_ids, attention_mask, logits_to_keep, shares)
+        kept = [i for i, length in enumerate(lengths.tokens) if length]
+        planned = lengths.plan(kept, batch_size, self.packs and not compute_aux_loss)
         shape = (input_ids.size(0), logits_to_keep)
         logps = torch.zeros(shape, device=input_ids.device)
         entropies: Any = torch.zeros(shape, device=input_ids.device) if compute_entropy else None
@@ -152,7 +154,7 @@ class PackedForward:
             # a process that has no responses left makes its pass over a blank one
             rows = planned[index] if index < len(planned) else []
             ids, mask = (input_ids[rows], attention_mask[rows]) if rows else (input_ids[:1], attention_mask[:1] * 0)
-            output = self._pass(model, ids, mask, logits_to_keep, compute_entropy, compute_aux_loss)
+            output = self._pass(model, ids, mask, logits_to_keep, shares, compute_entropy, compute_aux_loss)
             outputs.append(output)
             if rows:
                 logps[rows] = output.logps
@@ -165,11 +167,13 @@ class PackedForward:
         return ForwardOutput(logps, entropies, aux_loss, tokens, shared, slots, len(outputs))
 
     def _pass(
-        self, model, input_ids, attention_mask, logits_to_keep, compute_entropy, compute_aux_loss
+        self, model, input_ids, attention_mask, logits_to_keep, shares, compute_entropy=False, compute_aux_loss=False
     ) -> ForwardOutput:
-        """Compute one pass."""
+        """Compute one pass, in which responses share their prompt if `shares`."""
         layout, sharing = self.layout, None
-        if self.shares_prompts:
+        if shares:
+            if layout == "varlen":
+                register_flash(self.model().config._attn_implementation)
             sharing = SharedPrompts.of(input_ids, attention_mask, logits_to_keep)
         if compute_aux_loss or (attention_mask.all() and not (sharing and any(sharing.tokens))):
             # the router's loss is a mean over tokens that leaves padding out by the attention mask
@@ -239,11 +243,8 @@ class PackedForward:
             windows: set[int | None] = set()
 
             def call(segments=None, layout=layout, windows=windows, **inputs):
-                arguments = attention_arguments(layout, segments, device)
-                log_probs = self._log_probs(**inputs, **arguments)
-                if "segments" in arguments:
-                    windows |= arguments["segments"].windows
-                return log_probs
+                arguments = attention_arguments(layout, segments, device, windows)
+                return self._log_probs(**inputs, **arguments)
 
             apart = keeps_apart(call, device, self._precision)
             if apart and (layout != "segments" or passes_windows(model.config, windows)):
@@ -265,12 +266,9 @@ class PackedForward:
     def _can_share_prompts(self, model: Any) -> bool:
         if not (self.args.share_prompts and may_share_prompts(model.config, self.layout)):
             return False
-        if self.layout == "varlen":
-            register_flash(model.config._attn_implementation)
 
         def log_probs(ids: torch.Tensor, mask: torch.Tensor, completion: int, shares: bool) -> torch.Tensor:
-            self.shares_prompts = shares
-            return self._pass(model, ids, mask, completion, compute_entropy=False, compute_aux_loss=False).logps
+            return self._pass(model, ids, mask, completion, shares).logps
 
         found = shares_exactly(log_probs, self.accelerator.device, self._precision)
         logger.info(f"share_prompts: a group's prompt is computed {'once' if found else 'for each of its responses'}.")

@@ -4,7 +4,7 @@ TRL pads every prompt and completion to the longest of the generation batch. Her
 log-probabilities that it has alone. With relative positions (RoPE, ALiBi) they equal those in TRL's rows; with absolute
 positions TRL counts the padding before a prompt. The layouts, best first:
 
-- `"segments"`: all responses in one row; PyTorch's scaled-dot-product attention is called once per response;
+- `"segments"`: all responses in one row; PyTorch's scaled-dot-product attention is called for each response;
 - `"varlen"`: all responses in one row; FlashAttention's variable-length kernels read the positions;
 - `"rows"`: several responses per row, separated by an attention mask that transformers makes from the positions. The
   mask has width² elements, so the rows are short;
@@ -21,8 +21,6 @@ from .segments import Segments
 
 
 IGNORED = -100  # the label of a token that is not scored
-# A prompt with a smaller part of a response's tokens isn't shared: attention to it takes up to 1/6 longer on a CPU.
-LEAST_SHARE = 1 / 8
 SINGLE_ROW = ("segments", "varlen")
 PACKED = (*SINGLE_ROW, "rows")
 
@@ -80,7 +78,7 @@ class SharedPrompts:
     Args:
         prompts: number of each response's prompt; equal prompts have the same.
         tokens: how many tokens of each response's prompt need to be computed only once: all but the last, which
-            predicts the response, or 0 if no other response has this prompt, or the prompt is short.
+            predicts the response, or 0 if no other response has this prompt.
     """
 
     prompts: list[int]
@@ -94,13 +92,10 @@ class SharedPrompts:
     @classmethod
     def of(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int) -> "SharedPrompts":
         """Find them in a padded batch, (B, P + T) each, with T = `logits_to_keep` columns of completions."""
-        real = attention_mask.bool()
-        prompt = torch.where(real, input_ids, -1)[:, :-logits_to_keep]
-        _, numbers = torch.unique(prompt, dim=0, return_inverse=True)
-        tokens = real[:, :-logits_to_keep].sum(dim=1) - 1
-        worth_it = (tokens > 0) & (tokens >= LEAST_SHARE * real[:, -logits_to_keep:].sum(dim=1))
-        several = torch.bincount(numbers[worth_it], minlength=len(numbers))[numbers] > 1
-        return cls(numbers.tolist(), tokens.where(worth_it & several, 0).tolist())
+        prompt = torch.where(attention_mask.bool(), input_ids, -1)[:, :-logits_to_keep].cpu()
+        _, numbers, counts = torch.unique(prompt, dim=0, return_inverse=True, return_counts=True)
+        tokens = (prompt >= 0).sum(dim=1) - 1
+        return cls(numbers.tolist(), tokens.clamp(min=0).where(counts[numbers] > 1, 0).tolist())
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,18 @@ A group's prompt stands in a row once. The segment of each of its responses begi
 token, which predicts the response's first one, so that only the other tokens of the prompt are shared.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
-QUERIES = 256  # of a segment in one call with a mask, so that no mask has the square of its length elements
+QUERIES = 256  # of a segment in one call with a mask
 
 
 @dataclass(frozen=True)
@@ -44,52 +44,77 @@ class Segments:
 
 class SegmentedAttention:
     """
-    Causal attention within the segments of a row, for all layers of a forward pass.
+    Causal scaled-dot-product attention within the segments of a row, for all layers of a forward pass.
 
     Args:
         segments: the segments.
         device: device of the row.
-
-    `windows` collects the sliding windows, in tokens, with which layers have called; `None` for none.
+        windows: collects the sliding windows, in tokens, with which layers call; `None` for none.
     """
 
-    def __init__(self, segments: Segments, device: torch.device | str):
-        self.segments, self.windows = segments, set[int | None]()
-        pairs = zip(segments.lengths, segments.key_lengths, segments.prompts, strict=True)
-        sizes = [(min(length, QUERIES), keys) for length, keys, prompt in pairs if prompt is not None]
+    def __init__(self, segments: Segments, device: torch.device | str, windows: set[int | None] | None = None):
+        self.segments, self.windows = segments, windows
+        pairs = zip(segments.lengths, segments.key_lengths, strict=True)
+        masked = [(min(length, QUERIES), keys) for length, keys in pairs if length < keys <= 2 * (keys - length)]
         # Each corner at the bottom right of a causal mask that is aligned there is a smaller mask of this kind.
-        queries, keys = (max(values, default=0) for values in zip(*sizes, (0, 0), strict=True))
+        queries, keys = (max(values) for values in zip(*masked, (0, 0), strict=True))
         self._mask = _visible(queries, keys, device)
 
     def attend(
         self,
-        attention: Callable[..., Any],  # maps query, key, value and mask to (1, queries, heads, head dimension)
+        module: torch.nn.Module,
         query: torch.Tensor,  # (1, heads, W, head dimension)
         key: torch.Tensor,  # (1, key heads, W, head dimension)
         value: torch.Tensor,  # (1, key heads, W, head dimension)
         window: int | None,
+        **kwargs: Any,
     ) -> torch.Tensor:
-        """Return (1, W, heads, head dimension)."""
-        self.windows.add(window)
-        lengths = self.segments.lengths
-        parts = list(zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True))
+        """Return (1, W, heads, head dimension).
+
+        A response that is longer than its shared prompt attends in one causal call without a mask, for which the
+        prompt's queries are computed again. A shorter one attends with a mask, as its few queries see many keys.
+        """
+        if self.windows is not None:
+            self.windows.add(window)
+        parts = list(zip(*(each.split(self.segments.lengths, dim=2) for each in (query, key, value)), strict=True))
         attended = []
-        for (queries, *own), prompt in zip(parts, self.segments.prompts, strict=True):
-            if prompt is None and (window is None or queries.size(2) <= window):
-                attended.append(attention(queries, *own, None))
-                continue
-            shared = [] if prompt is None else [parts[prompt][1:]]
-            keys, values = (torch.cat(tensors, dim=2) for tensors in zip(*shared, own, strict=True))
-            end = keys.size(2) - queries.size(2)
-            for block in queries.split(QUERIES, dim=2):
-                size, end = block.size(2), end + block.size(2)
-                start = max(0, end - size + 1 - window) if window else 0
-                if prompt is not None and (window is None or end <= window):
-                    mask = self._mask[-size:, -end:]
-                else:
-                    mask = _visible(size, end - start, block.device, window)
-                attended.append(attention(block, keys[:, :, start:end], values[:, :, start:end], mask[None, None]))
+        for (q, k, v), prompt in zip(parts, self.segments.prompts, strict=True):
+            own, shared = q.size(2), 0
+            if prompt is not None:
+                shared = self.segments.lengths[prompt]
+                q, k, v = (torch.cat(pair, dim=2) for pair in zip(parts[prompt], (q, k, v), strict=True))
+            if own > shared and (window is None or own + shared <= window):
+                attended.append(sdpa_attention_forward(module, q, k, v, None, **kwargs)[0][:, shared:])
+            else:
+                attended += self._attend_masked(module, q, k, v, own, window, **kwargs)
         return torch.cat(attended, dim=1)
+
+    def _attend_masked(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        own: int,
+        window: int | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **ignored: Any,
+    ) -> list[torch.Tensor]:
+        """Attend with the last `own` queries, in blocks."""
+        groups: Any = getattr(module, "num_key_value_groups", 1)
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        end = key.size(2) - own
+        attended = []
+        for block in query[:, :, end:].split(QUERIES, dim=2):
+            size, end = block.size(2), end + block.size(2)
+            start = 0 if window is None else max(0, end - size + 1 - window)
+            fits = window is None and size <= self._mask.size(0) and end <= self._mask.size(1)
+            mask = self._mask[-size:, -end:] if fits else _visible(size, end - start, block.device, window)
+            keys, values = key[:, :, start:end], value[:, :, start:end]
+            output = scaled_dot_product_attention(block, keys, values, mask, dropout, scale=scaling)
+            attended.append(output.transpose(1, 2))
+        return attended
 
 
 def _visible(queries: int, keys: int, device: torch.device | str, window: int | None = None) -> torch.Tensor:
@@ -109,18 +134,48 @@ def attention_by_segment(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if attention_mask is not None and attention_mask.numel() > 1:
         raise ValueError("This model's layers make their own masks, which attention by segments would ignore.")
-
-    def attention(query, key, value, mask) -> torch.Tensor:
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
-
-    return segments.attend(attention, query, key, value, kwargs.get("sliding_window")), None
+    if kwargs.get("position_bias") is not None:
+        raise ValueError("This model's attention has a bias by position, which attention by segments would ignore.")
+    return segments.attend(module, query, key, value, kwargs.pop("sliding_window", None), **kwargs), None
 
 
-def attention_with_copied_keys(attention, module, query, key, value, *args, key_slots=None, **kwargs):
-    """Compute FlashAttention's variable-length `attention`, with the keys and values of `key_slots`, (keys,)."""
-    if key_slots is not None:
-        key, value = (tensor.index_select(2, key_slots) for tensor in (key, value))
-    return attention(module, query, key, value, *args, **kwargs)
+class FlashSegments:
+    """
+    Segments of a row as FlashAttention's variable-length kernels take them, for all layers of a forward pass.
+
+    The kernels align queries and keys at their ends, so a response's queries are the last of its keys.
+    """
+
+    def __init__(self, segments: Segments, device: torch.device | str):
+        self.segments = segments
+
+        def ends(lengths: list[int]) -> torch.Tensor:
+            return torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+
+        self.arguments = {
+            "cu_seq_lens_q": ends(segments.lengths),
+            "cu_seq_lens_k": ends(segments.key_lengths),
+            "max_length_q": max(segments.lengths),
+            "max_length_k": max(segments.key_lengths),
+        }
+
+    def copied(self, tensor: torch.Tensor) -> torch.Tensor:  # (1, key heads, W, head dimension)
+        """Return keys or values with those of shared prompts before each of their responses."""
+        parts = tensor.transpose(1, 2).split(self.segments.lengths, dim=1)
+        seen = [
+            parts[each] for i, prompt in enumerate(self.segments.prompts) for each in (prompt, i) if each is not None
+        ]
+        return torch.cat(seen, dim=1).transpose(1, 2)
+
+
+def attention_with_copied_keys(
+    attention, module, query, key, value, *args, segments: FlashSegments | None = None, **kwargs
+):
+    """Compute FlashAttention's `attention`; with `segments`, each response of a single row also sees its prompt."""
+    if segments is None:
+        return attention(module, query, key, value, *args, **kwargs)
+    key, value = segments.copied(key), segments.copied(value)
+    return attention(module, query, key, value, *args, **kwargs | segments.arguments)
 
 
 def register_sdpa():
@@ -129,32 +184,7 @@ def register_sdpa():
 
 
 def register_flash(implementation: str):
-    """Let a variable-length attention of transformers take copied keys."""
+    """Let a FlashAttention of transformers take segments; another model may have registered it anew."""
     attention = ALL_ATTENTION_FUNCTIONS[implementation]
     if getattr(attention, "func", None) is not attention_with_copied_keys:
         AttentionInterface.register(implementation, partial(attention_with_copied_keys, attention))
-
-
-def flash_arguments(segments: Segments, device: torch.device) -> dict[str, Any]:
-    """Return FlashAttention's arguments for segments: where each begins, and the slots of the keys that it sees.
-
-    The variable-length kernels align queries and keys at their ends, so a response's queries are the last of its keys.
-    """
-    starts = [0]
-    for length in segments.lengths:
-        starts.append(starts[-1] + length)
-    slots: list[int] = []
-    for i, prompt in enumerate(segments.prompts):
-        for segment in (i,) if prompt is None else (prompt, i):
-            slots += range(starts[segment], starts[segment + 1])
-
-    def ends(lengths: list[int]) -> torch.Tensor:
-        return torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
-
-    return {
-        "cu_seq_lens_q": ends(segments.lengths),
-        "cu_seq_lens_k": ends(segments.key_lengths),
-        "max_length_q": max(segments.lengths),
-        "max_length_k": max(segments.key_lengths),
-        "key_slots": torch.tensor(slots, device=device),
-    }
