@@ -182,14 +182,27 @@ def growth_figure(results: Results, path: Path) -> None:
     plt.close(figure)
 
 
-def report(results: Results) -> str:
-    """Write the Markdown report."""
+def _head(results: Results, title: str) -> list[str]:
     packages = ("tic-grpo-trl", "trl", "transformers", "torch", "peft")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    blocks = [
-        "# Update phase compared with TRL",
+    return [
+        f"# {title}",
         f"`{results.command}`, {results.seconds:.0f} s on {machine()}, {results.threads} threads; "
         f"Python {platform.python_version()}, {versions}.",
+    ]
+
+
+def report_prompts(results: Results) -> str:
+    """Write the Markdown report on shared prompts."""
+    assert results.prompts is not None
+    sections = prompt_sections(results.prompts)
+    return "\n\n".join([*_head(results, "Prompts that are computed once"), *sections]) + "\n"
+
+
+def report(results: Results) -> str:
+    """Write the Markdown report on all but shared prompts."""
+    blocks = [
+        *_head(results, "Update phase compared with TRL"),
         "Times are for all updates of one rollout (K = 4), with scoring but without generation: median (range). Both "
         "trainers run alternately in one process on the same weights, rollouts and mini-batches. Responses and rewards "
         "are replayed. Skewed lengths are log-normal with a median of 0.6 of the mean, limited to 8 times the mean, "
@@ -236,6 +249,4 @@ def report(results: Results) -> str:
             for kind, points in by_kind.items()
         ]
         blocks.append(table(["against", "trainer", "seconds per rollout"], rows))
-    if results.prompts:
-        blocks += prompt_sections(results.prompts)
     return "\n\n".join(blocks) + "\n"

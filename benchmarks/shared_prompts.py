@@ -103,7 +103,7 @@ def _train_trl(scale: Scale, model, rollout: Rollout, seed: int) -> Run:
 
 
 def prompt_sections(prompts: SharedPrompts) -> list[str]:
-    """Write the sections of the report."""
+    """Write the blocks of the report."""
     scale, rows = prompts.scale, []
     for tokens, case in prompts.cases.items():
         least_off, least_trl = TARGETS.get(tokens, (None, None))
@@ -129,13 +129,14 @@ def prompt_sections(prompts: SharedPrompts) -> list[str]:
     header += [f"positions: {of_each}", f"seconds: {of_each}", f"MiB for the backward pass: {of_each}"]
     growth = [[f"{tokens:,}", f"{off:.2f}", f"{on:.2f}"] for tokens, (off, on) in prompts.growth.items()]
     return [
-        "## Shared prompts",
-        f"{scale.responses} responses in groups of {GROUP}, with lengths as in the first case and no zero-advantage "
-        "group. Mini-batches consist of whole groups, also with TRL. The limit is the work of a batch of equal "
+        "Times are for all updates of one rollout (K = 4), with scoring but without generation: median (range). The "
+        "trainers run alternately in one process on the same weights, rollouts and mini-batches. "
+        f"{scale.responses} responses in groups of {GROUP} have log-normal lengths, the longest {scale.longest} "
+        "tokens, and every group is active. Mini-batches consist of whole groups, also with TRL. The limit is the work of a batch of equal "
         "lengths with as many tokens as are unique in each mini-batch. Largest relative difference of gradient norms "
         f"to those with sharing: {prompts.disagreement:.1e}.",
         table(header, rows),
-        "![Seconds against the tokens of a prompt](prompts.png)",
+        "![Seconds against the tokens of a prompt](shared_prompts.png)",
         table(["tokens per prompt", "seconds without sharing", "seconds with"], growth),
     ]
 

@@ -23,7 +23,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # for TRL's experimental
 import torch
 from cases import FULL, GROUP, QUICK, Rollout, Scale, make_model, make_rollout, skewed_lengths
 from measure import Limit, LossAlone, loss_lengths, peak_memory, train
-from results import Case, Results, growth_figure, report
+from results import Case, Results, growth_figure, report, report_prompts
 from shared_prompts import SharedPrompts, prompt_figure
 
 
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # TRL uses deprecated names
     logging.getLogger("tic_grpo_trl").setLevel(logging.ERROR)
     parser = argparse.ArgumentParser(prog="benchmarks/update_phase.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", default="runs/bench", help="folder for update_phase.md and its figures")
+    parser.add_argument("--output_dir", default="runs/bench", help="folder for the reports and their figures")
     parser.add_argument("--cases", nargs="+", choices=NAMES, default=NAMES, help="cases to measure (default: all)")
     parser.add_argument("--repeats", type=int, help="pairs of runs per compared case")
     parser.add_argument("--threads", type=int, default=2, help="number of torch threads")
@@ -157,10 +157,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if results.growth:
         growth_figure(results, folder / "growth.png")
     if results.prompts:
-        prompt_figure(results.prompts, folder / "prompts.png")
-    text = report(results)
-    (folder / "update_phase.md").write_text(text)
-    print(text)
+        prompt_figure(results.prompts, folder / "shared_prompts.png")
+    pages = {"shared_prompts.md": report_prompts(results)} if results.prompts else {}
+    if set(args.cases) != {"prompts"}:
+        pages["update_phase.md"] = report(results)
+    for name, text in pages.items():
+        (folder / name).write_text(text)
+        print(text)
     if not results.comparable:
         raise SystemExit("The two trainers made different updates, so their times cannot be compared.")
 

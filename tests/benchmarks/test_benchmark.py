@@ -57,6 +57,29 @@ def test_report_holds_every_case(quick):
     assert "nan" not in report
 
 
+def test_report_on_shared_prompts(quick):
+    folder, done = quick
+    report = (folder / "shared_prompts.md").read_text()
+    assert report in done.stdout
+    assert (folder / "shared_prompts.png").stat().st_size > 10_000
+    (cells,) = rows(report, "16 / 6")
+    trl, off, on = (int(number.replace(",", "")) for number in cells[4].split(" / "))
+    assert on < off < trl
+    trl, off, on = map(int, cells[6].split(" / "))
+    assert on <= off < trl
+    assert float(re.search(r"to those with sharing: (\S+)\.", report)[1]) <= 1e-4
+
+
+def test_limit_of_whole_groups_counts_a_prompt_once():
+    from cases import QUICK, make_rollout
+
+    rollout = make_rollout(QUICK, [3] * 64, 0)
+    batches = rollout.shared_minibatches(seed=0)
+    assert [count for count, _ in batches] == [16] * 4
+    prompts = sum(len(rollout.prompt_ids[i]) - 1 for i in range(0, 64, 8))
+    assert sum(tokens for _, tokens in batches) == prompts + 64 * (3 + 1)
+
+
 def test_trainers_made_the_same_updates_with_fewer_forwards(quick):
     report = (quick[0] / "update_phase.md").read_text()
     assert "the trainers made the same updates" in report
