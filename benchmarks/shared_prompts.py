@@ -132,9 +132,9 @@ def prompt_sections(prompts: SharedPrompts) -> list[str]:
         "Times are for all updates of one rollout (K = 4), with scoring but without generation: median (range). The "
         "trainers run alternately in one process on the same weights, rollouts and mini-batches. "
         f"{scale.responses} responses in groups of {GROUP} have log-normal lengths, the longest {scale.longest} "
-        "tokens, and every group is active. Mini-batches consist of whole groups, also with TRL. The limit is the work of a batch of equal "
-        "lengths with as many tokens as are unique in each mini-batch. Largest relative difference of gradient norms "
-        f"to those with sharing: {prompts.disagreement:.1e}.",
+        "tokens, and every group is active. Mini-batches consist of whole groups, also with TRL. The limit is the work "
+        "of a batch of equal lengths with as many tokens as are unique in each mini-batch. Largest relative difference "
+        f"of gradient norms to those with sharing: {prompts.disagreement:.1e}.",
         table(header, rows),
         "![Seconds against the tokens of a prompt](shared_prompts.png)",
         table(["tokens per prompt", "seconds without sharing", "seconds with"], growth),
