@@ -111,6 +111,14 @@ def draws_random_numbers(model: PreTrainedModel) -> bool:
     return not torch.equal(before, torch.get_rng_state())
 
 
+@torch.no_grad()
+def remembers(model: PreTrainedModel) -> bool:
+    """Find out whether a second forward pass differs from the first, as with frequencies that keep earlier lengths."""
+    model, ids = copy.deepcopy(model).eval(), torch.ones(1, max(COMPLETIONS) + max(PROMPTS) + 2, dtype=torch.long)
+    first, second = (model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for _ in range(2))
+    return bool((first - second).abs().max() > LIMIT)
+
+
 @dataclass
 class Measured:
     """What was measured of one model.
@@ -121,6 +129,7 @@ class Measured:
         shared: the largest share of an update's tokens that was not computed because of that.
         counts_padding: whether padding before a prompt moves TRL's log-probabilities.
         random: whether a pass draws random numbers, so that no two trainers agree.
+        remembers: whether a pass depends on earlier ones, so that not even two passes agree.
         alone: largest relative difference of our log-probabilities to those of each response alone.
         updates: largest relative difference of an update's gradient, or of its norm before it is clipped, to TRL's.
         kl: largest KL to equal weights.
@@ -134,6 +143,7 @@ class Measured:
     shared: float
     counts_padding: bool
     random: bool
+    remembers: bool
     alone: float
     updates: float
     kl: float
@@ -146,9 +156,9 @@ class Measured:
         """The limits that are not kept; TRL's own layout need not be what a response has alone."""
         kept = {
             "alone": self.layout == "padded" or self.alone <= LIMIT,
-            "updates": self.random or self.updates <= LIMIT,
-            "kl": self.kl <= KL_LIMIT,
-            "ratio": self.ratio <= LIMIT,
+            "updates": self.random or self.remembers or self.updates <= LIMIT,
+            "kl": self.remembers or self.kl <= KL_LIMIT,
+            "ratio": self.remembers or self.ratio <= LIMIT,
             "shared": (self.shared > 0) == self.shares,
             "drift": self.drift >= LIMIT,  # or else the second update would show nothing of the ratios
             "warnings": any("padding_free" in text for text in self.warnings) == (self.layout not in PACKED),
@@ -226,6 +236,7 @@ def measure(model: PreTrainedModel, folder: Path) -> Measured:
         max(log["update/shared_token_share"] for log in logs + ours.logs),
         found.counts_padding,
         draws_random_numbers(model),
+        remembers(model),
         found.alone,
         max(
             *(float((mine - theirs).norm() / theirs.norm()) for mine, theirs in pairs),
@@ -314,7 +325,8 @@ The remarks:
 
 With a rotary embedding of the kinds `dynamic` and `longrope` the frequencies follow the longest position of a pass, and
 every model is `padded`, whatever the table says. {variants} of these were trained, too, with a response that crosses
-the original length; the fourth column has them.
+the original length; the fourth column has them. In {remembering} of these, equal passes differ, because the frequencies keep
+what earlier passes made of them; such numbers were not compared.
 
 {table}
 ## Not measured
@@ -340,11 +352,12 @@ def page(found: list[Architecture]) -> str:
         unmeasured=f"{len(trl_fails)} cannot be run by TRL, {len(not_built)} were not built.",
         limit=LIMIT,
         kl_limit=KL_LIMIT,
-        updates=max(m.updates for m in every if not m.random),
+        updates=max(m.updates for m in every if not (m.random or m.remembers)),
         alone=max(m.alone for m in every if m.layout != "padded"),
-        kl=max(m.kl for m in every),
-        ratio=max(m.ratio for m in every),
+        kl=max(m.kl for m in every if not m.remembers),
+        ratio=max(m.ratio for m in every if not m.remembers),
         variants=sum(len(one.variants) for one in found),
+        remembering=sum(m.remembers for m in every),
         table=TABLE + "".join(f"{one.row()}\n" for one in found if one.measured),
         reasons="\n".join(reasons) + "\n",
     )
