@@ -325,8 +325,8 @@ The remarks:
 
 With a rotary embedding of the kinds `dynamic` and `longrope` the frequencies follow the longest position of a pass, and
 every model is `padded`, whatever the table says. {variants} of these were trained, too, with a response that crosses
-the original length; the fourth column has them. In {remembering} of these, equal passes differ, because the frequencies keep
-what earlier passes made of them; such numbers were not compared.
+the original length; the fourth column has them. In {remembering} of these, equal passes differ, because the
+frequencies keep what earlier passes made of them; such numbers were not compared.
 
 {table}
 ## Not measured
