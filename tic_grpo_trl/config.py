@@ -171,8 +171,8 @@ class TICGRPOConfig(WithoutCredentials, GRPOConfig):
     share_prompts: bool = _option(
         True,
         "Compute the prompt of a group once in each forward pass, and let all its responses in the pass attend to it. "
-        "This needs padding_free, and attention by scaled_dot_product_attention or FlashAttention in every layer; a "
-        "test at the start shows whether a model's log-probabilities stay the same.",
+        "This needs padding_free, and a model in which only attention, by PyTorch's scaled_dot_product_attention or "
+        "FlashAttention, lets a token see others; a test at the start shows whether log-probabilities stay the same.",
     )
     skip_zero_advantage: bool = _option(
         True,
