@@ -107,6 +107,7 @@ def test_same_seed_means_same_prompts_for_every_algorithm(tmp_path):
     assert first[0] == first[1]  # the first rollout comes from the same weights
 
 
+@pytest.mark.slow
 def test_a_killed_study_resumes_to_the_same_result(tmp_path):
     whole = execute(small(), tmp_path / "whole")
     process = multiprocessing.get_context("spawn").Process(target=execute_all, args=([small()], tmp_path / "killed", 1))

@@ -54,7 +54,7 @@ def test_conditions_differ_only_in_the_age_of_their_data():
     ]
 
 
-@pytest.mark.parametrize("part", ["starter", "long_tail", "length"])
+@pytest.mark.parametrize("part", PLANS["stale"])
 def test_every_candidate_is_valid_and_the_first_bounds_are_the_published_ones(part):
     plan = PLANS["stale"][part]
     assert part == "length" or {OURS, RETUNED} <= set(plan.rules)
@@ -90,7 +90,7 @@ def test_parts_rules_and_conditions_can_be_dropped():
     assert parts["starter"].selection == STARTER.selection  # dropping conditions does not change what is chosen
     assert parts_of("stale") == PLANS["stale"]
     for selected, message in (
-        ({"names": ["short"]}, "--parts short: choose from length, long_tail, starter"),
+        ({"names": ["short"]}, "--parts short: choose from high_rate, length, long_tail, starter"),
         ({"rules": ["dapo"]}, "--algorithms dapo: choose from cispo"),
         ({"lags": [3]}, "--lags 3: choose from 0, 1, 2, 4"),
         ({"carry_overs": [7]}, "--carry_overs 7: choose from 0, 1, 2, 3"),
