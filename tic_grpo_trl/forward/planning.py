@@ -74,10 +74,10 @@ class ResponseLengths:
         filled = limit
         for group in self._groups(members):
             for i in group:
-                starts = i == group[0]
-                if filled + self.tokens[i] - (0 if starts else self.sharing.tokens[i]) > limit:
+                added = self.tokens[i] - (0 if i == group[0] else self.sharing.tokens[i])
+                if filled + added > limit:
                     passes.append([])
-                    filled, starts = 0, True
-                filled += self.tokens[i] - (0 if starts else self.sharing.tokens[i])
+                    filled, added = 0, self.tokens[i]
+                filled += added
                 passes[-1].append(i)
         return passes

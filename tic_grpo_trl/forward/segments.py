@@ -109,8 +109,7 @@ class SegmentedAttention:
         for block in query[:, :, end:].split(QUERIES, dim=2):
             size, end = block.size(2), end + block.size(2)
             start = 0 if window is None else max(0, end - size + 1 - window)
-            fits = window is None and size <= self._mask.size(0) and end <= self._mask.size(1)
-            mask = self._mask[-size:, -end:] if fits else _visible(size, end - start, block.device, window)
+            mask = self._mask[-size:, -end:] if window is None else _visible(size, end - start, block.device, window)
             keys, values = key[:, :, start:end], value[:, :, start:end]
             output = scaled_dot_product_attention(block, keys, values, mask, dropout, scale=scaling)
             attended.append(output.transpose(1, 2))
